@@ -1,0 +1,156 @@
+"""Weights from elsewhere: model folders and hub ids, and the released DynamicViT files."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from dynamicvit.core.folder import CONFIG, WEIGHTS, load_folder, load_strictly
+from dynamicvit.core.model import SparseViT
+from dynamicvit.core.schedule import KeepSchedule
+
+
+def load(folder_or_hub_id: str | os.PathLike[str]) -> nn.Module:
+    """Load a saved model, ready to classify: `dynamicvit.load(...)(images)`.
+
+    Args:
+        folder_or_hub_id: a folder written by `save_pretrained`, or a Hugging Face Hub id
+            ("owner/name") holding the same two files.
+
+    Returns:
+        A SparseViT, or the dense timm model if the folder holds one; float32, in eval mode.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or it lacks a file.
+        ValueError: if a file is damaged or does not fit, saying what is wrong where.
+    """
+    path = Path(folder_or_hub_id)
+    hub_id = str(folder_or_hub_id)
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id) or hub_id.startswith("."):
+        return load_folder(path)
+    try:
+        return load_folder(snapshot_download(hub_id, allow_patterns=[CONFIG, WEIGHTS]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"no folder {hub_id!r} here, and the hub has no such model or cannot be reached: "
+            f"{error}"
+        ) from error
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read a state dict from a safetensors or torch file, without running code from it.
+
+    The weights may lie under `model_ema`, `state_dict_ema`, `model` or `state_dict`, in this order.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, holds pickled objects other than tensors, or no weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file at {path}")
+    try:
+        weights = timm.models.load_state_dict(str(path), weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is damaged, or holds objects that could run code, which are refused; "
+            f"only plain tensors are read"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged or not a weights file: {error}") from error
+    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise ValueError(f"{path} holds no state dict")
+    return weights
+
+
+def from_released(
+    state_dict: dict[str, Any] | str | os.PathLike[str],
+    schedule: KeepSchedule | None = None,
+    num_heads: int | None = None,
+) -> SparseViT:
+    """A SparseViT from the weights that the DynamicViT authors released (arXiv 2106.02034).
+
+    Architecture sizes are read from the weights.
+
+    Args:
+        state_dict: the released state dict, or one that holds it under `model`, or a file of it.
+            Scorer keys are `score_predictor.{stage}.in_conv.*` and `.out_conv.*`.
+        schedule: the stages; by default the paper's at keep ratio 0.7.
+        num_heads: attention heads, which weights do not tell; by default width // 64.
+
+    Returns:
+        The model, float32, in eval mode.
+
+    Raises:
+        FileNotFoundError: if a file is named and absent.
+        TypeError, ValueError: if the weights are not of this format, listing each key.
+    """
+    source, released = "state_dict", state_dict
+    if isinstance(released, str | os.PathLike):
+        source, released = str(released), read_weights(released)
+    if not isinstance(released, dict):
+        raise TypeError(f"state_dict must be a dict or a path, got {type(released).__name__}")
+    released = released.get("model", released)
+    not_tensors = [str(key) for key, value in released.items() if not isinstance(value, Tensor)]
+    if not_tensors:
+        raise ValueError(f"{source} must hold tensors alone, got others at {not_tensors[:5]}")
+    weights = {_rename(key): value.float() for key, value in released.items()}
+    needed = ["patch_embed.proj.weight", "pos_embed", "cls_token", "head.weight"]
+    needed += ["blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"]
+    missing = [key for key in needed if f"backbone.{key}" not in weights]
+    if missing:
+        raise ValueError(f"{source} is not a released DeiT-like DynamicViT: it has no {missing}")
+
+    def shape(key: str) -> torch.Size:
+        return weights[f"backbone.{key}"].shape
+
+    width, channels, patch_h, patch_w = shape("patch_embed.proj.weight")
+    distilled = "backbone.dist_token" in weights
+    grid = (shape("pos_embed")[1] - 1 - distilled) ** 0.5
+    if grid != int(grid):
+        raise ValueError(f"{source}: pos_embed {tuple(shape('pos_embed'))} is not a square grid")
+    depth = 1 + max(
+        int(match[1]) for key in weights if (match := re.match(r"backbone\.blocks\.(\d+)\.", key))
+    )
+    heads = num_heads if num_heads is not None else max(1, width // 64)
+    if width % heads:
+        raise ValueError(f"num_heads must divide the width {width}, got {heads}")
+    backbone = timm.create_model(
+        f"deit_small_{'distilled_' if distilled else ''}patch16_224",
+        img_size=(int(grid) * patch_h, int(grid) * patch_w),
+        patch_size=(patch_h, patch_w),
+        in_chans=channels,
+        num_classes=shape("head.weight")[0],
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        mlp_ratio=shape("blocks.0.mlp.fc1.weight")[0] / width,
+        qkv_bias="backbone.blocks.0.attn.qkv.bias" in weights,
+    )
+    if schedule is None:
+        schedule = KeepSchedule.from_keep_ratio(0.7, depth=depth)
+    sparse = SparseViT(backbone, schedule)
+    load_strictly(sparse, weights, source)
+    return sparse.eval()
+
+
+_SCORER_PARTS = {"in_conv.0": "norm", "in_conv.1": "embed", "out_conv": "head"}
+
+
+def _rename(key: str) -> str:
+    """A released key in this project's words: `score_predictor.0.in_conv.1.bias` is the bias of
+    `scorers.0.embed`; everything else is the backbone's."""
+    match = re.fullmatch(r"score_predictor\.(\d+)\.(in_conv\.[01]|out_conv)\.(.+)", key)
+    if match is None:
+        return f"backbone.{key}"
+    return f"scorers.{match[1]}.{_SCORER_PARTS[match[2]]}.{match[3]}"

@@ -1,0 +1,125 @@
+"""The command line: one dict of command → function.
+
+Options, types, defaults and help come from the functions' and dataclasses' own signatures and
+docstrings; each function lives where its subject lives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import docstring_parser
+from jsonargparse import ArgumentParser
+
+from dynamicvit import __version__
+from dynamicvit.core.backbone import UnsupportedBackbone
+from dynamicvit.quickstart import quickstart
+from dynamicvit.training.evaluate import evaluate
+from dynamicvit.training.fit import train
+
+COMMANDS: dict[str, Callable[..., object]] = {
+    "quickstart": quickstart,
+    "train": train,
+    "evaluate": evaluate,
+}
+
+# What a user can cause, as opposed to a defect of ours, which deserves its traceback.
+USER_ERRORS = (ValueError, UnsupportedBackbone, OSError)
+
+
+class _Parser(ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        _fail(self.prog, message)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Returns 0; a user's mistake exits with 2 and one line on stderr."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        print(f"dynamicvit {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        _fail("dynamicvit", f"no command {name!r}; commands are {', '.join(COMMANDS)}")
+    function = COMMANDS[name]
+    parser, configs = _build_parser(name, function)
+    values = parser.parse_args([_underscored(item) for item in rest]).as_dict()
+    values.pop("config_file", None)
+    try:
+        for parameter, kind in configs.items():
+            fields = [item.name for item in dataclasses.fields(kind)]
+            values[parameter] = kind(**{field: values.pop(field) for field in fields})
+        function(**values)
+    except USER_ERRORS as error:
+        _fail(parser.prog, error)
+    except KeyboardInterrupt:
+        _fail(parser.prog, "interrupted", code=130)
+    return 0
+
+
+def _build_parser(
+    name: str, function: Callable[..., object]
+) -> tuple[ArgumentParser, dict[str, type]]:
+    """The parser of a function's parameters. A dataclass parameter contributes its fields as
+    options; a required list of strings is positional."""
+    doc = docstring_parser.parse(function.__doc__ or "")
+    helps = {item.arg_name: item.description for item in doc.params}
+    parser = _Parser(prog=f"dynamicvit {name}", description=doc.short_description)
+    parser.add_argument(
+        "--config", dest="config_file", action="config", help="YAML file with any of these options"
+    )
+    hints = typing.get_type_hints(function)
+    configs: dict[str, type] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        kind: Any = hints[parameter.name]
+        required = parameter.default is inspect.Parameter.empty
+        if dataclasses.is_dataclass(kind):
+            configs[parameter.name] = typing.cast(type, kind)
+            parser.add_class_arguments(kind)
+        elif required and kind == list[str]:
+            parser.add_argument(parameter.name, nargs="+", help=helps[parameter.name])
+    skip: set[str | int] = {*configs, *(action.dest for action in parser._actions)}
+    parser.add_function_arguments(function, skip=skip)
+    for action in parser._actions:
+        if isinstance(action.default, bool):  # --resume alone means --resume true
+            action.nargs, action.const = "?", True
+    return parser, configs
+
+
+def _underscored(argument: str) -> str:
+    """--keep-ratio=0.7 → --keep_ratio=0.7: options may be typed either way."""
+    if not argument.startswith("--"):
+        return argument
+    option, equals, value = argument.partition("=")
+    return "--" + option[2:].replace("-", "_") + equals + value
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = ["usage: dynamicvit COMMAND [options]", ""]
+    for name, function in COMMANDS.items():
+        summary = docstring_parser.parse(function.__doc__ or "").short_description
+        lines.append(f"  {name:<{width}}  {summary}")
+    return "\n".join([*lines, "", "dynamicvit COMMAND --help lists the options of a command."])
+
+
+def _fail(prog: str, error: object, code: int = 2) -> NoReturn:
+    # An error that crossed from a data loading process carries that process's traceback before it.
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    message = lines[-1].strip() if "Traceback" in str(error) else " ".join(map(str.strip, lines))
+    print(f"{prog}: error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

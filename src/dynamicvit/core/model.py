@@ -1,0 +1,353 @@
+"""SparseViT: a dense timm ViT plus scorers, and the two ways to run it."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from timm.models import checkpoint as checkpoint_block
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from dynamicvit.core import backbone as adapter
+from dynamicvit.core.schedule import KeepSchedule
+from dynamicvit.core.scorer import TokenScorer
+from dynamicvit.core.tokens import (
+    attention_bias,
+    gather_tokens,
+    keep_mask,
+    sample_keep,
+    threshold_keep,
+    topk_keep,
+)
+
+
+class SparseOutput(NamedTuple):
+    """What `SparseViT.masked` and `SparseViT.pruned` return.
+
+    Attributes:
+        logits: [B, num_classes], what cross-entropy sees.
+        tokens: patch tokens after the final norm, what the token loss sees:
+            [B, N, C] from `masked`, [B, K, C] (the kept ones) from `pruned`.
+        keep: for each stage, [B, N] float: 1 where a token is still there, 0 where it has left.
+        scores: for each stage, [B, N]: log-odds of keeping. From `pruned`, tokens that had left
+            before a stage have score -inf there.
+    """
+
+    logits: Tensor
+    tokens: Tensor
+    keep: tuple[Tensor, ...]
+    scores: tuple[Tensor, ...]
+
+
+class SparseViT(nn.Module):
+    """A vision transformer whose uninformative patch tokens leave on the way.
+
+    Made by `sparsify`; `forward` really removes tokens, `masked` only blocks them (for training).
+    `train()` and `eval()` change dropout and sampling noise, never the algorithm.
+
+    Args:
+        backbone: a timm VisionTransformer, used as it is (not copied).
+        schedule: where tokens leave and how many stay.
+        scorers: one module a stage, [B, N, C] tokens (and optionally a [B, N] keep mask) → [B, N]
+            scores. New `TokenScorer`s by default.
+
+    Raises:
+        UnsupportedBackbone: if the backbone is not understood.
+        TypeError, ValueError: if the schedule does not fit it, or the scorers the schedule.
+
+    Source: DynamicViT, arXiv 2106.02034.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        schedule: KeepSchedule,
+        scorers: Sequence[nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        adapter.check_backbone(backbone)
+        model = cast(VisionTransformer, backbone)
+        if not isinstance(schedule, KeepSchedule):
+            raise TypeError(f"schedule must be a KeepSchedule, got {schedule!r}")
+        schedule.check_depth(len(model.blocks))
+        num_patches = model.patch_embed.num_patches
+        if num_patches is not None:
+            schedule.counts(num_patches)  # refuses a schedule that keeps no token, here not later
+        if scorers is None:
+            # Scorers go where the backbone is (its device and dtype), the meta device included.
+            like = next(model.parameters())
+            scorers = [
+                TokenScorer(model.embed_dim).to(like.device, like.dtype) for _ in schedule.blocks
+            ]
+        if len(scorers) != len(schedule.blocks):
+            raise ValueError(
+                f"scorers must be one a stage, {len(schedule.blocks)}, got {len(scorers)}"
+            )
+        self.backbone = model
+        self.scorers = nn.ModuleList(scorers)
+        self.schedule = schedule
+
+    # The two ways to run it.
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classify, with tokens really leaving.
+
+        Args:
+            images: [B, in_chans, H, W], normalised as `pretrained_cfg` says, floating point.
+
+        Returns:
+            [B, num_classes] logits.
+
+        Raises:
+            TypeError, ValueError: if `images` has the wrong type, rank, channels or size.
+        """
+        return self.forward_head(self.forward_features(images))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Prefix and kept patch tokens after the final norm: [B, P + K, C]."""
+        return self._run_pruned(images)[0]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool and classify the tokens that `forward_features` gave, as timm's models do."""
+        return self.backbone.forward_head(x, pre_logits=pre_logits)
+
+    def pruned(self, images: Tensor) -> SparseOutput:
+        """`forward`, and also says which tokens stayed. Arguments and errors as there.
+
+        >>> import timm
+        >>> sparse = sparsify(timm.create_model("vit_tiny_patch16_224"), keep_ratio=0.7).eval()
+        >>> [int(keep.sum()) for keep in sparse.pruned(torch.randn(1, 3, 224, 224)).keep]
+        [137, 96, 67]
+        """
+        x, stages, num_tokens = self._run_pruned(images, trace=True)
+        tokens = x[:, self.backbone.num_prefix_tokens :]
+        scores = tuple(
+            torch.full(
+                (len(score), num_tokens), float("-inf"), dtype=score.dtype, device=score.device
+            ).scatter(1, present, score)
+            for present, score, _ in stages
+        )
+        keep = tuple(keep_mask(index, num_tokens) for _, _, index in stages)
+        return SparseOutput(self.forward_head(x), tokens, keep, scores)
+
+    def masked(self, images: Tensor, decisions: Sequence[Tensor] | None = None) -> SparseOutput:
+        """Classify with every token present and dropped ones blocked inside attention.
+
+        This is the differentiable path that training uses. Decisions are drawn from the scorers:
+        by straight-through Gumbel sampling in `train()`, by threshold at probability one half in
+        `eval()`; so the number of kept tokens varies from image to image.
+
+        Args:
+            images: as for `forward`.
+            decisions: raw keep decisions to use instead, one [B, N] tensor a stage, with values in
+                [0, 1]; stage s keeps the product of the first s + 1.
+
+        Raises:
+            TypeError, ValueError: as for `forward`, and for decisions of the wrong number or shape;
+                and for float16, in which the attention bias loses its gradient.
+        """
+        model = self.backbone
+        adapter.check_images(model, images)
+        x = adapter.embed(model, images)
+        _check_masked_dtype(x)
+        num_prefix = model.num_prefix_tokens
+        num_tokens = x.shape[1] - num_prefix
+        if decisions is not None:
+            decisions = self._check_decisions(decisions, len(x), num_tokens)
+        keep = x.new_ones(len(x), num_tokens, dtype=torch.float32)
+        bias: Tensor | None = None
+        keeps: list[Tensor] = []
+        scores: list[Tensor] = []
+        for index, block in enumerate(model.blocks):
+            if index in self.schedule.blocks:
+                stage = len(keeps)
+                score = self.scorers[stage](x[:, num_prefix:], keep)
+                if decisions is not None:
+                    decision = decisions[stage].float()
+                else:
+                    decision = sample_keep(score) if self.training else threshold_keep(score)
+                keep = keep * decision
+                bias = attention_bias(keep, num_prefix).to(x.dtype)
+                keeps.append(keep)
+                scores.append(score)
+            if model.grad_checkpointing and self.training:
+                x = checkpoint_block(block, x, attn_mask=bias)
+            else:
+                x = block(x, attn_mask=bias)
+        x = model.norm(x)
+        logits = adapter.head(model, x, keep)
+        return SparseOutput(logits, x[:, num_prefix:], tuple(keeps), tuple(scores))
+
+    def _run_pruned(
+        self, images: Tensor, trace: bool = False
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]], int]:
+        """Final tokens; with `trace`, for each stage the original positions of the tokens present,
+        their scores, and the original positions of those kept; and N."""
+        model = self.backbone
+        adapter.check_images(model, images)
+        x = adapter.embed(model, images)
+        num_prefix = model.num_prefix_tokens
+        num_tokens = x.shape[1] - num_prefix
+        counts = self.schedule.counts(num_tokens)
+        stages: list[tuple[Tensor, Tensor, Tensor]] = []
+        present = torch.arange(num_tokens, device=x.device).expand(len(x), -1)
+        stage = 0
+        for index, block in enumerate(model.blocks):
+            if index in self.schedule.blocks:
+                patches = x[:, num_prefix:]
+                # A stage that keeps everything changes nothing: no need to ask its scorer.
+                if trace or counts[stage] < patches.shape[1]:
+                    score = self.scorers[stage](patches)
+                    kept = topk_keep(score, counts[stage])
+                    x = torch.cat([x[:, :num_prefix], gather_tokens(patches, kept)], dim=1)
+                    if trace:
+                        before, present = present, gather_tokens(present, kept)
+                        stages.append((before, score, present))
+                stage += 1
+            if model.grad_checkpointing and self.training:
+                x = checkpoint_block(block, x)
+            else:
+                x = block(x)
+        return model.norm(x), stages, num_tokens
+
+    def _check_decisions(
+        self, decisions: Sequence[Tensor], batch: int, num_tokens: int
+    ) -> Sequence[Tensor]:
+        stages = len(self.schedule.blocks)
+        if isinstance(decisions, Tensor) or not isinstance(decisions, Sequence):
+            raise TypeError(
+                f"decisions must be a list of {stages} tensors, got {type(decisions).__name__}"
+            )
+        if len(decisions) != stages:
+            raise ValueError(f"decisions must be one a stage, {stages}, got {len(decisions)}")
+        for stage, decision in enumerate(decisions):
+            if not isinstance(decision, Tensor):
+                raise TypeError(
+                    f"decisions[{stage}] must be a tensor, got {type(decision).__name__}"
+                )
+            if tuple(decision.shape) != (batch, num_tokens):
+                raise ValueError(
+                    f"decisions[{stage}] must have shape [B, N] = [{batch}, {num_tokens}], "
+                    f"got {list(decision.shape)}"
+                )
+        return decisions
+
+    # What timm's tools look for.
+
+    @property
+    def num_classes(self) -> int:
+        return self.backbone.num_classes
+
+    @property
+    def num_features(self) -> int:
+        return self.backbone.num_features
+
+    @property
+    def head_hidden_size(self) -> int:
+        return self.backbone.head_hidden_size
+
+    @property
+    def embed_dim(self) -> int:
+        return self.backbone.embed_dim
+
+    @property
+    def in_chans(self) -> int:
+        return self.backbone.in_chans
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return self.backbone.num_prefix_tokens
+
+    @property
+    def global_pool(self) -> str:
+        return self.backbone.global_pool
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        return getattr(self.backbone, "pretrained_cfg", {})
+
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        return self.pretrained_cfg
+
+    def get_classifier(self) -> nn.Module:
+        return self.backbone.get_classifier()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classification head (and, if given, the pooling)."""
+        self.backbone.reset_classifier(num_classes, global_pool)
+        adapter.check_backbone(self.backbone)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.backbone.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay should leave alone."""
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], class_names: Sequence[str] | None = None
+    ) -> None:
+        """Write `config.json` and `model.safetensors` into `folder`, for `dynamicvit.load`.
+
+        Arguments and errors as for `dynamicvit.core.folder.save_folder`.
+        """
+        # Imported here because it imports this module.
+        from dynamicvit.core.folder import save_folder  # noqa: PLC0415
+
+        save_folder(self, folder, class_names)
+
+
+def sparsify(
+    model: nn.Module,
+    keep_ratio: float | None = None,
+    *,
+    schedule: KeepSchedule | None = None,
+) -> SparseViT:
+    """Turn a trained dense ViT into a SparseViT: its weights, unchanged, plus untrained scorers.
+
+    Args:
+        model: a timm VisionTransformer; it is copied, not modified.
+        keep_ratio: share of tokens each of three evenly spaced stages keeps, in (0, 1]; the paper's
+            models use 0.9, 0.8, 0.7 and 0.5. At 1.0 the result returns the dense model's logits.
+        schedule: the stages in full, instead of `keep_ratio`.
+
+    Raises:
+        UnsupportedBackbone: if the model is not understood, saying why.
+        TypeError, ValueError: naming the argument and what was got.
+
+    >>> import timm
+    >>> dense = timm.create_model("deit_small_patch16_224")
+    >>> sparse = sparsify(dense, keep_ratio=0.7)
+    >>> sparse.schedule.counts(196)
+    (137, 96, 67)
+    >>> sparse.eval()(torch.randn(2, 3, 224, 224)).shape
+    torch.Size([2, 1000])
+    """
+    if isinstance(model, SparseViT):
+        raise TypeError("model must be dense, got a SparseViT; its dense part is `.backbone`")
+    adapter.check_backbone(model)
+    if (keep_ratio is None) == (schedule is None):
+        raise ValueError(
+            f"give either keep_ratio or schedule, got keep_ratio={keep_ratio!r} "
+            f"and schedule={schedule!r}"
+        )
+    if schedule is None:
+        depth = len(cast(VisionTransformer, model).blocks)
+        schedule = KeepSchedule.from_keep_ratio(cast(float, keep_ratio), depth=depth)
+    sparse = SparseViT(copy.deepcopy(model), schedule)
+    if isinstance(sparse.backbone, VisionTransformerDistilled):
+        sparse.backbone.set_distilled_training(False)  # it would return two logits in train()
+    return sparse.train(model.training)
+
+
+def _check_masked_dtype(x: Tensor) -> None:
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    if torch.float16 in (x.dtype, autocast):
+        raise TypeError("masked needs float32 or bfloat16, got float16: the bias underflows in it")

@@ -1,0 +1,117 @@
+"""Pure tensor functions on tokens: score, keep, gather, mask.
+
+Axes: B images, N patch tokens, P prefix tokens, C channels, K kept tokens.
+A suffix names a tensor's axes: `x_BNC`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Below this a keep decision counts as 0 in the attention bias. In float32, 1e-6 reproduces the
+# paper's masked softmax best: 1e-8 loses gradient precision, 1e-4 lets dropped tokens through.
+MIN_KEEP = 1e-6
+
+
+def topk_keep(scores_BN: Tensor, count: int) -> Tensor:
+    """Indices of the `count` tokens with the highest score.
+
+    Args:
+        scores_BN: keep scores, any floating dtype.
+        count: tokens to keep, 1 ≤ count ≤ N.
+
+    Returns:
+        [B, K] int64 indices along N, distinct in each row, in no particular order.
+    """
+    num_tokens = scores_BN.shape[1]
+    if not 1 <= count <= num_tokens:
+        raise ValueError(f"count must lie in 1..{num_tokens}, got {count}")
+    return scores_BN.topk(count, dim=1, sorted=False).indices
+
+
+def gather_tokens(x_BNC: Tensor, index_BK: Tensor) -> Tensor:
+    """Take the tokens at `index_BK`: [B, N, C] and [B, K] → [B, K, C], or [B, N] → [B, K]."""
+    if x_BNC.ndim == 2:
+        return x_BNC.gather(1, index_BK)
+    return x_BNC.gather(1, index_BK.unsqueeze(-1).expand(-1, -1, x_BNC.shape[-1]))
+
+
+def keep_mask(index_BK: Tensor, num_tokens: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[B, K] kept indices → [B, N] mask of ones (kept) and zeros (dropped)."""
+    mask = torch.zeros(index_BK.shape[0], num_tokens, dtype=dtype, device=index_BK.device)
+    return mask.scatter(1, index_BK, 1.0)
+
+
+def sample_keep(scores_BN: Tensor, tau: float = 1.0, uniform_BN: Tensor | None = None) -> Tensor:
+    """Draw hard keep decisions whose gradient is that of the soft ones (straight-through).
+
+    This is the paper's hard Gumbel-softmax over (keep, drop), written with one number a token:
+    the difference of two Gumbel variables is logistic, so keep = sigmoid((score + noise) / tau).
+
+    Args:
+        scores_BN: log-odds of keeping. Computed in float32 whatever the dtype.
+        tau: temperature of the relaxation, > 0.
+        uniform_BN: uniform noise in [0, 1) to use in place of fresh random numbers.
+
+    Returns:
+        [B, N] float32 decisions, exactly 0 or 1.
+    """
+    scores = scores_BN.float()
+    uniform = torch.rand_like(scores) if uniform_BN is None else uniform_BN
+    # rand can return exactly 0, whose logarithm would put an infinity, then a NaN, into training.
+    uniform = uniform.clamp(1e-7, 1.0 - 1e-7)
+    noise = uniform.log() - (-uniform).log1p()
+    return _straight_through((scores + noise) / tau)
+
+
+def threshold_keep(scores_BN: Tensor) -> Tensor:
+    """`sample_keep` without noise: keep where the log-odds are positive."""
+    return _straight_through(scores_BN.float())
+
+
+def _straight_through(logits_BN: Tensor) -> Tensor:
+    soft = logits_BN.sigmoid()
+    hard = (logits_BN > 0).to(soft.dtype)
+    return hard + (soft - soft.detach())
+
+
+def masked_mean(x_BNC: Tensor, keep_BN: Tensor | None = None) -> Tensor:
+    """Mean over the kept tokens: [B, N, C] and [B, N] → [B, C]. All tokens where keep is None.
+
+    An image that keeps no token gets zeros, not NaN.
+    """
+    if keep_BN is None:
+        return x_BNC.mean(dim=1)
+    keep = keep_BN.to(x_BNC.dtype).unsqueeze(-1)
+    return (x_BNC * keep).sum(dim=1) / keep.sum(dim=1).clamp(min=MIN_KEEP)
+
+
+def key_bias(keep_BN: Tensor) -> Tensor:
+    """log(keep), floored at log(1e-6), as an additive attention bias on the keys: [B, N].
+
+    Its gradient is 1 / max(keep, 1e-6) even at 0: a dropped token must still learn what it would
+    have contributed.
+    """
+    keep = keep_BN.float()
+    floored = keep.detach().clamp(min=MIN_KEEP)
+    return floored.log() + (keep - keep.detach()) / floored
+
+
+def attention_bias(keep_BN: Tensor, num_prefix: int) -> Tensor:
+    """The paper's attention mask G as an additive bias: every token sees itself and what is kept.
+
+    `softmax(a + bias)` equals `exp(a) G / Σ exp(a) G` with `G_ij = 1 if i = j else keep_j`, and
+    keep = 1 for prefix tokens (arXiv 2106.02034).
+
+    Args:
+        keep_BN: keep decisions in [0, 1].
+        num_prefix: prefix tokens (class, distillation, registers) before the patch tokens.
+
+    Returns:
+        [B, 1, P + N, P + N] float32, to be given to timm blocks as `attn_mask`.
+    """
+    bias = torch.nn.functional.pad(key_bias(keep_BN), (num_prefix, 0))
+    size = bias.shape[1]
+    itself = torch.eye(size, dtype=torch.bool, device=bias.device)
+    return bias[:, None, None, :].expand(-1, 1, size, size).masked_fill(itself, 0.0)

@@ -1,0 +1,55 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`: to a temporary name first, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """`torch.save` to a temporary name, flushed to disk, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def read_checkpoint(path: Path, format_name: str) -> dict[str, Any]:
+    """Read what `write_checkpoint` wrote, without running code from it.
+
+    Raises:
+        ValueError: if the file is truncated, holds other pickled objects than tensors and plain
+            values, or is not of the format `state["format"] == format_name`.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
+        raise ValueError(f"{path} is damaged or not a checkpoint: {error}") from error
+    if not isinstance(state, dict) or state.get("format") != format_name:
+        raise ValueError(f"{path} is not a {format_name}")
+    return state

@@ -1,0 +1,9 @@
+"""stub while building"""
+
+
+def quickstart(output: str = "quickstart") -> None:
+    """Quick.
+
+    Args:
+        output: where.
+    """

@@ -1,0 +1,231 @@
+"""Images for training and evaluation, through timm's datasets and loaders."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import ImageDataset, IterableImageDataset, create_dataset, create_loader
+from torch.utils.data import DataLoader, Dataset
+
+_SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "test")}
+_FACTORIES = ("torch", "hfds", "hfids", "wds", "tfds")
+
+
+class DataError(ValueError):
+    """The data is not what was promised; the message names the folder, class or file."""
+
+
+@dataclass
+class ImageData:
+    """A split of a data set.
+
+    Attributes:
+        dataset: yields (image, class index); transforms are set by the loader.
+        class_names: in the order of their indices; None where the source does not tell.
+        unreadable: images skipped so far, in all loader workers (None if they are errors).
+    """
+
+    dataset: Any
+    class_names: list[str] | None
+    unreadable: Any = None
+
+
+def open_data(
+    data: str,
+    split: str = "train",
+    *,
+    data_dir: str | None = None,
+    in_chans: int = 3,
+    class_names: Sequence[str] | None = None,
+    skip_unreadable: bool = False,
+    batch_size: int = 1,
+    training: bool = False,
+) -> ImageData:
+    """Open one split of a data set.
+
+    Args:
+        data: a folder of images, `data/{train,val}/CLASS/IMAGE`; or a timm data set name:
+            `torch/NAME` (torchvision), `hfds/NAME` (Hugging Face), `wds/NAME` (WebDataset), …
+        split: "train" or "val" in their usual spellings, or the source's own name of a split.
+        data_dir: where a named data set lies.
+        in_chans: 1 opens images as grey, 3 as RGB.
+        class_names: the classes expected, in order (those of the training split).
+        skip_unreadable: replace an image that cannot be read by the next one, and count it.
+        batch_size: hint for sources that are read as a stream.
+        training: shuffle sources that are read as a stream.
+
+    Raises:
+        DataError: naming what is missing, empty, unreadable or of the wrong classes.
+    """
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(in_chans)
+    if mode is None:
+        raise DataError(f"in_chans must be 1, 3 or 4 to open image files, got {in_chans}")
+    prefix = data.split("/", 1)[0].lower()
+    if prefix in _FACTORIES and not Path(data).exists():
+        dataset = _open_named(data, split, data_dir, mode, batch_size, training)
+    else:
+        dataset = _open_folder(_split_folder(Path(data), split), mode)
+    found = _class_names(dataset)
+    if class_names is not None and found is not None and found != list(class_names):
+        raise DataError(
+            f"the classes of {data} are not those expected: {_difference(found, list(class_names))}"
+        )
+    if isinstance(dataset, torch.utils.data.IterableDataset):
+        return ImageData(dataset, found)
+    images = _Images(dataset, mode, skip_unreadable)
+    if len(images) == 0:
+        raise DataError(f"{data} has no images in split {split!r}")
+    return ImageData(images, found, images.unreadable)
+
+
+def create_image_loader(
+    data: ImageData,
+    batch_size: int,
+    data_config: dict[str, Any],
+    *,
+    training: bool,
+    workers: int,
+    device: torch.device,
+    **augmentation: Any,
+) -> DataLoader:
+    """timm's loader, yielding normalised float32 images [B, C, H, W] and class indices [B].
+
+    Args:
+        data: what `open_data` gave.
+        batch_size: images a batch (a training loader leaves out a last, smaller one).
+        data_config: from `timm.data.resolve_input_data_config`: size, mean, std, interpolation.
+        training: shuffle and augment.
+        workers: loader processes; 0 loads in this one.
+        device: where batches will go (memory is pinned for CUDA).
+        augmentation: further arguments of `timm.data.create_loader`.
+    """
+    config = {k: v for k, v in data_config.items() if k in _LOADER_KEYS}
+    return create_loader(
+        data.dataset,
+        batch_size=batch_size,
+        is_training=training,
+        use_prefetcher=False,  # accelerate moves batches, on any device
+        num_workers=workers,
+        persistent_workers=False,  # fresh workers are seeded anew each epoch, so runs can resume
+        pin_memory=device.type == "cuda",
+        **config,
+        **augmentation,
+    )
+
+
+_LOADER_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+
+
+class _Images(Dataset):
+    """A map-style source whose unreadable images are named, or counted and replaced."""
+
+    def __init__(self, source: Any, mode: str, skip_unreadable: bool) -> None:
+        self.source = source
+        self.mode = mode
+        self.transform: Any = None  # set by timm's loader
+        self.unreadable = multiprocessing.Value("q", 0) if skip_unreadable else None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        for step in range(len(self)):
+            at = (index + step) % len(self)
+            try:
+                image, target = self._read(at)
+                break
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                name = self._name(at)
+                if self.unreadable is None:
+                    raise DataError(f"cannot read image {name}: {error}") from error
+                with self.unreadable.get_lock():
+                    self.unreadable.value += 1
+        else:
+            raise DataError("no image of the data set can be read")
+        if self.transform is not None:
+            image = self.transform(image)
+        return image, int(target)
+
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        if isinstance(self.source, ImageDataset):
+            # timm's own __getitem__ would replace an unreadable image and go on.
+            image, target, *_ = self.source.reader[index]
+            if not isinstance(image, Image.Image):
+                with image:
+                    return Image.open(image).convert(self.mode), target
+        else:
+            image, target = self.source[index]
+        return image.convert(self.mode), target
+
+    def _name(self, index: int) -> str:
+        if isinstance(self.source, ImageDataset):
+            return str(self.source.reader.filename(index, absolute=True))
+        return f"number {index}"
+
+
+def _split_folder(root: Path, split: str) -> Path:
+    if not root.is_dir():
+        raise DataError(f"no data folder at {root}")
+    usual = next((names for names in _SPLITS.values() if split in names), ())
+    for name in (split, *usual):
+        if (root / name).is_dir():
+            return root / name
+    found = sorted(path.name for path in root.iterdir() if path.is_dir())
+    raise DataError(f"{root} has no folder {split!r}; it has {found or 'no folders'}")
+
+
+def _open_folder(folder: Path, mode: str) -> ImageDataset:
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if not classes:
+        raise DataError(f"{folder} has no class folders")
+    try:
+        dataset = create_dataset("", root=str(folder), search_split=False, input_img_mode=mode)
+    except RuntimeError as error:
+        raise DataError(str(error)) from error
+    used = {Path(file).relative_to(folder).parts[0] for file, _ in dataset.reader.samples}
+    for name in classes:
+        if name not in used:
+            raise DataError(f"class {name!r} in {folder} has no images")
+    return dataset
+
+
+def _open_named(
+    data: str, split: str, data_dir: str | None, mode: str, batch_size: int, training: bool
+) -> Any:
+    usual = {name: kind for kind, names in _SPLITS.items() for name in names}
+    # timm spells the usual two splits "train" and "validation" for every source.
+    split = {"train": "train", "val": "validation"}.get(usual.get(split, ""), split)
+    try:
+        return create_dataset(
+            data,
+            root=data_dir,
+            split=split,
+            is_training=training,
+            batch_size=batch_size,
+            input_img_mode=mode,
+        )
+    except (AssertionError, RuntimeError, OSError, ValueError, KeyError) as error:
+        raise DataError(f"cannot open {data!r} in {data_dir!r}: {error}") from error
+    except ImportError as error:
+        raise DataError(f"{data!r} needs a package that is not installed: {error}") from error
+
+
+def _class_names(dataset: Any) -> list[str] | None:
+    if isinstance(dataset, ImageDataset | IterableImageDataset):
+        index = getattr(dataset.reader, "class_to_idx", None)
+        return sorted(index, key=index.__getitem__) if index else None
+    return list(dataset.classes) if hasattr(dataset, "classes") else None
+
+
+def _difference(found: list[str], expected: list[str]) -> str:
+    missing = sorted(set(expected) - set(found))
+    extra = sorted(set(found) - set(expected))
+    if missing or extra:
+        return f"missing {missing}, unexpected {extra}"
+    return f"got the order {found}, expected {expected}"

@@ -1,0 +1,694 @@
+"""Training: setup → fit → validate, with checkpoints that resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator, skip_first_batches
+from accelerate.utils import set_seed
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from timm.data import Mixup, resolve_input_data_config
+from timm.layers import DropPath
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.utils.data import DataLoader
+
+from dynamicvit.core.folder import load_strictly, save_folder
+from dynamicvit.core.model import SparseViT, sparsify
+from dynamicvit.core.schedule import KeepSchedule
+from dynamicvit.files import read_checkpoint, write_checkpoint, write_text
+from dynamicvit.training.data import ImageData, create_image_loader, open_data
+from dynamicvit.training.evaluate import (
+    Evaluation,
+    backbone_of,
+    check_classes,
+    check_precision,
+    evaluate_model,
+)
+from dynamicvit.training.losses import LossWeights
+from dynamicvit.training.models import load_model
+from dynamicvit.training.task import DenseTask, SparseTask, WarmStartTask
+
+LAST, BEST, METRICS, CONFIG = "last.pt", "best", "metrics.jsonl", "config.yaml"
+
+
+@dataclass
+class TrainConfig:
+    """Everything that defines a training run. Defaults are the paper's recipe for DeiT-S at 0.7.
+
+    Args:
+        data: image folder with train and val sub-folders, or a timm data set name: torch/NAME
+            (torchvision), hfds/NAME (Hugging Face), wds/NAME (WebDataset shards).
+        output: folder of the run: config.yaml, metrics.jsonl, last.pt (everything needed to go on)
+            and best/ (the model folder with the highest validation top-1).
+        model: what to start from: a timm name, a model folder or a hub id. In sparse training it is
+            also the teacher.
+        model_kwargs: for a timm name, further arguments of timm.create_model.
+        pretrained: for a timm name, start from timm's pretrained weights.
+        keep_ratio: share of tokens each of three stages keeps; null trains the dense model itself.
+        blocks: prune before these blocks (0-based), with ratios, instead of keep_ratio.
+        ratios: for each stage, the share of the original tokens kept after it.
+        data_dir: where a named data set lies.
+        train_split: split to learn from.
+        val_split: split to validate on.
+        workers: data loading processes; 0 loads in the main one.
+        skip_unreadable: skip and count images that cannot be read, instead of stopping.
+        mean: normalisation mean a channel; by default the model's.
+        std: normalisation standard deviation a channel; by default the model's.
+        crop_scale: random resized crop, range of the area taken; null takes the whole image.
+        crop_ratio: random resized crop, range of the aspect ratio.
+        hflip: probability of a horizontal flip.
+        color_jitter: strength of colour jitter, used where auto_augment is null.
+        auto_augment: timm's augmentation policy; null for none.
+        random_erasing: probability of erasing a rectangle.
+        mixup: Mixup alpha; 0 for none.
+        cutmix: CutMix alpha; 0 for none.
+        label_smoothing: share of the target spread over all classes.
+        epochs: passes over the training split.
+        batch_size: images a step, in each process.
+        lr: learning rate of the scorers (dense training: of everything), for a batch of 1024 in all
+            processes together; scaled in proportion.
+        backbone_lr: learning rate of the backbone, as a multiple of lr. Dense training ignores it.
+        freeze_epochs: epochs for which only the scorers learn. Dense training ignores it.
+        warmup_epochs: epochs over which learning rates rise from min_lr.
+        min_lr: learning rate at the start and at the end.
+        weight_decay: AdamW's; none on biases, norms, position embeddings and prefix tokens.
+        clip_grad: greatest norm of the gradient; null for no limit.
+        drop_path: stochastic depth of the student.
+        ema: decay of the weights' moving average, which is what is validated and saved as best;
+            null for none. It rises towards this value over the first steps.
+        cross_entropy_weight: weight of the classification loss.
+        ratio_weight: weight of the keep-ratio loss (the paper's DeiT-B uses 5).
+        logit_kl_weight: weight of the KL divergence from the teacher's logits.
+        token_weight: weight of the distance to the teacher's kept tokens.
+        start_at_ratio: begin with scorers that keep tokens at the schedule's ratio, not half of
+            them. Not in the paper.
+        warm_start: steps in which scorers first learn to keep what the teacher's class token
+            attends to. Not in the paper; helps short training.
+        precision: "no" for float32, or "bf16" for mixed bfloat16.
+        compile: compile the training step with torch.compile.
+        checkpoint_steps: also write last.pt every so many steps; 0 for at each epoch's end alone.
+        log_steps: steps between lines of metrics.jsonl.
+        tensorboard: also write TensorBoard events (extra "tensorboard").
+        seed: of data order, augmentation, sampling noise and new weights.
+    """
+
+    data: str
+    output: str
+    model: str = "deit_small_patch16_224"
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    pretrained: bool = True
+    keep_ratio: float | None = 0.7
+    blocks: list[int] | None = None
+    ratios: list[float] | None = None
+    data_dir: str | None = None
+    train_split: str = "train"
+    val_split: str = "val"
+    workers: int = 2
+    skip_unreadable: bool = False
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    crop_scale: list[float] | None = field(default_factory=lambda: [0.08, 1.0])
+    crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+    hflip: float = 0.5
+    color_jitter: float = 0.4
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    random_erasing: float = 0.25
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    label_smoothing: float = 0.1
+    epochs: int = 30
+    batch_size: int = 128
+    lr: float = 1e-3
+    backbone_lr: float = 0.01
+    freeze_epochs: int = 5
+    warmup_epochs: int = 5
+    min_lr: float = 1e-6
+    weight_decay: float = 0.05
+    clip_grad: float | None = None
+    drop_path: float = 0.0
+    ema: float | None = 0.9999
+    cross_entropy_weight: float = 1.0
+    ratio_weight: float = 2.0
+    logit_kl_weight: float = 0.5
+    token_weight: float = 0.5
+    start_at_ratio: bool = False
+    warm_start: int = 0
+    precision: str = "no"
+    compile: bool = False
+    checkpoint_steps: int = 0
+    log_steps: int = 20
+    tensorboard: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_precision(self.precision)
+        if self.blocks is not None or self.ratios is not None:
+            if self.blocks is None or self.ratios is None:
+                raise ValueError(
+                    f"blocks and ratios go together, got {self.blocks} and {self.ratios}"
+                )
+            KeepSchedule(tuple(self.blocks), tuple(self.ratios))
+        elif self.keep_ratio is not None:
+            KeepSchedule.from_keep_ratio(self.keep_ratio, depth=12)
+        for name in ("epochs", "batch_size", "log_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        for name in _NOT_NEGATIVE:
+            value = getattr(self, name)
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be 0 or more, got {value}")
+        for name in ("hflip", "random_erasing", "label_smoothing", "drop_path", "ema"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {value}")
+
+    @property
+    def sparse(self) -> bool:
+        return self.keep_ratio is not None or self.blocks is not None
+
+
+_NOT_NEGATIVE = (
+    *("workers", "lr", "backbone_lr", "freeze_epochs", "warmup_epochs", "min_lr", "weight_decay"),
+    *("clip_grad", "mixup", "cutmix", "color_jitter", "cross_entropy_weight", "ratio_weight"),
+    *("logit_kl_weight", "token_weight", "warm_start", "checkpoint_steps"),
+)
+
+
+@dataclass
+class _Run:
+    """What a training loop holds; `position` is the next step: (epoch, step in the epoch)."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    student: nn.Module
+    teacher: VisionTransformer | None
+    task: nn.Module
+    ema: ModelEmaV3 | None
+    optimizer: Any
+    scheduler: CosineLRScheduler
+    train_loader: DataLoader
+    val_loader: DataLoader
+    mixup: Mixup | None
+    class_names: list[str] | None
+    train_data: ImageData
+    epoch: int = 0
+    step: int = 0
+    best: float = -1.0
+    console: Console = field(default_factory=Console)
+
+    @property
+    def total_step(self) -> int:
+        return self.epoch * len(self.train_loader) + self.step
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output)
+
+
+def train(config: TrainConfig, resume: bool = False) -> Evaluation:
+    """Train a sparse model from a dense one, or a dense model, by `config`.
+
+    Args:
+        config: what to train, on what, how.
+        resume: go on from the last checkpoint in `config.output` (from the start, if the run was
+            stopped before its first one). Without it a folder that holds a run is refused.
+
+    Returns:
+        The evaluation after the last epoch (of the moving average, if there is one).
+
+    Raises:
+        ValueError, FileNotFoundError: naming what is wrong with the config, data or checkpoint.
+    """
+    run = _set_up(config, resume)
+    if config.warm_start and run.total_step == 0 and config.sparse:
+        _warm_start(run)
+    evaluation = _fit(run)
+    if run.train_data.unreadable is not None:
+        run.console.print(f"unreadable images skipped: {run.train_data.unreadable.value}")
+    return evaluation
+
+
+# Setup.
+
+
+def _set_up(config: TrainConfig, resume: bool) -> _Run:
+    output = Path(config.output)
+    if not resume and (output / METRICS).exists():
+        raise ValueError(
+            f"output {output} already holds a run: resume it, or choose another folder"
+        )
+    set_seed(config.seed)
+    accelerator = Accelerator(mixed_precision=config.precision)
+    open_arguments: dict[str, Any] = {
+        "data_dir": config.data_dir,
+        "skip_unreadable": config.skip_unreadable,
+        "batch_size": config.batch_size,
+    }
+    dense = load_model(config.model, config.pretrained, **config.model_kwargs)
+    if isinstance(dense, SparseViT):
+        raise ValueError(f"model must be dense to start from, got the sparse model {config.model}")
+    open_arguments["in_chans"] = dense.in_chans
+    train_data = open_data(config.data, config.train_split, training=True, **open_arguments)
+    val_data = open_data(
+        config.data, config.val_split, class_names=train_data.class_names, **open_arguments
+    )
+    student, teacher = _create_student(config, dense, train_data.class_names)
+    train_loader, val_loader = _create_loaders(
+        config, student, train_data, val_data, accelerator.device
+    )
+    if len(train_loader) == 0:
+        raise ValueError(
+            f"batch_size must not exceed the training split's "
+            f"{len(cast(Any, train_data.dataset))} images, got {config.batch_size}"
+        )
+    task = _create_task(config, student, teacher)
+    batch = config.batch_size * accelerator.num_processes
+    optimizer = AdamW(parameter_groups(student, config, config.lr * batch / 1024))
+    if config.compile:
+        task.compile()
+    student.to(accelerator.device)
+    ema = ModelEmaV3(student, decay=config.ema, use_warmup=True) if config.ema else None
+    task, optimizer, train_loader, val_loader = accelerator.prepare(
+        task, optimizer, train_loader, val_loader
+    )
+    steps = len(train_loader)
+    scheduler = CosineLRScheduler(
+        optimizer,
+        t_initial=config.epochs * steps,
+        lr_min=config.min_lr,
+        warmup_t=min(config.warmup_epochs, config.epochs) * steps,
+        warmup_lr_init=config.min_lr,
+        t_in_epochs=False,
+    )
+    mixup = None
+    if config.mixup or config.cutmix:
+        if config.batch_size % 2:
+            raise ValueError(f"batch_size must be even for Mixup, got {config.batch_size}")
+        mixup = Mixup(
+            mixup_alpha=config.mixup,
+            cutmix_alpha=config.cutmix,
+            label_smoothing=config.label_smoothing,
+            num_classes=student.num_classes,
+        )
+    run = _Run(
+        config=config,
+        accelerator=accelerator,
+        student=student,
+        teacher=teacher,
+        task=task,
+        ema=ema,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        train_loader=train_loader,
+        val_loader=val_loader,
+        mixup=mixup,
+        class_names=train_data.class_names,
+        train_data=train_data,
+    )
+    _apply_learning_rates(run)
+    if resume and (output / LAST).exists():
+        _restore(run)
+    if accelerator.is_main_process:
+        write_text(output / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False))
+        _forget_later_metrics(run)
+    return run
+
+
+def _create_student(
+    config: TrainConfig, dense: Any, class_names: list[str] | None
+) -> tuple[nn.Module, VisionTransformer | None]:
+    """The model to train and, in sparse training, its teacher."""
+    if not config.sparse and class_names is not None and dense.num_classes != len(class_names):
+        dense.reset_classifier(len(class_names))
+    check_classes(class_names, dense, f"the model {config.model}")
+    for name in ("mean", "std"):
+        if getattr(config, name) is not None:
+            dense.pretrained_cfg[name] = tuple(getattr(config, name))
+    if not config.sparse:
+        return dense, None
+    schedule = None
+    if config.blocks is not None and config.ratios is not None:
+        schedule = KeepSchedule(tuple(config.blocks), tuple(config.ratios))
+    sparse = sparsify(dense, None if schedule else config.keep_ratio, schedule=schedule)
+    if config.drop_path:
+        _set_drop_path(sparse.backbone, config.drop_path)
+    if config.start_at_ratio:
+        for scorer, ratio in zip(sparse.scorers, sparse.schedule.step_ratios(), strict=True):
+            cast(Any, scorer).set_keep_prior(ratio)
+    return sparse, cast(VisionTransformer, dense)
+
+
+def _set_drop_path(model: VisionTransformer, rate: float) -> None:
+    """Stochastic depth rising linearly over the blocks, as timm builds it."""
+    rates = np.linspace(0.0, rate, len(model.blocks))
+    for block, block_rate in zip(model.blocks, rates, strict=True):
+        for name in ("drop_path1", "drop_path2"):
+            if hasattr(block, name):
+                setattr(block, name, DropPath(float(block_rate)))
+
+
+def _create_loaders(
+    config: TrainConfig,
+    student: nn.Module,
+    train_data: ImageData,
+    val_data: ImageData,
+    device: torch.device,
+) -> tuple[DataLoader, DataLoader]:
+    shared: dict[str, Any] = {
+        "data_config": resolve_input_data_config(backbone_of(student)),
+        "workers": config.workers,
+        "device": device,
+    }
+    train_loader = create_image_loader(
+        train_data,
+        config.batch_size,
+        training=True,
+        scale=tuple(config.crop_scale or (1.0, 1.0)),
+        ratio=tuple(config.crop_ratio if config.crop_scale else (1.0, 1.0)),
+        hflip=config.hflip,
+        color_jitter=config.color_jitter or None,
+        auto_augment=config.auto_augment,
+        re_prob=config.random_erasing,
+        re_mode="pixel",
+        **shared,
+    )
+    val_loader = create_image_loader(val_data, config.batch_size, training=False, **shared)
+    return train_loader, val_loader
+
+
+def _create_task(
+    config: TrainConfig, student: nn.Module, teacher: VisionTransformer | None
+) -> nn.Module:
+    if teacher is None:
+        return DenseTask(student, config.label_smoothing)
+    weights = LossWeights(
+        cross_entropy=config.cross_entropy_weight,
+        ratio=config.ratio_weight,
+        logit_kl=config.logit_kl_weight,
+        token=config.token_weight,
+    )
+    return SparseTask(cast(SparseViT, student), teacher, weights, config.label_smoothing)
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig, lr: float) -> list[dict[str, Any]]:
+    """AdamW groups at two speeds, each with and without weight decay.
+
+    Args:
+        model: a SparseViT, whose backbone learns at `config.backbone_lr` times `lr`, or a dense
+            model, all of which learns at `lr`.
+        lr: of the scorers.
+    """
+    parts: list[tuple[str, nn.Module, float]]
+    if isinstance(model, SparseViT):
+        parts = [
+            ("scorers", model.scorers, lr),
+            ("backbone", model.backbone, lr * config.backbone_lr),
+        ]
+    else:
+        parts = [("dense", model, lr)]
+    groups = []
+    for name, module, rate in parts:
+        spared: set[str] = getattr(module, "no_weight_decay", set)()
+        for group in param_groups_weight_decay(
+            module, config.weight_decay, no_weight_decay_list=spared
+        ):
+            groups.append({**group, "lr": rate, "name": name})
+    return groups
+
+
+# Fit.
+
+
+def _warm_start(run: _Run) -> None:
+    """Fit the scorers to the teacher's attention for `config.warm_start` steps, at constant lr."""
+    student, config = cast(SparseViT, run.student), run.config
+    task = WarmStartTask(student, cast(VisionTransformer, run.teacher))
+    student.backbone.requires_grad_(False)
+    optimizer = AdamW(student.scorers.parameters(), lr=1e-3, weight_decay=config.weight_decay)
+    task, optimizer = run.accelerator.prepare(task, optimizer)
+    done = 0
+    while done < config.warm_start:
+        for images, targets in run.train_loader:
+            result = task(images, targets)
+            run.accelerator.backward(result["loss"])
+            optimizer.step()
+            optimizer.zero_grad()
+            done += 1
+            if done % config.log_steps == 0 or done == config.warm_start:
+                _log(run, {"kind": "warm_start", "step": done, **_numbers(result)})
+            if done == config.warm_start:
+                break
+    student.backbone.requires_grad_(True)
+    if run.ema is not None:
+        run.ema.set(student)
+
+
+def _fit(run: _Run) -> Evaluation:
+    config, steps = run.config, len(run.train_loader)
+    evaluation: Evaluation | None = None
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+    )
+    show = run.accelerator.is_main_process and run.console.is_terminal
+    with Progress(*columns, console=run.console, disable=not show) as progress:
+        bar = progress.add_task("train", total=config.epochs * steps, status="")
+        while run.epoch < config.epochs:
+            progress.update(bar, description=f"epoch {run.epoch + 1}/{config.epochs}")
+            for line in _epoch(run):
+                progress.update(bar, completed=run.total_step, status=_status(line))
+            evaluation = _validate(run)
+    if evaluation is None:  # the run was complete already
+        evaluation = evaluate_model(_evaluated(run), run.val_loader, run.accelerator)
+    return evaluation
+
+
+def _epoch(run: _Run) -> Any:
+    """Train until the epoch's end; yields a line of numbers every `log_steps` steps."""
+    config, accelerator = run.config, run.accelerator
+    # Data order and augmentation follow from seed and epoch alone, so that a resumed epoch sees
+    # the same batches; the random state in the middle of it comes from the checkpoint.
+    resumed_at, random_state = run.step, _random_state()
+    set_seed(config.seed + 1000 * (run.epoch + 1), device_specific=True)
+    if hasattr(run.train_loader.dataset, "set_epoch"):
+        run.train_loader.dataset.set_epoch(run.epoch)
+    batches = iter(
+        skip_first_batches(run.train_loader, resumed_at) if resumed_at else run.train_loader
+    )
+    if resumed_at:
+        _set_random_state(random_state)
+    run.task.train()
+    last_time, last_step = time.perf_counter(), run.step
+    for images, targets in batches:
+        if run.mixup is not None:
+            images, targets = run.mixup(images, targets)
+        result = run.task(images, targets)
+        accelerator.backward(result["loss"])
+        if config.clip_grad is not None:
+            accelerator.clip_grad_norm_(run.student.parameters(), config.clip_grad)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.step += 1
+        _apply_learning_rates(run)
+        if run.ema is not None:
+            run.ema.update(run.student, step=run.total_step)
+        if run.step % config.log_steps == 0 or run.step == len(run.train_loader):
+            numbers = _numbers(result)
+            now = time.perf_counter()
+            images_seen = (run.step - last_step) * len(images) * accelerator.num_processes
+            line = {
+                "kind": "train",
+                "epoch": run.epoch,
+                "step": run.total_step,
+                **numbers,
+                "lr": {group["name"]: group["lr"] for group in run.optimizer.param_groups},
+                "images_per_second": round(images_seen / (now - last_time), 2),
+            }
+            last_time, last_step = now, run.step
+            _log(run, line)
+            yield line
+        inside = run.step < len(run.train_loader)  # at the end, _validate saves
+        if inside and config.checkpoint_steps and run.total_step % config.checkpoint_steps == 0:
+            _save(run)
+    run.epoch, run.step = run.epoch + 1, 0
+
+
+def _validate(run: _Run) -> Evaluation:
+    """Evaluate at the end of an epoch; save the best model and the checkpoint to go on from."""
+    model = _evaluated(run)
+    evaluation = evaluate_model(model, run.val_loader, run.accelerator)
+    line = {"kind": "validation", "epoch": run.epoch, "step": run.total_step, **asdict(evaluation)}
+    _log(run, line)
+    if run.accelerator.is_main_process:
+        run.console.print(
+            f"epoch {run.epoch}: top-1 {evaluation.top1:.2f}%  top-5 {evaluation.top5:.2f}%  "
+            f"loss {evaluation.loss:.4f}"
+        )
+        if evaluation.top1 > run.best:
+            save_folder(model, run.output / BEST, run.class_names)
+    run.best = max(run.best, evaluation.top1)
+    _save(run)
+    return evaluation
+
+
+def _evaluated(run: _Run) -> nn.Module:
+    return run.ema.module if run.ema is not None else run.student
+
+
+def _apply_learning_rates(run: _Run) -> None:
+    run.scheduler.step_update(run.total_step)
+    if run.epoch < run.config.freeze_epochs:
+        for group in run.optimizer.param_groups:
+            if group["name"] == "backbone":
+                group["lr"] = 0.0
+
+
+# Records.
+
+
+def _numbers(result: dict[str, Tensor]) -> dict[str, Any]:
+    return {k: v.detach().float().tolist() for k, v in result.items() if k != "output"}
+
+
+def _log(run: _Run, line: dict[str, Any]) -> None:
+    if not run.accelerator.is_main_process:
+        return
+    path = run.output / METRICS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    if run.config.tensorboard:
+        _log_to_tensorboard(run, line)
+
+
+def _log_to_tensorboard(run: _Run, line: dict[str, Any]) -> None:
+    writer = _tensorboard_writer(run.output)
+    for key, value in line.items():
+        if key in ("kind", "step", "epoch"):
+            continue
+        named = value.items() if isinstance(value, dict) else [("", value)]
+        if isinstance(value, list | tuple):
+            named = [(str(stage), item) for stage, item in enumerate(value)]
+        for suffix, number in named:
+            tag = "/".join(part for part in (line["kind"], key, suffix) if part)
+            writer.add_scalar(tag, number, line["step"])
+    writer.flush()
+
+
+def _status(line: dict[str, Any]) -> str:
+    parts = [f"{k} {v:.3f}" for k, v in line.items() if k in _SHOWN and isinstance(v, float)]
+    if "kept" in line:
+        parts.append("kept " + " ".join(f"{share:.2f}" for share in line["kept"]))
+    parts.append(f"{line['images_per_second']:.0f} images/s")
+    return "  ".join(parts)
+
+
+_SHOWN = ("loss", "cross_entropy", "ratio", "logit_kl", "token")
+
+
+def _forget_later_metrics(run: _Run) -> None:
+    """Drop lines written after the checkpoint that the run goes on from: they will come again."""
+    path = run.output / METRICS
+    if not path.exists():
+        return
+    kept = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:  # cut off by the kill
+            continue
+        warm = line["kind"] == "warm_start"
+        if (run.total_step > 0) if warm else (line["step"] <= run.total_step):
+            kept.append(text + "\n")
+    write_text(path, "".join(kept))
+
+
+def _save(run: _Run) -> None:
+    """Write everything needed to go on, whole or not at all."""
+    if not run.accelerator.is_main_process:
+        return
+    state = {
+        "format": "dynamicvit training checkpoint 1",
+        "config": asdict(run.config),
+        "epoch": run.epoch,
+        "step": run.step,
+        "best": run.best,
+        "student": run.student.state_dict(),
+        "ema": run.ema.module.state_dict() if run.ema is not None else None,
+        "optimizer": run.optimizer.state_dict(),
+        "random": _random_state(),
+    }
+    write_checkpoint(run.output / LAST, state)
+
+
+def _restore(run: _Run) -> None:
+    path = run.output / LAST
+    state = read_checkpoint(path, "dynamicvit training checkpoint 1")
+    ours, saved = asdict(run.config), state["config"]
+    free = ("output", "epochs", "workers", "checkpoint_steps", "log_steps", "tensorboard")
+    changed = [key for key in ours if key not in free and ours[key] != saved.get(key)]
+    if changed:
+        raise ValueError(
+            f"{path} belongs to a run with another config: "
+            + "; ".join(f"{key} was {saved.get(key)!r}, got {ours[key]!r}" for key in changed)
+        )
+    load_strictly(run.student, state["student"], str(path))
+    if run.ema is not None:
+        load_strictly(run.ema.module, state["ema"], str(path))
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.epoch, run.step, run.best = state["epoch"], state["step"], state["best"]
+    _apply_learning_rates(run)
+    _set_random_state(state["random"])
+
+
+def _random_state() -> dict[str, Any]:
+    """The generators' states in plain types, which a checkpoint may hold safely."""
+    _, keys, position, has_gauss, gauss = cast(Any, np.random.get_state())
+    return {
+        "python": random.getstate(),
+        "numpy": (torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    keys, *rest = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+_writers: dict[Path, Any] = {}
+
+
+def _tensorboard_writer(folder: Path) -> Any:
+    if folder not in _writers:
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 (an extra)
+        except ImportError as error:
+            raise ValueError(
+                "tensorboard needs the extra: pip install 'dynamicvit[tensorboard]'"
+            ) from error
+        _writers[folder] = SummaryWriter(str(folder))
+    return _writers[folder]

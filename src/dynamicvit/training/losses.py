@@ -1,0 +1,98 @@
+"""The paper's four losses as pure functions (arXiv 2106.02034), and their weighted sum.
+
+Axes: B images, N patch tokens, C channels, S stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynamicvit.core.model import SparseOutput
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the four terms; the defaults are the paper's (which uses ratio 5 for DeiT-B)."""
+
+    cross_entropy: float = 1.0
+    ratio: float = 2.0
+    logit_kl: float = 0.5
+    token: float = 0.5
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy; targets are class indices [B] or, after Mixup, probabilities [B, K]."""
+    smoothing = 0.0 if targets.is_floating_point() else label_smoothing  # Mixup smoothes already
+    return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+
+
+def ratio_loss(keep: Sequence[Tensor], ratios: Sequence[float]) -> Tensor:
+    """Squared distance between kept share and target ratio, mean over images and stages.
+
+    Args:
+        keep: for each stage, [B, N] keep mask.
+        ratios: for each stage, the share of tokens that should be kept.
+    """
+    terms = [
+        (ratio - mask.float().mean(dim=1)).square().mean()
+        for mask, ratio in zip(keep, ratios, strict=True)
+    ]
+    return torch.stack(terms).mean()
+
+
+def logit_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL(teacher ‖ student) of the class distributions, mean over images; logits [B, K]."""
+    return F.kl_div(
+        student_logits.float().log_softmax(dim=-1),
+        teacher_logits.float().log_softmax(dim=-1),
+        reduction="batchmean",
+        log_target=True,
+    )
+
+
+def token_mse(student_BNC: Tensor, teacher_BNC: Tensor, keep_BN: Tensor) -> Tensor:
+    """Squared error between tokens after the final norm, mean over kept tokens and channels.
+
+    The keep mask only selects: no gradient flows to it. With nothing kept the loss is 0.
+    """
+    error = (student_BNC.float() - teacher_BNC.float()).square().mean(dim=-1)
+    chosen = (keep_BN.detach() > 0.5).to(error.dtype)
+    return (error * chosen).sum() / chosen.sum().clamp(min=1.0)
+
+
+def distillation_loss(
+    student: SparseOutput,
+    teacher_logits: Tensor,
+    teacher_tokens: Tensor,
+    targets: Tensor,
+    ratios: Sequence[float],
+    weights: LossWeights = LossWeights(),
+    label_smoothing: float = 0.0,
+) -> dict[str, Tensor]:
+    """The training objective with its breakdown.
+
+    Args:
+        student: from `SparseViT.masked`.
+        teacher_logits, teacher_tokens: [B, K] and [B, N, C] of the dense teacher.
+        targets: class indices [B], or probabilities [B, K].
+        ratios: the schedule's ratios.
+        weights: of the terms. A term of weight 0 is still computed, to be looked at.
+        label_smoothing: for class-index targets.
+
+    Returns:
+        Scalars `loss` (the weighted sum), `cross_entropy`, `ratio`, `logit_kl`, `token`
+        (each unweighted).
+    """
+    parts = {
+        "cross_entropy": cross_entropy(student.logits, targets, label_smoothing),
+        "ratio": ratio_loss(student.keep, ratios),
+        "logit_kl": logit_kl(student.logits, teacher_logits),
+        "token": token_mse(student.tokens, teacher_tokens, student.keep[-1]),
+    }
+    weighted = [getattr(weights, name) * value for name, value in parts.items()]
+    return {"loss": torch.stack(weighted).sum(), **parts}

@@ -1,0 +1,180 @@
+"""Training tasks: modules that take a batch and return a dict with `loss` and `output`."""
+
+from __future__ import annotations
+
+from typing import Self, cast
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Attention, VisionTransformer
+from torch import Tensor, nn
+
+from dynamicvit.core.backbone import UnsupportedBackbone
+from dynamicvit.core.model import SparseViT
+from dynamicvit.core.tokens import keep_mask, topk_keep
+from dynamicvit.training.losses import LossWeights, cross_entropy, distillation_loss
+
+
+class DenseTask(nn.Module):
+    """Plain supervised training of a dense model.
+
+    Args:
+        student: the model trained.
+        label_smoothing: for class-index targets.
+    """
+
+    def __init__(self, student: nn.Module, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.student = student
+        self.label_smoothing = label_smoothing
+
+    def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """images [B, C, H, W], targets [B] or [B, K] → loss, output, cross_entropy."""
+        logits = self.student(images)
+        loss = cross_entropy(logits, targets, self.label_smoothing)
+        return {"loss": loss, "output": logits.detach(), "cross_entropy": loss.detach()}
+
+
+class _WithTeacher(nn.Module):
+    """A student and a frozen teacher, which stays in eval mode whatever the task's mode."""
+
+    def __init__(self, student: SparseViT, teacher: VisionTransformer) -> None:
+        super().__init__()
+        if student.num_classes != teacher.num_classes:
+            raise ValueError(
+                f"teacher must have the student's {student.num_classes} classes, "
+                f"got {teacher.num_classes}"
+            )
+        self.student = student
+        self.teacher = teacher.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+
+class SparseTask(_WithTeacher):
+    """The paper's training: masked student, frozen dense teacher, four losses.
+
+    Args:
+        student: the SparseViT trained.
+        teacher: the dense model it came from, or another with tokens of the same shape. Frozen.
+        weights: of the four losses.
+        label_smoothing: for class-index targets.
+    """
+
+    def __init__(
+        self,
+        student: SparseViT,
+        teacher: VisionTransformer,
+        weights: LossWeights = LossWeights(),
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(student, teacher)
+        self.weights = weights
+        self.label_smoothing = label_smoothing
+
+    def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """images [B, C, H, W], targets [B] or [B, K] → loss, output, the four unweighted loss
+        parts, and kept: [S] share of tokens kept at each stage."""
+        with torch.no_grad():
+            features = self.teacher.forward_features(images)
+            teacher_logits = self.teacher.forward_head(features)
+            teacher_tokens = features[:, self.teacher.num_prefix_tokens :]
+        student = self.student.masked(images)
+        losses = distillation_loss(
+            student,
+            teacher_logits,
+            teacher_tokens,
+            targets,
+            self.student.schedule.ratios,
+            self.weights,
+            self.label_smoothing,
+        )
+        result = {name: value.detach() for name, value in losses.items()}
+        kept = torch.stack([keep.detach().mean() for keep in student.keep])
+        return result | {"loss": losses["loss"], "output": student.logits.detach(), "kept": kept}
+
+
+class WarmStartTask(_WithTeacher):
+    """Teach the scorers to keep what the teacher attends to; the backbone does not learn.
+
+    Not in the paper; helps when training is short. A stage's target is the set of its `count`
+    patch tokens that draw most attention in the teacher's blocks from that stage on: attention
+    from the class token or, in a model without one, from all tokens.
+
+    Args:
+        student: the SparseViT whose scorers learn.
+        teacher: the dense model whose attention they learn to foresee. Frozen.
+
+    Raises:
+        UnsupportedBackbone: if the teacher's blocks hold other attention than timm's `Attention`.
+    """
+
+    def __init__(self, student: SparseViT, teacher: VisionTransformer) -> None:
+        super().__init__(student, teacher)
+        for block in teacher.blocks:
+            if type(getattr(block, "attn", None)) is not Attention:
+                raise UnsupportedBackbone(
+                    f"warm_start needs blocks with timm's Attention, got {type(block).__name__}"
+                )
+
+    def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """images [B, C, H, W]; targets are not used → loss, output and kept."""
+        schedule = self.student.schedule
+        with torch.no_grad():
+            received = self._teacher_attention(images)  # [depth, B, N]
+            num_tokens = received.shape[-1]
+            present = torch.ones_like(received[0])
+            decisions = []
+            for block, count in zip(schedule.blocks, schedule.counts(num_tokens), strict=True):
+                # A token that has left must not be wanted again by a later stage.
+                wanted = received[block:].mean(dim=0).masked_fill(present == 0, float("-inf"))
+                present = keep_mask(topk_keep(wanted, count), num_tokens)
+                decisions.append(present)
+        student = self.student.masked(images, decisions)
+        losses = []
+        before = torch.ones_like(present)
+        for score, decision in zip(student.scores, decisions, strict=True):
+            error = F.binary_cross_entropy_with_logits(score.float(), decision, reduction="none")
+            losses.append((error * before).sum() / before.sum())
+            before = decision
+        kept = torch.stack([(score.detach() > 0).float().mean() for score in student.scores])
+        return {
+            "loss": torch.stack(losses).mean(),
+            "output": student.logits.detach(),
+            "kept": kept,
+        }
+
+    def _teacher_attention(self, images: Tensor) -> Tensor:
+        """Attention that each patch token draws in each block of the teacher: [depth, B, N]."""
+        inputs: list[Tensor] = []
+        layers = [cast(Attention, block.attn) for block in self.teacher.blocks]
+        handles = [
+            layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+            for layer in layers
+        ]
+        try:
+            self.teacher.forward_features(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.stack(
+            [
+                _drawn_attention(layer, x, self.teacher.num_prefix_tokens)
+                for layer, x in zip(layers, inputs, strict=True)
+            ]
+        )
+
+
+def _drawn_attention(attn: Attention, x: Tensor, num_prefix: int) -> Tensor:
+    """Mean over heads of the attention from token 0 (from all tokens, if there is no prefix)."""
+    batch, length, _ = x.shape
+    qkv = attn.qkv(x).reshape(batch, length, 3, attn.num_heads, attn.head_dim)
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    if num_prefix:
+        q = q[:, :, :1]
+    weights = ((q.float() * attn.scale) @ k.float().transpose(-2, -1)).softmax(dim=-1)
+    return weights.mean(dim=(1, 2))[:, num_prefix:]
