@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import os
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import timm
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dynamicvit.core.folder import CONFIG, WEIGHTS, load_folder, load_strictly
@@ -50,7 +50,7 @@ def load(folder_or_hub_id: str | os.PathLike[str]) -> nn.Module:
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read a state dict from a safetensors or torch file, without running code from it.
 
-    The weights may lie under `model_ema`, `state_dict_ema`, `model` or `state_dict`, in this order.
+    The weights may lie under `state_dict_ema`, `model_ema`, `state_dict` or `model`, in this order.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -60,14 +60,19 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"no weights file at {path}")
     try:
-        weights = timm.models.load_state_dict(str(path), weights_only=True)
-    except pickle.UnpicklingError as error:
+        if path.suffix == ".safetensors":
+            weights = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # foreign bytes make the readers raise nearly anything
         raise ValueError(
-            f"{path} is damaged, or holds objects that could run code, which are refused; "
-            f"only plain tensors are read"
+            f"{path} is damaged, not a weights file, or holds other objects than tensors, "
+            f"which could run code and are refused"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged or not a weights file: {error}") from error
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(weights, dict) and isinstance(weights.get(key), dict):
+            weights = weights[key]
+            break
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
         raise ValueError(f"{path} holds no state dict")
     return weights
@@ -105,8 +110,8 @@ def from_released(
     if not_tensors:
         raise ValueError(f"{source} must hold tensors alone, got others at {not_tensors[:5]}")
     weights = {_rename(key): value.float() for key, value in released.items()}
-    needed = ["patch_embed.proj.weight", "pos_embed", "cls_token", "head.weight"]
-    needed += ["blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"]
+    needed = {"patch_embed.proj.weight": 4, "pos_embed": 3, "cls_token": 3, "head.weight": 2}
+    needed |= {"blocks.0.attn.qkv.weight": 2, "blocks.0.mlp.fc1.weight": 2}
     missing = [key for key in needed if f"backbone.{key}" not in weights]
     if missing:
         raise ValueError(f"{source} is not a released DeiT-like DynamicViT: it has no {missing}")
@@ -114,20 +119,27 @@ def from_released(
     def shape(key: str) -> torch.Size:
         return weights[f"backbone.{key}"].shape
 
+    for key, axes in needed.items():
+        if len(shape(key)) != axes or 0 in shape(key):
+            raise ValueError(f"{source}: {key} must have {axes} axes, got {tuple(shape(key))}")
+
     width, channels, patch_h, patch_w = shape("patch_embed.proj.weight")
     distilled = "backbone.dist_token" in weights
-    grid = (shape("pos_embed")[1] - 1 - distilled) ** 0.5
-    if grid != int(grid):
+    positions = shape("pos_embed")[1] - 1 - distilled
+    grid = math.isqrt(max(positions, 0))
+    if grid == 0 or grid * grid != positions:
         raise ValueError(f"{source}: pos_embed {tuple(shape('pos_embed'))} is not a square grid")
     depth = 1 + max(
         int(match[1]) for key in weights if (match := re.match(r"backbone\.blocks\.(\d+)\.", key))
     )
     heads = num_heads if num_heads is not None else max(1, width // 64)
-    if width % heads:
+    if not isinstance(heads, int) or isinstance(heads, bool):
+        raise TypeError(f"num_heads must be an integer, got {heads!r}")
+    if heads < 1 or width % heads:
         raise ValueError(f"num_heads must divide the width {width}, got {heads}")
     backbone = timm.create_model(
         f"deit_small_{'distilled_' if distilled else ''}patch16_224",
-        img_size=(int(grid) * patch_h, int(grid) * patch_w),
+        img_size=(grid * patch_h, grid * patch_w),
         patch_size=(patch_h, patch_w),
         in_chans=channels,
         num_classes=shape("head.weight")[0],

@@ -44,7 +44,8 @@ def check_backbone(model: nn.Module) -> None:
         raise refuse("it is not built on timm's VisionTransformer")
     cls = type(model)
     if (
-        cls.forward_features is not VisionTransformer.forward_features
+        cls.forward is not VisionTransformer.forward
+        or cls.forward_features is not VisionTransformer.forward_features
         or cls.pool is not VisionTransformer.pool
         or cls.forward_head not in _HEADS
     ):
@@ -54,8 +55,13 @@ def check_backbone(model: nn.Module) -> None:
     for block in model.blocks:
         if type(block) not in _BLOCKS:
             raise refuse(f"its blocks are {type(block).__name__}")
-    if model.global_pool not in _POOLS:
-        raise refuse(f"its pooling {model.global_pool!r} is not one of {', '.join(_POOLS)}")
+    check_pooling(model.global_pool)
+
+
+def check_pooling(pool: str) -> None:
+    """Raise UnsupportedBackbone unless this way of pooling can leave dropped tokens out."""
+    if pool not in _POOLS:
+        raise UnsupportedBackbone(f"global_pool must be one of {', '.join(_POOLS)}, got {pool!r}")
 
 
 def check_images(model: VisionTransformer, images: Tensor) -> None:
@@ -116,4 +122,5 @@ def head(model: VisionTransformer, x: Tensor, keep_BN: Tensor | None = None) -> 
 
 
 def _masked_max(x_BNC: Tensor, keep_BN: Tensor) -> Tensor:
-    return x_BNC.masked_fill(keep_BN.unsqueeze(-1) < 0.5, float("-inf")).amax(dim=1)
+    largest = x_BNC.masked_fill(keep_BN.unsqueeze(-1) < 0.5, float("-inf")).amax(dim=1)
+    return largest.masked_fill(largest == float("-inf"), 0.0)  # where nothing is kept: no NaN

@@ -20,9 +20,16 @@ def count_gmacs(model: nn.Module, input_size: tuple[int, int, int]) -> float:
     """
     like = next(model.parameters())
     image = torch.zeros(1, *input_size, device=like.device, dtype=like.dtype)
-    training = model.training
-    # Only the plain attention is made of operations that the counter knows on every device.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.eval()(image)
-    model.train(training)
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        # Plain attention is made of operations that the counter knows on every device.
+        with (
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
+            model.eval()(image)
+    finally:
+        for module, training in modes:
+            module.training = training
     return counter.get_total_flops() / 2 / 1e9

@@ -88,9 +88,12 @@ class SparseViT(nn.Module):
             raise ValueError(
                 f"scorers must be one a stage, {len(schedule.blocks)}, got {len(scorers)}"
             )
+        if isinstance(model, VisionTransformerDistilled):
+            model.set_distilled_training(False)  # it would return two logits in train()
         self.backbone = model
-        self.scorers = nn.ModuleList(scorers)
+        self.scorers = nn.ModuleList(scorers).train(model.training)
         self.schedule = schedule
+        self.training = model.training
 
     # The two ways to run it.
 
@@ -280,8 +283,9 @@ class SparseViT(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classification head (and, if given, the pooling)."""
+        if global_pool is not None:
+            adapter.check_pooling(global_pool)
         self.backbone.reset_classifier(num_classes, global_pool)
-        adapter.check_backbone(self.backbone)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.backbone.set_grad_checkpointing(enable)
@@ -340,10 +344,7 @@ def sparsify(
     if schedule is None:
         depth = len(cast(VisionTransformer, model).blocks)
         schedule = KeepSchedule.from_keep_ratio(cast(float, keep_ratio), depth=depth)
-    sparse = SparseViT(copy.deepcopy(model), schedule)
-    if isinstance(sparse.backbone, VisionTransformerDistilled):
-        sparse.backbone.set_distilled_training(False)  # it would return two logits in train()
-    return sparse.train(model.training)
+    return SparseViT(copy.deepcopy(model), schedule)
 
 
 def _check_masked_dtype(x: Tensor) -> None:

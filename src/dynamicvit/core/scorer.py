@@ -73,3 +73,11 @@ class TokenScorer(nn.Module):
         probability = min(probability, 1.0 - 1e-3)
         bias = cast(nn.Linear, self.head[-1]).bias
         bias[0], bias[1] = math.log(probability), math.log1p(-probability)
+
+
+class RandomScorer(nn.Module):
+    """Scores drawn at random: what any learned scorer has to beat."""
+
+    def forward(self, x_BNC: Tensor, keep_BN: Tensor | None = None) -> Tensor:
+        """[B, N, C] tokens → [B, N] uniform noise."""
+        return torch.rand(x_BNC.shape[:2], device=x_BNC.device)

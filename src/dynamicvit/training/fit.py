@@ -69,6 +69,7 @@ class TrainConfig:
         skip_unreadable: skip and count images that cannot be read, instead of stopping.
         mean: normalisation mean a channel; by default the model's.
         std: normalisation standard deviation a channel; by default the model's.
+        crop_pct: in validation, the share of the image's side that is kept; by default the model's.
         crop_scale: random resized crop, range of the area taken; null takes the whole image.
         crop_ratio: random resized crop, range of the aspect ratio.
         hflip: probability of a horizontal flip.
@@ -122,6 +123,7 @@ class TrainConfig:
     skip_unreadable: bool = False
     mean: list[float] | None = None
     std: list[float] | None = None
+    crop_pct: float | None = None
     crop_scale: list[float] | None = field(default_factory=lambda: [0.08, 1.0])
     crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
     hflip: float = 0.5
@@ -172,7 +174,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be 0 or more, got {value}")
-        for name in ("hflip", "random_erasing", "label_smoothing", "drop_path", "ema"):
+        for name in ("hflip", "random_erasing", "label_smoothing", "drop_path", "ema", "crop_pct"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {value}")
@@ -253,6 +255,8 @@ def _set_up(config: TrainConfig, resume: bool) -> _Run:
             f"output {output} already holds a run: resume it, or choose another folder"
         )
     set_seed(config.seed)
+    # Gradients of frozen-out tokens fade into denormals, which x86 computes many times slower.
+    torch.set_flush_denormal(True)
     accelerator = Accelerator(mixed_precision=config.precision)
     open_arguments: dict[str, Any] = {
         "data_dir": config.data_dir,
@@ -278,7 +282,8 @@ def _set_up(config: TrainConfig, resume: bool) -> _Run:
         )
     task = _create_task(config, student, teacher)
     batch = config.batch_size * accelerator.num_processes
-    optimizer = AdamW(parameter_groups(student, config, config.lr * batch / 1024))
+    # fused: one kernel for all parameters, on the CPU too
+    optimizer = AdamW(parameter_groups(student, config, config.lr * batch / 1024), fused=True)
     if config.compile:
         task.compile()
     student.to(accelerator.device)
@@ -339,6 +344,8 @@ def _create_student(
     for name in ("mean", "std"):
         if getattr(config, name) is not None:
             dense.pretrained_cfg[name] = tuple(getattr(config, name))
+    if config.crop_pct is not None:
+        dense.pretrained_cfg["crop_pct"] = config.crop_pct
     if not config.sparse:
         return dense, None
     schedule = None
@@ -439,7 +446,9 @@ def _warm_start(run: _Run) -> None:
     student, config = cast(SparseViT, run.student), run.config
     task = WarmStartTask(student, cast(VisionTransformer, run.teacher))
     student.backbone.requires_grad_(False)
-    optimizer = AdamW(student.scorers.parameters(), lr=1e-3, weight_decay=config.weight_decay)
+    optimizer = AdamW(
+        student.scorers.parameters(), lr=1e-3, weight_decay=config.weight_decay, fused=True
+    )
     task, optimizer = run.accelerator.prepare(task, optimizer)
     done = 0
     while done < config.warm_start:

@@ -17,7 +17,10 @@ from dynamicvit.core.model import SparseOutput
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of the four terms; the defaults are the paper's (which uses ratio 5 for DeiT-B)."""
+    """Weights of the four terms; the defaults are the paper's (which uses ratio 5 for DeiT-B).
+
+    The ratio term, a sum over stages, is also divided by their number.
+    """
 
     cross_entropy: float = 1.0
     ratio: float = 2.0
@@ -32,7 +35,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0)
 
 
 def ratio_loss(keep: Sequence[Tensor], ratios: Sequence[float]) -> Tensor:
-    """Squared distance between kept share and target ratio, mean over images and stages.
+    """Squared distance between kept share and target ratio, mean over images, sum over stages.
 
     Args:
         keep: for each stage, [B, N] keep mask.
@@ -42,7 +45,7 @@ def ratio_loss(keep: Sequence[Tensor], ratios: Sequence[float]) -> Tensor:
         (ratio - mask.float().mean(dim=1)).square().mean()
         for mask, ratio in zip(keep, ratios, strict=True)
     ]
-    return torch.stack(terms).mean()
+    return torch.stack(terms).sum()
 
 
 def logit_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -94,5 +97,10 @@ def distillation_loss(
         "logit_kl": logit_kl(student.logits, teacher_logits),
         "token": token_mse(student.tokens, teacher_tokens, student.keep[-1]),
     }
-    weighted = [getattr(weights, name) * value for name, value in parts.items()]
-    return {"loss": torch.stack(weighted).sum(), **parts}
+    loss = (
+        weights.cross_entropy * parts["cross_entropy"]
+        + weights.ratio / len(ratios) * parts["ratio"]
+        + weights.logit_kl * parts["logit_kl"]
+        + weights.token * parts["token"]
+    )
+    return {"loss": loss, **parts}

@@ -26,6 +26,8 @@ def load_model(name: str, pretrained: bool = True, **model_kwargs: Any) -> Any:
             close = timm.list_models(f"*{name}*")[:3]
             hint = f"; did you mean {', '.join(close)}?" if close else ""
             raise ValueError(f"model must be a folder, a hub id or a timm name, got {name!r}{hint}")
+        if model_kwargs:
+            raise ValueError(f"model_kwargs are for timm names, not for {name}: got {model_kwargs}")
         return load(name)
     try:
         return timm.create_model(name, pretrained=pretrained, **model_kwargs)

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dynamicvit import __version__, cli
+from dynamicvit.training.fit import TrainConfig
+from tests.training.conftest import dense_folder, images  # noqa: F401 (fixtures)
+
+
+def _fail(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a user's mistake gives."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.endswith("\n")
+    assert error.count("\n") == 1, error
+    return error
+
+
+def test_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name in cli.COMMANDS:
+        assert f"  {name} " in text
+    assert cli.main(["--version"]) == 0
+    assert __version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_option_is_explained(name: str) -> None:
+    parser, _ = cli._build_parser(name, cli.COMMANDS[name])
+    for action in parser._actions:
+        assert action.help, f"{name} {action.dest}"
+
+
+def test_train_offers_every_field_of_its_config() -> None:
+    parser, _ = cli._build_parser("train", cli.COMMANDS["train"])
+    options = {action.dest for action in parser._actions}
+    assert {field.name for field in dataclasses.fields(TrainConfig)} <= options
+    assert "resume" in options
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tarin"], "no command 'tarin'; commands are quickstart, train, evaluate"),
+        (["train"], "required: data"),
+        (["train", "--data", "x", "--output", "y", "--epochs", "many"], 'key "epochs"'),
+        (["train", "--data", "x", "--output", "y", "--epochs", "0"], "epochs must be 1 or more"),
+        (["train", "--data", "x", "--output", "y", "--colour", "1"], "colour"),
+        (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["evaluate", "--data", "x"], "required: models"),
+        (["evaluate", "no_such_model", "--data", "x"], "model must be a folder, a hub id or a"),
+        (["evaluate", "./nowhere", "--data", "x"], "no model folder at nowhere"),
+        (["quickstart", "--data", "x"], "data and model go together"),
+    ],
+)
+def test_a_user_s_mistake_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = _fail(arguments, capsys)
+    assert message in error
+    assert "error: " in error
+
+
+def test_an_unreadable_image_in_a_loader_process_is_one_line(
+    images: Path,  # noqa: F811
+    dense_folder: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bad = images / "val" / "dark" / "01.png"
+    bad.write_text("not an image")
+    error = _fail(["evaluate", str(dense_folder), "--data", str(images), "--workers=1"], capsys)
+    assert f"cannot read image {bad}" in error
+
+
+def test_config_file_with_overrides_and_dashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def fake(config: TrainConfig, resume: bool = False) -> None:
+        seen.update(config=config, resume=resume)
+
+    fake.__doc__ = cli.COMMANDS["train"].__doc__
+    monkeypatch.setitem(cli.COMMANDS, "train", fake)
+    fake.__annotations__ = {"config": TrainConfig, "resume": bool}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"data": "a", "output": "b", "epochs": 7, "keep_ratio": 0.9}))
+    cli.main(["train", "--config", str(file), "--keep-ratio", "0.8", "--batch-size=6", "--resume"])
+    expected = TrainConfig(data="a", output="b", epochs=7, keep_ratio=0.8, batch_size=6)
+    assert seen == {"config": expected, "resume": True}
+
+
+def test_evaluate_from_the_command_line(
+    images: Path,  # noqa: F811
+    dense_folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    output = tmp_path / "out" / "results.json"
+    arguments = [str(dense_folder), "--data", str(images), "--workers", "0"]
+    assert cli.main(["evaluate", *arguments, "--output", str(output)]) == 0
+    assert json.loads(output.read_text())[str(dense_folder)]["images"] == 8

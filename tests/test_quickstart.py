@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import dynamicvit
+from dynamicvit.core.folder import save_folder
+from dynamicvit.core.model import SparseViT
+from dynamicvit.quickstart import ASSETS, quickstart, unpack_images
+from tests.conftest import tiny_vit
+from tests.training.conftest import dense_folder, images, write_images  # noqa: F401 (fixtures)
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def test_the_package_carries_images_and_a_model() -> None:
+    assert _size(ASSETS / "images") < 4e6
+    assert _size(ASSETS / "model") < 4e6
+    assert "MIT License" in (ASSETS / "images" / "LICENSE").read_text()
+    model = dynamicvit.load(ASSETS / "model")
+    assert len(model.blocks) == 12
+    assert model.patch_embed.grid_size == (14, 14)
+    assert len(model.pretrained_cfg["label_names"]) == model.num_classes == 10
+
+
+def test_embedded_images_unpack_to_an_image_folder(tmp_path: Path) -> None:
+    folder = unpack_images(tmp_path / "data")
+    for split, count in (("train", 600), ("val", 200)):
+        classes = sorted(path.name for path in (folder / split).iterdir())
+        assert len(classes) == 10
+        assert classes[0] == "0 T-shirt or top"
+        assert [len(list((folder / split / name).iterdir())) for name in classes] == [count] * 10
+    with Image.open(folder / "val" / "7 Sneaker" / "000.png") as image:
+        assert (image.size, image.mode) == ((28, 28), "L")
+    stamp = folder / "val" / "7 Sneaker" / "000.png"
+    before = stamp.stat().st_mtime_ns
+    unpack_images(folder)
+    assert stamp.stat().st_mtime_ns == before, "unpacked again without need"
+
+
+def test_quickstart_on_the_user_s_own_data_and_model(
+    images: Path,  # noqa: F811
+    dense_folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    output = tmp_path / "quickstart"
+    (tmp_path / "quickstart" / "mine").mkdir(parents=True)
+    for _ in range(2):  # it can be run again
+        metrics = quickstart(str(output), str(images), str(dense_folder), batch_size=4)
+    assert json.loads((output / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
+    assert (output / "mine").exists(), "what is not a quickstart's stays"
+    sparse = dynamicvit.load(output / "sparse")
+    assert isinstance(sparse, SparseViT)
+    assert metrics["sparse"]["tokens"] == (16, *sparse.schedule.counts(16))
+    assert metrics["points_lost"] == metrics["dense"]["top1"] - metrics["sparse"]["top1"]
+    assert metrics["gmacs_saved_percent"] > 10
+    assert [speed["batch_size"] for speed in metrics["speed"]] == [1, 8, 32]
+    with Image.open(output / "keep_maps.png") as picture:
+        assert picture.width > 4 * 32
+
+
+def test_quickstart_fits_a_head_first_where_classes_differ(
+    images: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    save_folder(tiny_vit(num_classes=7), tmp_path / "seven")
+    output = tmp_path / "quickstart"
+    metrics = quickstart(str(output), str(images), str(tmp_path / "seven"), batch_size=4)
+    assert metrics["settings"]["model"] == str(output / "dense_train" / "best")
+    assert dynamicvit.load(output / "sparse").num_classes == 2
+
+
+def test_data_and_model_go_together() -> None:
+    with pytest.raises(ValueError, match=r"data and model go together .* model='m'"):
+        quickstart(model="m")

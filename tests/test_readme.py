@@ -1,0 +1,54 @@
+"""README and docs say what was measured, and show commands and code that exist."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from dynamicvit import cli
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+RESULT = json.loads((ROOT / "benchmarks" / "results" / "quickstart.json").read_text())
+
+
+def test_the_quickstart_s_numbers_are_those_of_its_result() -> None:
+    best = max(RESULT["speed"], key=lambda speed: speed["speed_up"])
+    for text in (
+        f"{RESULT['dense']['top1']:.2f}",
+        f"{RESULT['sparse']['top1']:.2f}",
+        f"{RESULT['random_selection']['top1']:.2f}",
+        f"{RESULT['gmacs_saved_percent']:.1f}% fewer",
+        f"{best['speed_up']:.2f}×",
+        f"{RESULT['seconds']:.0f} s",
+        RESULT["environment"]["torch"].split("+")[0],
+    ):
+        assert text in README, text
+
+
+def test_the_quickstart_s_result_holds_what_it_promises() -> None:
+    assert RESULT["points_lost"] <= 1.0
+    assert RESULT["sparse"]["top1"] >= RESULT["random_selection"]["top1"]
+    assert RESULT["gmacs_saved_percent"] >= 31.0
+    assert max(speed["speed_up"] for speed in RESULT["speed"]) >= 1.40
+
+
+def test_the_embedded_model_s_accuracy_is_that_of_its_log() -> None:
+    log = (ROOT / "configs" / "fashion_mnist_dense_2.log.jsonl").read_text().splitlines()
+    last = json.loads(log[-1])
+    assert (last["kind"], last["images"]) == ("validation", 10_000)
+    assert last["top1"] >= 88.0
+    assert f"{last['top1']:.2f}%" in README
+
+
+@pytest.mark.parametrize(
+    "line", re.findall(r"^    (dynamicvit .+)$", README.replace("\\\n", " "), re.MULTILINE)
+)
+def test_commands_parse(line: str) -> None:
+    _, name, *arguments = shlex.split(line, comments=True)
+    parser, _ = cli._build_parser(name, cli.COMMANDS[name])
+    parser.parse_args(arguments)

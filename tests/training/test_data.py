@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dynamicvit.training.data import DataError, create_image_loader, open_data
+from tests.training.conftest import CLASSES, write_images
+
+CONFIG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
+
+
+def _batches(data: Any, workers: int = 0, batch_size: int = 8, **options: Any) -> list[Any]:
+    loader = create_image_loader(
+        data,
+        batch_size,
+        CONFIG,
+        training=False,
+        workers=workers,
+        device=torch.device("cpu"),
+        **options,
+    )
+    return list(loader)
+
+
+@pytest.mark.parametrize("split", ["val", "valid", "validation", "eval", "test"])
+def test_the_validation_folder_may_have_any_usual_name(tmp_path: Path, split: str) -> None:
+    write_images(tmp_path, {"train": 1, split: 3})
+    data = open_data(str(tmp_path), "val")
+    assert data.class_names == list(CLASSES)
+    assert len(data.dataset) == 6
+
+
+def test_loader_gives_normalised_images_and_labels(images: Path) -> None:
+    [(inputs, targets)] = _batches(open_data(str(images), "val"))
+    assert inputs.shape == (8, 3, 32, 32)
+    assert targets.tolist() == [0] * 4 + [1] * 4
+    brightness = inputs.mean(dim=(1, 2, 3))  # 200 and 60 of 255, normalised to ±1
+    torch.testing.assert_close(
+        brightness, 2 * torch.tensor([200.0] * 4 + [60.0] * 4) / 255 - 1, atol=0.05, rtol=0
+    )
+
+
+def test_grey_images_for_a_model_of_one_channel(images: Path) -> None:
+    image, _ = open_data(str(images), "val", in_chans=1).dataset[0]
+    assert image.mode == "L"
+
+
+def test_torchvision_sets_are_read_and_converted(tmp_path: Path) -> None:
+    """The files of Fashion-MNIST, but with three images."""
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    pixels = np.arange(3 * 28 * 28).astype(np.uint8)
+    for part in ("train", "t10k"):
+        header = struct.pack(">IIII", 0x803, 3, 28, 28)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, 3) + b"\0\1\2")
+    data = open_data("torch/fashion_mnist", "val", data_dir=str(tmp_path), in_chans=3)
+    image, label = data.dataset[2]
+    assert (image.mode, label) == ("RGB", 2)
+    assert data.class_names is not None
+    assert data.class_names[0] == "T-shirt/top"
+
+
+def _missing_split(root: Path) -> None:
+    (root / "train").rename(root / "other")
+
+
+def _empty_class(root: Path) -> None:
+    (root / "train" / "empty").mkdir()
+
+
+def _no_classes(root: Path) -> None:
+    for folder in (root / "train").iterdir():
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+
+
+def _no_images(root: Path) -> None:
+    for file in (root / "train").glob("*/*"):
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_missing_split, r"images has no folder 'train'; it has \['other', 'val'\]"),
+        (_empty_class, "class 'empty' in .*train has no images"),
+        (_no_classes, "train has no class folders"),
+        (_no_images, "Found 0 images in subfolders of .*train"),
+    ],
+)
+def test_a_folder_that_is_not_a_data_set_is_refused(
+    images: Path, damage: Any, message: str
+) -> None:
+    damage(images)
+    with pytest.raises(DataError, match=message):
+        open_data(str(images), "train")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"data": "nowhere"}, "no data folder at nowhere"),
+        ({"data": "torch/fashion_mnist", "data_dir": "nowhere"}, "cannot open 'torch/fashion_mn"),
+        ({"data": "torch/no_such_set"}, "cannot open 'torch/no_such_set'"),
+        ({"data": "nowhere", "in_chans": 7}, "in_chans must be 1, 3 or 4 to open image.*, got 7"),
+    ],
+)
+def test_data_that_is_not_there_is_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        open_data(**arguments)
+
+
+def test_other_classes_than_expected_are_named(images: Path) -> None:
+    with pytest.raises(DataError, match=r"missing \['cat'\], unexpected \['dark'\]"):
+        open_data(str(images), "val", class_names=["bright", "cat"])
+    with pytest.raises(DataError, match=r"got the order \['bright', 'dark'\], expected \['dark'"):
+        open_data(str(images), "val", class_names=["dark", "bright"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_named(images: Path, workers: int) -> None:
+    bad = images / "val" / "dark" / "01.png"
+    bad.write_text("not an image")
+    with pytest.raises(DataError, match=f"cannot read image {bad}"):
+        _batches(open_data(str(images), "val"), workers)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_images_are_replaced_and_counted_on_request(images: Path, workers: int) -> None:
+    (images / "val" / "dark" / "01.png").write_text("not an image")
+    good = (images / "val" / "bright" / "00.png").read_bytes()
+    (images / "val" / "bright" / "02.png").write_bytes(good[: len(good) // 2])
+    data = open_data(str(images), "val", skip_unreadable=True)
+    batches = _batches(data, workers, batch_size=3)
+    assert sum(len(targets) for _, targets in batches) == 8
+    assert data.unreadable.value == 2
+
+
+def test_a_data_set_without_a_readable_image_ends(images: Path) -> None:
+    for file in images.glob("val/*/*"):
+        file.write_text("not an image")
+    with pytest.raises(DataError, match="no image of the data set can be read"):
+        _batches(open_data(str(images), "val", skip_unreadable=True))
+
+
+def test_palette_and_alpha_images_are_converted(images: Path) -> None:
+    file = images / "val" / "bright" / "00.png"
+    with Image.open(file) as image:
+        image.convert("RGBA").quantize(16).save(file)
+    image, _ = open_data(str(images), "val").dataset[0]
+    assert image.mode == "RGB"

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+import dynamicvit
+from dynamicvit.core.model import sparsify
+from dynamicvit.training.data import DataError
+from dynamicvit.training.evaluate import evaluate, evaluate_model
+from tests.conftest import tiny_vit
+
+
+def _loader(model: torch.nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    inputs = torch.randn(10, 3, 32, 32)
+    with torch.no_grad():
+        ranked = model(inputs).argsort(dim=-1, descending=True)
+    # The right class is the model's first choice 4 times, its second 3 times, its last 3 times.
+    place = torch.tensor([0] * 4 + [1] * 3 + [6] * 3)
+    targets = ranked.gather(1, place.unsqueeze(1)).squeeze(1)
+    return [(inputs[:6], targets[:6]), (inputs[6:], targets[6:])]
+
+
+def test_every_image_is_counted_once_in_its_place() -> None:
+    model = sparsify(tiny_vit(num_classes=7), 0.7)
+    loader = _loader(model)
+    result = evaluate_model(model.train(), loader, Accelerator(cpu=True))
+    assert (result.top1, result.top5, result.images) == (40.0, 70.0, 10)
+    logits = model.eval()(torch.cat([inputs for inputs, _ in loader]))
+    targets = torch.cat([targets for _, targets in loader])
+    assert result.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item())
+    assert result.tokens == (16, 11, 7, 5)
+    assert result.gmacs == pytest.approx(dynamicvit.count_gmacs(model, (3, 32, 32)))
+
+
+def test_the_mode_is_restored_and_no_image_is_an_error() -> None:
+    model = tiny_vit().train()
+    evaluate_model(model, [(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))])
+    assert model.training
+    with pytest.raises(DataError, match="gave no images"):
+        evaluate_model(model, [])
+
+
+def test_evaluate_compares_models_and_writes_json(
+    images: Path, dense_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sparse = tmp_path / "sparse"
+    sparsify(dynamicvit.load(dense_folder), 0.7).save_pretrained(sparse)
+    (images / "val" / "dark" / "00.png").write_text("not an image")
+    results = evaluate(
+        [str(dense_folder), str(sparse)],
+        str(images),
+        workers=0,
+        skip_unreadable=True,
+        output=str(tmp_path / "results.json"),
+    )
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert results[str(dense_folder)]["tokens"] == (16,)
+    assert results[str(sparse)]["gmacs"] < results[str(dense_folder)]["gmacs"]
+    assert results[str(sparse)]["unreadable"] == 1
+    assert "GMACs" in capsys.readouterr().out
+
+
+def test_evaluate_names_what_is_wrong(images: Path, dense_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="models must name at least one model, got none"):
+        evaluate([], str(images))
+    with pytest.raises(ValueError, match="precision must be"):
+        evaluate([str(dense_folder)], str(images), precision="fp8")
+    with pytest.raises(FileNotFoundError, match="no model folder at"):
+        evaluate([str(tmp_path / "nowhere")], str(images))
+    (images / "val" / "dark").rename(images / "val" / "dim")
+    with pytest.raises(ValueError, match="no data folder at nowhere"):
+        evaluate([str(dense_folder)], "nowhere")

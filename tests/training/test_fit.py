@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import dynamicvit
+from dynamicvit.core.model import SparseViT, sparsify
+from dynamicvit.training.fit import (
+    BEST,
+    CONFIG,
+    LAST,
+    METRICS,
+    TrainConfig,
+    parameter_groups,
+    train,
+)
+from tests.conftest import tiny_vit
+
+
+def _lines(output: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(output) / METRICS).read_text().splitlines()]
+
+
+def test_a_run_writes_model_metrics_config_and_checkpoint(options: dict[str, Any]) -> None:
+    evaluation = train(TrainConfig(**options, tensorboard=True))
+    output = Path(options["output"])
+    lines = _lines(options["output"])
+    assert [line["kind"] for line in lines] == (["train"] * 4 + ["validation"]) * 2
+    first = lines[0]
+    assert {"loss", "cross_entropy", "ratio", "logit_kl", "token", "lr"} <= first.keys()
+    assert len(first["kept"]) == 3
+    assert lines[-1]["top1"] == evaluation.top1
+    assert lines[-1]["tokens"] == [16, 11, 7, 5]
+    model = dynamicvit.load(output / BEST)
+    assert isinstance(model, SparseViT)
+    assert model.pretrained_cfg["label_names"] == ["bright", "dark"]
+    assert TrainConfig(**yaml.safe_load((output / CONFIG).read_text())) == TrainConfig(
+        **options, tensorboard=True
+    )
+    assert list(output.glob("events.out.tfevents.*"))
+    assert not list(output.glob(".*")), "temporary files were left"
+
+
+def test_dense_training_learns_and_gets_the_data_s_head(options: dict[str, Any]) -> None:
+    options |= {"model": "vit_tiny_patch16_224", "pretrained": False, "epochs": 6, "lr": 0.5}
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    evaluation = train(
+        TrainConfig(**options, model_kwargs=shape, keep_ratio=None, mixup=0, cutmix=0, ema=None)
+    )
+    assert evaluation.top1 == 100.0, "bright and dark are easily told apart"
+    model = dynamicvit.load(Path(options["output"]) / BEST)
+    assert model.num_classes == 2
+
+
+def test_frozen_epochs_train_the_scorers_alone(options: dict[str, Any]) -> None:
+    train(TrainConfig(**options | {"freeze_epochs": 2, "ema": None}))
+    dense = dynamicvit.load(options["model"])
+    trained = dynamicvit.load(Path(options["output"]) / BEST)
+    for name, value in trained.backbone.state_dict().items():
+        assert torch.equal(value, dense.state_dict()[name]), name
+    assert _lines(options["output"])[0]["lr"]["backbone"] == 0.0
+
+
+def test_start_at_ratio_and_warm_start(options: dict[str, Any]) -> None:
+    options |= {"epochs": 1, "start_at_ratio": True, "warm_start": 3, "keep_ratio": 0.9}
+    train(TrainConfig(**options))
+    lines = _lines(options["output"])
+    assert [line["kind"] for line in lines[:4]] == ["warm_start"] * 3 + ["train"]
+    assert lines[3]["kept"][0] > 0.7, "0.5 is where scorers start otherwise"
+
+
+def test_parameter_groups_have_two_speeds_and_spare_norms_and_biases() -> None:
+    config = TrainConfig(data="", output="", backbone_lr=0.01, weight_decay=0.05)
+    sparse = sparsify(tiny_vit(), 0.7)
+    groups = parameter_groups(sparse, config, lr=1e-3)
+    assert {(g["name"], g["lr"]) for g in groups} == {("scorers", 1e-3), ("backbone", 1e-5)}
+    decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
+    everything = [p for g in groups for p in g["params"]]
+    assert len(everything) == len(list(sparse.parameters()))
+    for name, parameter in sparse.named_parameters():
+        spared = parameter.ndim < 2 or name in sparse.no_weight_decay()
+        assert (id(parameter) not in decayed) == spared, name
+
+
+def test_a_run_resumes_after_sigkill_as_if_never_stopped(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Killed in the middle of an epoch, it goes on from the last checkpoint to the same weights."""
+    options |= {"epochs": 3, "checkpoint_steps": 3, "random_erasing": 0.5}
+    straight = options | {"output": str(tmp_path / "straight")}
+    train(TrainConfig(**straight))
+
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(options))
+    command = [sys.executable, "-m", "dynamicvit.cli", "train", "--config", str(config)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment)
+    metrics = Path(options["output"]) / METRICS
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 4):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (Path(options["output"]) / LAST).exists()
+    with metrics.open("a") as file:
+        file.write('{"kind": "tra')  # as a kill in the middle of a line leaves it
+
+    train(TrainConfig(**options), resume=True)
+    ours, theirs = (
+        torch.load(Path(run["output"]) / LAST, weights_only=True) for run in (options, straight)
+    )
+    assert ours["epoch"] == 3
+    for part in ("student", "ema"):
+        for name, value in theirs[part].items():
+            assert torch.equal(ours[part][name], value), (part, name)
+    pairs = zip(_lines(options["output"]), _lines(straight["output"]), strict=True)
+    for line, expected in pairs:
+        assert line["step"] == expected["step"]
+        if line["kind"] == "train":
+            assert line["loss"] == expected["loss"]
+
+
+def test_resume_of_a_finished_run_evaluates_it(options: dict[str, Any]) -> None:
+    first = train(TrainConfig(**options))
+    again = train(TrainConfig(**options), resume=True)
+    assert (first.top1, first.loss) == (again.top1, again.loss)
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def _foreign(path: Path) -> None:
+    torch.save({"model": {}}, path)
+
+
+def _payload(path: Path) -> None:
+    torch.save({"format": os.system}, path)
+
+
+def _other_weights(path: Path) -> None:
+    state = torch.load(path, weights_only=True)
+    state["student"].pop("backbone.cls_token")
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_truncate, r"last\.pt is damaged or not a checkpoint"),
+        (_foreign, r"last\.pt is not a dynamicvit training checkpoint 1"),
+        (_payload, r"last\.pt is damaged or not a checkpoint"),
+        (_other_weights, r"last\.pt does not fit the model: missing backbone\.cls_token"),
+    ],
+)
+def test_a_bad_checkpoint_is_refused(options: dict[str, Any], damage: Any, message: str) -> None:
+    train(TrainConfig(**options | {"epochs": 1}))
+    damage(Path(options["output"]) / LAST)
+    with pytest.raises(ValueError, match=message):
+        train(TrainConfig(**options), resume=True)
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_as_another(options: dict[str, Any]) -> None:
+    train(TrainConfig(**options | {"epochs": 1}))
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(TrainConfig(**options))
+    with pytest.raises(ValueError, match=r"another config: keep_ratio was 0\.7, got 0\.5"):
+        train(TrainConfig(**options | {"keep_ratio": 0.5}), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep_ratio": 0}, r"keep_ratio must lie in \(0, 1\], got 0"),
+        ({"keep_ratio": 1.5}, "keep_ratio must lie in"),
+        ({"blocks": [1, 2]}, "blocks and ratios go together"),
+        ({"blocks": [1], "ratios": [0.5, 0.4]}, "must have the same length"),
+        ({"epochs": 0}, "epochs must be 1 or more, got 0"),
+        ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
+        ({"lr": -1.0}, r"lr must be 0 or more, got -1\.0"),
+        ({"weight_decay": float("nan")}, "weight_decay must be 0 or more, got nan"),
+        ({"ema": 1.5}, r"ema must lie in \[0, 1\], got 1\.5"),
+        ({"hflip": -0.5}, "hflip must lie in"),
+        ({"precision": "fp16"}, "precision must be 'no' .* got 'fp16'"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(data="", output="", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 64}, "batch_size must not exceed the training split's 16 images, got 64"),
+        ({"batch_size": 3}, "batch_size must be even for Mixup, got 3"),
+        ({"model": "no_such_model"}, "model must be a folder, a hub id or a timm name"),
+        ({"model": "vit_tiny_patch16"}, "did you mean vit_tiny_patch16_"),
+        ({"data": "nowhere"}, "no data folder at nowhere"),
+        ({"model_kwargs": {"depth": 3}}, "model_kwargs are for timm names"),
+        ({"blocks": [99], "ratios": [0.5]}, "below the backbone's depth of 4"),
+    ],
+)
+def test_a_run_that_cannot_start_says_why(
+    options: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(TrainConfig(**options | changes))
+    assert not Path(options["output"]).exists()
+
+
+def test_a_class_count_that_does_not_match_is_named(options: dict[str, Any]) -> None:
+    from dynamicvit.core.folder import save_folder
+
+    save_folder(tiny_vit(num_classes=5), options["model"])
+    with pytest.raises(ValueError, match=r"the data has 2 classes, the model .*dense has 5"):
+        train(TrainConfig(**options))
+
+
+def test_a_sparse_model_is_not_made_sparse_again(options: dict[str, Any], tmp_path: Path) -> None:
+    sparsify(dynamicvit.load(options["model"]), 0.7).save_pretrained(tmp_path / "sparse")
+    with pytest.raises(ValueError, match="model must be dense to start from"):
+        train(TrainConfig(**options | {"model": str(tmp_path / "sparse")}))

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dynamicvit import SparseOutput
+from dynamicvit.training.losses import (
+    LossWeights,
+    cross_entropy,
+    distillation_loss,
+    logit_kl,
+    ratio_loss,
+    token_mse,
+)
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def _student(keep: Tensor, classes: int = 5) -> SparseOutput:
+    batch, num_tokens = keep.shape
+    return SparseOutput(
+        logits=torch.randn(batch, classes),
+        tokens=torch.randn(batch, num_tokens, 4),
+        keep=(torch.ones_like(keep), keep),
+        scores=(torch.zeros_like(keep),) * 2,
+    )
+
+
+def test_ratio_loss_by_hand() -> None:
+    half = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0]])
+    quarter = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    assert ratio_loss([half], [0.5]).item() == 0.0
+    # stage 2: mean of (0.5 - 0.25)² and (0.5 - 0)²; then the sum over stages
+    expected = 0.0 + (0.25**2 + 0.5**2) / 2
+    assert ratio_loss([half, quarter], [0.5, 0.5]).item() == pytest.approx(expected)
+    with pytest.raises(ValueError, match="shorter"):
+        ratio_loss([half, quarter], [0.5])
+
+
+def test_ratio_loss_pushes_towards_the_ratio() -> None:
+    keep = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]], requires_grad=True)
+    ratio_loss([keep], [0.5]).backward()
+    assert keep.grad is not None
+    assert (keep.grad[0] < 0).all(), "too few are kept: more would lower the loss"
+    assert (keep.grad[1] > 0).all(), "too many are kept"
+
+
+def test_cross_entropy_takes_classes_and_probabilities() -> None:
+    logits, labels = torch.tensor([[2.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1])
+    by_hand = (math.log1p(math.exp(-2.0)) + math.log(2.0)) / 2
+    assert cross_entropy(logits, labels).item() == pytest.approx(by_hand)
+    probabilities = F.one_hot(labels, 2).float()
+    assert cross_entropy(logits, probabilities).item() == pytest.approx(by_hand)
+    smoothed = cross_entropy(logits, labels, label_smoothing=0.1)
+    assert smoothed.item() == pytest.approx(by_hand + 0.05 * 2.0 / 2)
+    # mixed targets are smoothed where they are mixed, not twice
+    assert torch.equal(
+        cross_entropy(logits, probabilities, label_smoothing=0.1),
+        cross_entropy(logits, probabilities),
+    )
+
+
+@given(SEEDS)
+def test_logit_kl_is_the_divergence_of_the_student_from_the_teacher(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = torch.randn(2, 3, 5, generator=generator)
+    p, q = teacher.softmax(dim=-1), student.softmax(dim=-1)
+    by_hand = (p * (p / q).log()).sum() / len(p)
+    torch.testing.assert_close(logit_kl(student, teacher), by_hand, atol=1e-5, rtol=1e-5)
+    assert logit_kl(teacher, teacher).item() == pytest.approx(0.0, abs=1e-6)
+
+
+@given(SEEDS)
+def test_token_loss_sees_kept_tokens_alone(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = torch.randn(2, 3, 6, 4, generator=generator)
+    keep = (torch.rand(3, 6, generator=generator) > 0.4).float()
+    keep[0, 0] = 1.0
+    chosen = keep > 0.5
+    by_hand = F.mse_loss(student[chosen], teacher[chosen])
+    torch.testing.assert_close(token_mse(student, teacher, keep), by_hand)
+    elsewhere = torch.where(chosen[..., None], student, 1e3)
+    torch.testing.assert_close(token_mse(elsewhere, teacher, keep), by_hand)
+
+
+def test_token_loss_only_selects_with_the_mask() -> None:
+    keep = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    tokens = torch.randn(1, 2, 4, requires_grad=True)
+    token_mse(tokens, torch.zeros(1, 2, 4), keep).backward()
+    assert keep.grad is None
+    assert tokens.grad is not None
+    assert (tokens.grad[0, 0] != 0).all()
+    assert (tokens.grad[0, 1] == 0).all()
+    assert token_mse(tokens, torch.zeros(1, 2, 4), torch.zeros(1, 2)).item() == 0.0
+
+
+def test_the_objective_is_the_weighted_sum_of_its_parts() -> None:
+    keep = (torch.rand(3, 6) > 0.4).float()
+    student = _student(keep)
+    teacher_logits, teacher_tokens = torch.randn(3, 5), torch.randn(3, 6, 4)
+    labels, ratios = torch.tensor([0, 3, 4]), (0.9, 0.5)
+    weights = LossWeights(cross_entropy=0.3, ratio=5.0, logit_kl=0.0, token=0.7)
+    losses = distillation_loss(
+        student, teacher_logits, teacher_tokens, labels, ratios, weights, label_smoothing=0.1
+    )
+    parts = {
+        "cross_entropy": cross_entropy(student.logits, labels, 0.1),
+        "ratio": ratio_loss(student.keep, ratios),
+        "logit_kl": logit_kl(student.logits, teacher_logits),
+        "token": token_mse(student.tokens, teacher_tokens, keep),
+    }
+    for name, value in parts.items():  # a term of weight 0 is still there to be looked at
+        assert losses[name].item() == pytest.approx(value.item())
+    total = 0.3 * parts["cross_entropy"] + 5.0 / 2 * parts["ratio"] + 0.7 * parts["token"]
+    assert losses["loss"].item() == pytest.approx(total.item())
+    assert LossWeights() == LossWeights(cross_entropy=1.0, ratio=2.0, logit_kl=0.5, token=0.5)
+
+
+def test_losses_are_computed_in_float32() -> None:
+    student = _student(torch.ones(2, 6))
+    half = SparseOutput(student.logits.bfloat16(), student.tokens.bfloat16(), *student[2:])
+    losses = distillation_loss(
+        half,
+        torch.randn(2, 5).bfloat16(),
+        torch.randn(2, 6, 4).bfloat16(),
+        torch.tensor([0, 1]),
+        (0.9, 0.5),
+    )
+    assert {value.dtype for value in losses.values()} == {torch.float32}

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dynamicvit.core.model import SparseViT, sparsify
+from dynamicvit.training.task import DenseTask, SparseTask, WarmStartTask
+from tests.conftest import tiny_vit
+
+IMAGES, LABELS = (
+    torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(3)),
+    torch.arange(4),
+)
+
+
+def _sparse_task() -> SparseTask:
+    return SparseTask(sparsify(tiny_vit().train(), 0.7), tiny_vit()).train()
+
+
+def test_sparse_task_returns_loss_output_and_parts() -> None:
+    result = _sparse_task()(IMAGES, LABELS)
+    assert result["output"].shape == (4, 5)
+    assert result["kept"].shape == (3,)
+    parts = {"cross_entropy": 1.0, "ratio": 2.0 / 3, "logit_kl": 0.5, "token": 0.5}
+    total = sum(weight * result[name] for name, weight in parts.items())
+    torch.testing.assert_close(result["loss"].detach(), total)
+    assert [name for name, value in result.items() if value.requires_grad] == ["loss"]
+
+
+def test_gradients_reach_scorers_and_backbone_but_not_the_teacher() -> None:
+    task = _sparse_task()
+    task(IMAGES, LABELS)["loss"].backward()
+    for name, parameter in task.student.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+    assert all(parameter.grad is None for parameter in task.teacher.parameters())
+
+
+def test_the_teacher_stays_frozen_in_eval_mode() -> None:
+    task = _sparse_task().train()
+    assert task.student.training
+    assert not any(module.training for module in task.teacher.modules())
+    assert not any(parameter.requires_grad for parameter in task.teacher.parameters())
+
+
+def test_a_teacher_of_other_classes_is_refused() -> None:
+    with pytest.raises(ValueError, match="teacher must have the student's 5 classes, got 7"):
+        SparseTask(sparsify(tiny_vit(), 0.7), tiny_vit(num_classes=7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_is_finite_under_autocast(dtype: torch.dtype) -> None:
+    task = _sparse_task()
+    with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+        loss = task(IMAGES, LABELS)["loss"]
+    loss.backward()
+    assert loss.dtype == torch.float32
+    grads = [p.grad for p in task.student.parameters() if p.grad is not None]
+    assert grads
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_a_training_step_compiles_whole_and_agrees() -> None:
+    task = _sparse_task()
+    compiled = torch.compile(task, fullgraph=True, backend="aot_eager")
+    losses = []
+    for run in (task, compiled):
+        torch.manual_seed(0)
+        task.zero_grad()
+        result = run(IMAGES, LABELS)
+        result["loss"].backward()
+        losses.append((result["loss"].item(), task.student.scorers[0].embed.weight.grad.clone()))
+    assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-5)
+    torch.testing.assert_close(losses[0][1], losses[1][1], atol=1e-5, rtol=1e-4)
+
+
+def test_dense_task_is_cross_entropy() -> None:
+    model = tiny_vit()
+    result = DenseTask(model, label_smoothing=0.1)(IMAGES, LABELS)
+    expected = torch.nn.functional.cross_entropy(model(IMAGES), LABELS, label_smoothing=0.1)
+    torch.testing.assert_close(result["loss"], expected)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_warm_start_teaches_scorers_to_keep_what_the_teacher_attends_to(pool: str) -> None:
+    options = {"global_pool": pool, "class_token": pool == "token"}
+    student: SparseViT = sparsify(tiny_vit(**options), 0.5)
+    student.backbone.requires_grad_(False)
+    task = WarmStartTask(student, tiny_vit(**options))
+    optimizer = torch.optim.AdamW(student.scorers.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        result = task(IMAGES, LABELS)
+        result["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(result["loss"].item())
+    assert losses[-1] < 0.5 * losses[0]
