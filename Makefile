@@ -2,10 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint fix
+.PHONY: demo results test lint fix
 
 demo: .venv/installed  ## install, then make a dense model fast, on real images, without a network
 	$(BIN)/dynamicvit quickstart
+
+results: demo  ## the quickstart's numbers and picture, as README shows them
+	cp quickstart/metrics.json benchmarks/results/quickstart.json
+	cp quickstart/keep_maps.png docs/keep_maps.png
 
 test: lint  ## lint, types, tests
 	$(BIN)/python -m pytest

@@ -60,10 +60,11 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"no weights file at {path}")
     try:
-        if path.suffix == ".safetensors":
-            weights = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights: Any = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except Exception as error:  # foreign bytes make the readers raise nearly anything
         raise ValueError(
             f"{path} is damaged, not a weights file, or holds other objects than tensors, "

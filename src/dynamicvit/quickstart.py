@@ -76,6 +76,7 @@ def quickstart(
             f"data and model go together (or neither, for the embedded ones), "
             f"got data={data!r}, model={model!r}"
         )
+    given = data is not None
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("train", "dense_train"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -127,7 +128,7 @@ def quickstart(
     _draw(sparse.cpu().eval(), images, loader, folder / "keep_maps.png")
 
     best = max(speeds, key=lambda speed: speed.speed_up)
-    metrics = {
+    metrics: dict[str, Any] = {
         "dense": asdict(results["dense"]),
         "sparse": asdict(results["sparse"]),
         "random_selection": asdict(results["random selection"]),
@@ -135,7 +136,11 @@ def quickstart(
         "gmacs_saved_percent": 100 * (1 - results["sparse"].gmacs / results["dense"].gmacs),
         "speed": [asdict(speed) for speed in speeds],
         "best_speed_up": best.speed_up,
-        "settings": {"model": model, "data": data, "train": asdict(config)},
+        "settings": {
+            "model": model if given else "embedded",
+            "data": data if given else "embedded",
+            "train": {k: v for k, v in asdict(config).items() if k not in _PLACES},
+        },
         "environment": environment(),
         "seconds": round(time.perf_counter() - started, 1),
     }
@@ -144,15 +149,17 @@ def quickstart(
     _print_speeds(console, speeds)
     console.print(
         f"[bold]{metrics['gmacs_saved_percent']:.1f}% fewer GMACs, {best.speed_up:.2f}× the "
-        f"throughput (batch {best.batch_size}), {metrics['points_lost']:+.2f} points lost[/] "
+        f"throughput (batch {best.batch_size}), top-1 {-metrics['points_lost']:+.2f} points[/] "
         f"(random selection: "
-        f"{results['dense'].top1 - results['random selection'].top1:+.2f})\n"
+        f"{results['random selection'].top1 - results['dense'].top1:+.2f})\n"
         f"used beside the paper's recipe: start_at_ratio, warm_start for {config.warm_start} "
         f"steps; {metrics['seconds']:.0f} s in all\n"
         f"the model is in {folder / 'sparse'}, pictures in {folder / 'keep_maps.png'}"
     )
     return metrics
 
+
+_PLACES = ("data", "data_dir", "model", "output")
 
 # What differs from the paper's recipe, because the fine-tuning is short and images may be small.
 RECIPE: dict[str, Any] = {

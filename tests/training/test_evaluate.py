@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,11 @@ from dynamicvit.training.evaluate import evaluate, evaluate_model
 from tests.conftest import tiny_vit
 
 
-def _loader(model: torch.nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _batches(*batches: Any) -> Any:
+    return list(batches)
+
+
+def _loader(model: torch.nn.Module) -> Any:
     inputs = torch.randn(10, 3, 32, 32)
     with torch.no_grad():
         ranked = model(inputs).argsort(dim=-1, descending=True)
@@ -38,10 +43,10 @@ def test_every_image_is_counted_once_in_its_place() -> None:
 
 def test_the_mode_is_restored_and_no_image_is_an_error() -> None:
     model = tiny_vit().train()
-    evaluate_model(model, [(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))])
+    evaluate_model(model, _batches((torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))))
     assert model.training
     with pytest.raises(DataError, match="gave no images"):
-        evaluate_model(model, [])
+        evaluate_model(model, _batches())
 
 
 def test_evaluate_compares_models_and_writes_json(

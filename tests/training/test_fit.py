@@ -66,6 +66,7 @@ def test_frozen_epochs_train_the_scorers_alone(options: dict[str, Any]) -> None:
     train(TrainConfig(**options | {"freeze_epochs": 2, "ema": None}))
     dense = dynamicvit.load(options["model"])
     trained = dynamicvit.load(Path(options["output"]) / BEST)
+    assert isinstance(trained, SparseViT)
     for name, value in trained.backbone.state_dict().items():
         assert torch.equal(value, dense.state_dict()[name]), name
     assert _lines(options["output"])[0]["lr"]["backbone"] == 0.0

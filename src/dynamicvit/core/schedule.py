@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, cast
 
 
 @dataclass(frozen=True)
@@ -118,5 +118,5 @@ def _as_tuple(name: str, values: object, kind: type, what: str) -> tuple:
 def _check_ratio(name: str, ratio: Any) -> None:
     if not isinstance(ratio, Real) or isinstance(ratio, bool):
         raise TypeError(f"{name} must be a number in (0, 1], got {ratio!r}")
-    if not 0.0 < ratio <= 1.0:  # also refuses NaN
+    if not 0 < cast(float, ratio) <= 1:  # also refuses NaN
         raise ValueError(f"{name} must lie in (0, 1], got {ratio!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -97,6 +98,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "timm": timm.__version__,
         "system": platform.system(),
+        "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -116,6 +118,21 @@ def _seconds(model: nn.Module, images: Tensor, precision: str, calls: int = 1) -
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this package runs from; None where there is none."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()
 
 
 def _processor() -> str:

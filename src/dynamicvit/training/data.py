@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import random
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import ImageDataset, IterableImageDataset, create_dataset, create_loader
@@ -34,6 +37,13 @@ class ImageData:
     dataset: Any
     class_names: list[str] | None
     unreadable: Any = None
+
+    def set_epoch(self, seed: int, epoch: int) -> None:
+        """Make augmentation follow from seed, epoch and image alone, whoever loads the image."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+        if isinstance(self.dataset, _Images):
+            self.dataset.place = (seed, epoch)
 
 
 def open_data(
@@ -84,6 +94,11 @@ def open_data(
     return ImageData(images, found, images.unreadable)
 
 
+def seed_of(*place: int | str) -> int:
+    """A 32-bit seed that follows from a place in a run, such as (seed, epoch, image)."""
+    return zlib.crc32(repr(place).encode())
+
+
 def create_image_loader(
     data: ImageData,
     batch_size: int,
@@ -129,6 +144,7 @@ class _Images(Dataset):
         self.source = source
         self.mode = mode
         self.transform: Any = None  # set by timm's loader
+        self.place: tuple[int, int] | None = None  # (seed, epoch); None leaves generators alone
         self.unreadable = multiprocessing.Value("q", 0) if skip_unreadable else None
 
     def __len__(self) -> int:
@@ -148,6 +164,12 @@ class _Images(Dataset):
                     self.unreadable.value += 1
         else:
             raise DataError("no image of the data set can be read")
+        if self.place is not None:
+            # timm's transforms draw from all three generators.
+            seed = seed_of(*self.place, index)
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
         if self.transform is not None:
             image = self.transform(image)
         return image, int(target)
@@ -158,15 +180,21 @@ class _Images(Dataset):
             image, target, *_ = self.source.reader[index]
             if not isinstance(image, Image.Image):
                 with image:
-                    return Image.open(image).convert(self.mode), target
+                    return _convert(Image.open(image), self.mode), target
         else:
             image, target = self.source[index]
-        return image.convert(self.mode), target
+        return _convert(image, self.mode), target
 
     def _name(self, index: int) -> str:
         if isinstance(self.source, ImageDataset):
             return str(self.source.reader.filename(index, absolute=True))
         return f"number {index}"
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the way Pillow asks for
+    return image.convert(mode)
 
 
 def _split_folder(root: Path, split: str) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,7 +30,7 @@ from dynamicvit.core.folder import load_strictly, save_folder
 from dynamicvit.core.model import SparseViT, sparsify
 from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.files import read_checkpoint, write_checkpoint, write_text
-from dynamicvit.training.data import ImageData, create_image_loader, open_data
+from dynamicvit.training.data import ImageData, create_image_loader, open_data, seed_of
 from dynamicvit.training.evaluate import (
     Evaluation,
     backbone_of,
@@ -451,6 +450,8 @@ def _warm_start(run: _Run) -> None:
     )
     task, optimizer = run.accelerator.prepare(task, optimizer)
     done = 0
+    set_seed(seed_of(config.seed, "warm start"))
+    run.train_data.set_epoch(config.seed, -1)
     while done < config.warm_start:
         for images, targets in run.train_loader:
             result = task(images, targets)
@@ -493,20 +494,16 @@ def _fit(run: _Run) -> Evaluation:
 def _epoch(run: _Run) -> Any:
     """Train until the epoch's end; yields a line of numbers every `log_steps` steps."""
     config, accelerator = run.config, run.accelerator
-    # Data order and augmentation follow from seed and epoch alone, so that a resumed epoch sees
-    # the same batches; the random state in the middle of it comes from the checkpoint.
-    resumed_at, random_state = run.step, _random_state()
-    set_seed(config.seed + 1000 * (run.epoch + 1), device_specific=True)
-    if hasattr(run.train_loader.dataset, "set_epoch"):
-        run.train_loader.dataset.set_epoch(run.epoch)
-    batches = iter(
-        skip_first_batches(run.train_loader, resumed_at) if resumed_at else run.train_loader
-    )
-    if resumed_at:
-        _set_random_state(random_state)
+    # All randomness follows from the seed and a place: data order from the epoch, augmentation from
+    # epoch and image (see data.py), sampling noise from the step. So a resumed run needs no
+    # generator's state, and is the same run.
+    set_seed(seed_of(config.seed, "order", run.epoch))
+    run.train_data.set_epoch(config.seed, run.epoch)
+    loader = skip_first_batches(run.train_loader, run.step) if run.step else run.train_loader
     run.task.train()
     last_time, last_step = time.perf_counter(), run.step
-    for images, targets in batches:
+    for images, targets in loader:
+        set_seed(seed_of(config.seed, "noise", run.total_step, accelerator.process_index))
         if run.mixup is not None:
             images, targets = run.mixup(images, targets)
         result = run.task(images, targets)
@@ -643,7 +640,6 @@ def _save(run: _Run) -> None:
         "student": run.student.state_dict(),
         "ema": run.ema.module.state_dict() if run.ema is not None else None,
         "optimizer": run.optimizer.state_dict(),
-        "random": _random_state(),
     }
     write_checkpoint(run.output / LAST, state)
 
@@ -665,27 +661,6 @@ def _restore(run: _Run) -> None:
     run.optimizer.load_state_dict(state["optimizer"])
     run.epoch, run.step, run.best = state["epoch"], state["step"], state["best"]
     _apply_learning_rates(run)
-    _set_random_state(state["random"])
-
-
-def _random_state() -> dict[str, Any]:
-    """The generators' states in plain types, which a checkpoint may hold safely."""
-    _, keys, position, has_gauss, gauss = cast(Any, np.random.get_state())
-    return {
-        "python": random.getstate(),
-        "numpy": (torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    keys, *rest = state["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 _writers: dict[Path, Any] = {}
