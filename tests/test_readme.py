@@ -48,7 +48,8 @@ def test_the_embedded_model_s_accuracy_is_that_of_its_log() -> None:
 @pytest.mark.parametrize(
     "line", re.findall(r"^    (dynamicvit .+)$", README.replace("\\\n", " "), re.MULTILINE)
 )
-def test_commands_parse(line: str) -> None:
+def test_commands_parse(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     _, name, *arguments = shlex.split(line, comments=True)
     parser, _ = cli._build_parser(name, cli.COMMANDS[name])
     parser.parse_args(arguments)
