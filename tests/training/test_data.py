@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import io
+import json
 import struct
+import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dynamicvit.training.data import DataError, create_image_loader, open_data
+from dynamicvit.training.data import EXTRAS, DataError, create_image_loader, open_data
+from dynamicvit.training.fit import TrainConfig, train
 from tests.training.conftest import CLASSES, write_images
 
 CONFIG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
@@ -157,3 +162,60 @@ def test_palette_and_alpha_images_are_converted(images: Path) -> None:
         image.convert("RGBA").quantize(16).save(file)
     image, _ = open_data(str(images), "val").dataset[0]
     assert image.mode == "RGB"
+
+
+def _write_shards(images: Path, root: Path) -> None:
+    """The image folder as one WebDataset shard a split, with the index that timm reads."""
+    root.mkdir()
+    splits = {}
+    for folder, split in (("train", "train"), ("val", "validation")):
+        files = sorted((images / folder).glob("*/*.png"))
+        shard = f"tiny-{split}-0000.tar"
+        with tarfile.open(root / shard, "w") as tar:
+            for index, file in enumerate(files):
+                label = str(CLASSES.index(file.parent.name)).encode()
+                for suffix, content in (("png", file.read_bytes()), ("cls", label)):
+                    info = tarfile.TarInfo(f"{index:04}.{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+        splits[split] = {
+            "name": split,
+            "num_samples": len(files),
+            "filenames": [shard],
+            "shard_lengths": [len(files)],
+        }
+    (root / "_info.json").write_text(json.dumps({"splits": splits}))
+
+
+# webdataset leaves the closing of its files to the garbage collector.
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_webdataset_shards_are_trained_on(
+    images: Path, options: dict[str, Any], tmp_path: Path
+) -> None:
+    _write_shards(images, tmp_path / "shards")
+    source = {"data": "wds/tiny", "data_dir": str(tmp_path / "shards")}
+    evaluation = train(TrainConfig(**options | source))
+    assert evaluation.images == 8
+    data = open_data("wds/tiny", "val", data_dir=source["data_dir"])
+    assert sorted(target for _, target in data.dataset) == [0] * 4 + [1] * 4
+
+
+def test_hugging_face_data_sets_are_trained_on(
+    images: Path, options: dict[str, Any], tmp_path: Path
+) -> None:
+    source = {"data": f"hfds/{images}", "data_dir": str(tmp_path / "cache")}
+    evaluation = train(TrainConfig(**options | source))
+    assert evaluation.images == 8
+    assert open_data(source["data"], "val", data_dir=source["data_dir"]).class_names == [*CLASSES]
+
+
+@pytest.mark.parametrize("prefix", EXTRAS)
+def test_a_source_whose_package_is_missing_names_it(
+    prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, extra = EXTRAS[prefix]
+    monkeypatch.setitem(sys.modules, package, None)
+    message = rf"'{prefix}/tiny' needs {package}: pip install 'dynamicvit\[{extra}\]'"
+    with pytest.raises(DataError, match=message):
+        open_data(f"{prefix}/tiny")

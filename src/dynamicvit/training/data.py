@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import random
 import zlib
@@ -18,6 +19,12 @@ from torch.utils.data import DataLoader, Dataset
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "test")}
 _FACTORIES = ("torch", "hfds", "hfids", "wds", "tfds")
+# The package that a source needs, and the extra of ours that it comes with.
+EXTRAS = {
+    "hfds": ("datasets", "hf"),
+    "hfids": ("datasets", "hf"),
+    "wds": ("webdataset", "webdataset"),
+}
 
 
 class DataError(ValueError):
@@ -226,6 +233,9 @@ def _open_folder(folder: Path, mode: str) -> ImageDataset:
 def _open_named(
     data: str, split: str, data_dir: str | None, mode: str, batch_size: int, training: bool
 ) -> Any:
+    package, extra = EXTRAS.get(data.split("/", 1)[0].lower(), ("torch", ""))
+    if importlib.util.find_spec(package) is None:
+        raise DataError(f"{data!r} needs {package}: pip install 'dynamicvit[{extra}]'")
     usual = {name: kind for kind, names in _SPLITS.items() for name in names}
     # timm spells the usual two splits "train" and "validation" for every source.
     split = {"train": "train", "val": "validation"}.get(usual.get(split, ""), split)
@@ -238,10 +248,8 @@ def _open_named(
             batch_size=batch_size,
             input_img_mode=mode,
         )
-    except (AssertionError, RuntimeError, OSError, ValueError, KeyError) as error:
+    except (AssertionError, RuntimeError, OSError, ValueError, KeyError, ImportError) as error:
         raise DataError(f"cannot open {data!r} in {data_dir!r}: {error}") from error
-    except ImportError as error:
-        raise DataError(f"{data!r} needs a package that is not installed: {error}") from error
 
 
 def _class_names(dataset: Any) -> list[str] | None:
