@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from dynamicvit import __version__, cli
-from dynamicvit.training.fit import TrainConfig
+from dynamicvit.training.config import TrainConfig
 from tests.training.conftest import dense_folder, images  # noqa: F401 (fixtures)
 
 

@@ -25,9 +25,10 @@ from dynamicvit.core.scorer import RandomScorer
 from dynamicvit.deploy.benchmark import Speed, compare_speed, environment
 from dynamicvit.explain.keep_maps import draw_keep_maps
 from dynamicvit.files import write_text
+from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.data import ImageData, create_image_loader, open_data
 from dynamicvit.training.evaluate import Evaluation, evaluate_model, input_size, print_evaluations
-from dynamicvit.training.fit import BEST, TrainConfig, train
+from dynamicvit.training.fit import BEST, train
 from dynamicvit.training.models import load_model
 
 ASSETS = Path(__file__).parent / "assets"

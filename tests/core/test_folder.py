@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dynamicvit import KeepSchedule, SparseViT, load, sparsify
+from dynamicvit.checkpoint import load_folder
 from dynamicvit.core import folder as folder_module
-from dynamicvit.core.folder import CONFIG, WEIGHTS, load_folder, save_folder
+from dynamicvit.core.folder import CONFIG, WEIGHTS, save_folder
 from tests.conftest import randomise, tiny_vit
 
 NAMES = ["ant", "bee", "cat", "dog", "élan"]

@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.data import EXTRAS, DataError, create_image_loader, open_data
-from dynamicvit.training.fit import TrainConfig, train
+from dynamicvit.training.fit import train
 from tests.training.conftest import CLASSES, write_images
 
 CONFIG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}

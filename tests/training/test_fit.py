@@ -14,16 +14,10 @@ import torch
 import yaml
 
 import dynamicvit
+from dynamicvit.core.folder import save_folder
 from dynamicvit.core.model import SparseViT, sparsify
-from dynamicvit.training.fit import (
-    BEST,
-    CONFIG,
-    LAST,
-    METRICS,
-    TrainConfig,
-    parameter_groups,
-    train,
-)
+from dynamicvit.training.config import TrainConfig
+from dynamicvit.training.fit import BEST, CONFIG, LAST, METRICS, parameter_groups, train
 from tests.conftest import tiny_vit
 
 
@@ -223,8 +217,6 @@ def test_a_run_that_cannot_start_says_why(
 
 
 def test_a_class_count_that_does_not_match_is_named(options: dict[str, Any]) -> None:
-    from dynamicvit.core.folder import save_folder
-
     save_folder(tiny_vit(num_classes=5), options["model"])
     with pytest.raises(ValueError, match=r"the data has 2 classes, the model .*dense has 5"):
         train(TrainConfig(**options))

@@ -1,8 +1,10 @@
-"""A model as a folder: `config.json` (timm's own format) and `model.safetensors`."""
+"""Writing a model as a folder: `config.json` (timm's own format) and `model.safetensors`.
+
+`dynamicvit.checkpoint` reads it.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -10,14 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from dynamicvit.core.model import SparseViT
 from dynamicvit.core.schedule import KeepSchedule
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -44,7 +43,8 @@ def save_folder(
     Raises:
         TypeError, ValueError: if the model cannot be described, or the names do not fit it.
     """
-    backbone: Any = model.backbone if isinstance(model, SparseViT) else model
+    schedule = getattr(model, "schedule", None)
+    backbone: Any = model if schedule is None else model.backbone
     cfg = getattr(backbone, "pretrained_cfg", None)
     if not cfg or not cfg.get("architecture"):
         raise TypeError(
@@ -60,11 +60,8 @@ def save_folder(
             )
         names = None  # those of another head
     extra: dict[str, Any] = {"label_names": names} if names else {}
-    if isinstance(model, SparseViT):
-        extra["dynamicvit"] = {
-            "blocks": list(model.schedule.blocks),
-            "ratios": list(model.schedule.ratios),
-        }
+    if isinstance(schedule, KeepSchedule):
+        extra["dynamicvit"] = {"blocks": schedule.blocks, "ratios": schedule.ratios}
     target = Path(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Written beside the target, then moved: an interrupted or failed save leaves no half model.
@@ -84,62 +81,3 @@ def save_folder(
             os.replace(temporary / name, target / name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def load_folder(folder: str | os.PathLike[str]) -> nn.Module:
-    """Read what `save_folder` wrote: a SparseViT, or the dense timm model; in eval mode.
-
-    Weights are read with safetensors, into float32.
-
-    Raises:
-        FileNotFoundError: if the folder or one of its two files is missing.
-        ValueError: if a file is damaged or the two do not fit, saying what is wrong where.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no model folder at {folder}")
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is not a model folder: it has no {name}")
-    where = folder / CONFIG
-    try:
-        config = json.loads(where.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where} is not valid JSON: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
-        raise ValueError(f"{where} names no architecture")
-    if not timm.is_model(config["architecture"]):
-        raise ValueError(f"{where}: timm has no architecture {config['architecture']!r}")
-    try:
-        model: nn.Module = timm.create_model(f"local-dir:{folder}")
-    except Exception as error:  # whatever a strange value makes timm stumble over
-        raise ValueError(f"{where}: timm cannot build this model: {error}") from error
-    if "dynamicvit" in config:
-        sparse = config["dynamicvit"]
-        if not isinstance(sparse, dict) or not {"blocks", "ratios"} <= sparse.keys():
-            raise ValueError(f"{where}: 'dynamicvit' must hold blocks and ratios, got {sparse!r}")
-        try:
-            model = SparseViT(model, KeepSchedule(sparse["blocks"], sparse["ratios"]))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: {error}") from error
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is damaged or not safetensors: {error}") from error
-    load_strictly(model, tensors, str(folder / WEIGHTS))
-    return model.eval()
-
-
-def load_strictly(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
-    """Load weights, or raise ValueError listing every key that does not match."""
-    expected = model.state_dict()
-    problems = [f"missing {key}" for key in expected if key not in tensors]
-    problems += [f"unexpected {key}" for key in tensors if key not in expected]
-    problems += [
-        f"{key} has shape {tuple(tensors[key].shape)}, expected {tuple(value.shape)}"
-        for key, value in expected.items()
-        if key in tensors and tensors[key].shape != value.shape
-    ]
-    if problems:
-        raise ValueError(f"{source} does not fit the model: " + "; ".join(problems))
-    model.load_state_dict(tensors)

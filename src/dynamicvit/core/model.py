@@ -14,6 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dynamicvit.core import backbone as adapter
+from dynamicvit.core.folder import save_folder
 from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.core.scorer import TokenScorer
 from dynamicvit.core.tokens import (
@@ -301,9 +302,6 @@ class SparseViT(nn.Module):
 
         Arguments and errors as for `dynamicvit.core.folder.save_folder`.
         """
-        # Imported here because it imports this module.
-        from dynamicvit.core.folder import save_folder  # noqa: PLC0415
-
         save_folder(self, folder, class_names)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,16 +25,17 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
-from dynamicvit.core.folder import load_strictly, save_folder
+from dynamicvit.checkpoint import load_strictly
+from dynamicvit.core.folder import save_folder
 from dynamicvit.core.model import SparseViT, sparsify
 from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.files import read_checkpoint, write_checkpoint, write_text
+from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.data import ImageData, create_image_loader, open_data, seed_of
 from dynamicvit.training.evaluate import (
     Evaluation,
     backbone_of,
     check_classes,
-    check_precision,
     evaluate_model,
 )
 from dynamicvit.training.losses import LossWeights
@@ -43,151 +43,6 @@ from dynamicvit.training.models import load_model
 from dynamicvit.training.task import DenseTask, SparseTask, WarmStartTask
 
 LAST, BEST, METRICS, CONFIG = "last.pt", "best", "metrics.jsonl", "config.yaml"
-
-
-@dataclass
-class TrainConfig:
-    """Everything that defines a training run. Defaults are the paper's recipe for DeiT-S at 0.7.
-
-    Args:
-        data: image folder with train and val sub-folders, or a timm data set name: torch/NAME
-            (torchvision), hfds/NAME (Hugging Face), wds/NAME (WebDataset shards).
-        output: folder of the run: config.yaml, metrics.jsonl, last.pt (everything needed to go on)
-            and best/ (the model folder with the highest validation top-1).
-        model: what to start from: a timm name, a model folder or a hub id. In sparse training it is
-            also the teacher.
-        model_kwargs: for a timm name, further arguments of timm.create_model.
-        pretrained: for a timm name, start from timm's pretrained weights.
-        keep_ratio: share of tokens each of three stages keeps; null trains the dense model itself.
-        blocks: prune before these blocks (0-based), with ratios, instead of keep_ratio.
-        ratios: for each stage, the share of the original tokens kept after it.
-        data_dir: where a named data set lies.
-        train_split: split to learn from.
-        val_split: split to validate on.
-        workers: data loading processes; 0 loads in the main one.
-        skip_unreadable: skip and count images that cannot be read, instead of stopping.
-        mean: normalisation mean a channel; by default the model's.
-        std: normalisation standard deviation a channel; by default the model's.
-        crop_pct: in validation, the share of the image's side that is kept; by default the model's.
-        crop_scale: random resized crop, range of the area taken; null takes the whole image.
-        crop_ratio: random resized crop, range of the aspect ratio.
-        hflip: probability of a horizontal flip.
-        color_jitter: strength of colour jitter, used where auto_augment is null.
-        auto_augment: timm's augmentation policy; null for none.
-        random_erasing: probability of erasing a rectangle.
-        mixup: Mixup alpha; 0 for none.
-        cutmix: CutMix alpha; 0 for none.
-        label_smoothing: share of the target spread over all classes.
-        epochs: passes over the training split.
-        batch_size: images a step, in each process.
-        lr: learning rate of the scorers (dense training: of everything), for a batch of 1024 in all
-            processes together; scaled in proportion.
-        backbone_lr: learning rate of the backbone, as a multiple of lr. Dense training ignores it.
-        freeze_epochs: epochs for which only the scorers learn. Dense training ignores it.
-        warmup_epochs: epochs over which learning rates rise from min_lr.
-        min_lr: learning rate at the start and at the end.
-        weight_decay: AdamW's; none on biases, norms, position embeddings and prefix tokens.
-        clip_grad: greatest norm of the gradient; null for no limit.
-        drop_path: stochastic depth of the student.
-        ema: decay of the weights' moving average, which is what is validated and saved as best;
-            null for none. It rises towards this value over the first steps.
-        cross_entropy_weight: weight of the classification loss.
-        ratio_weight: weight of the keep-ratio loss (the paper's DeiT-B uses 5).
-        logit_kl_weight: weight of the KL divergence from the teacher's logits.
-        token_weight: weight of the distance to the teacher's kept tokens.
-        start_at_ratio: begin with scorers that keep tokens at the schedule's ratio, not half of
-            them. Not in the paper.
-        warm_start: steps in which scorers first learn to keep what the teacher's class token
-            attends to. Not in the paper; helps short training.
-        precision: "no" for float32, or "bf16" for mixed bfloat16.
-        compile: compile the training step with torch.compile.
-        checkpoint_steps: also write last.pt every so many steps; 0 for at each epoch's end alone.
-        log_steps: steps between lines of metrics.jsonl.
-        tensorboard: also write TensorBoard events (extra "tensorboard").
-        seed: of data order, augmentation, sampling noise and new weights.
-    """
-
-    data: str
-    output: str
-    model: str = "deit_small_patch16_224"
-    model_kwargs: dict[str, Any] = field(default_factory=dict)
-    pretrained: bool = True
-    keep_ratio: float | None = 0.7
-    blocks: list[int] | None = None
-    ratios: list[float] | None = None
-    data_dir: str | None = None
-    train_split: str = "train"
-    val_split: str = "val"
-    workers: int = 2
-    skip_unreadable: bool = False
-    mean: list[float] | None = None
-    std: list[float] | None = None
-    crop_pct: float | None = None
-    crop_scale: list[float] | None = field(default_factory=lambda: [0.08, 1.0])
-    crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
-    hflip: float = 0.5
-    color_jitter: float = 0.4
-    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
-    random_erasing: float = 0.25
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    label_smoothing: float = 0.1
-    epochs: int = 30
-    batch_size: int = 128
-    lr: float = 1e-3
-    backbone_lr: float = 0.01
-    freeze_epochs: int = 5
-    warmup_epochs: int = 5
-    min_lr: float = 1e-6
-    weight_decay: float = 0.05
-    clip_grad: float | None = None
-    drop_path: float = 0.0
-    ema: float | None = 0.9999
-    cross_entropy_weight: float = 1.0
-    ratio_weight: float = 2.0
-    logit_kl_weight: float = 0.5
-    token_weight: float = 0.5
-    start_at_ratio: bool = False
-    warm_start: int = 0
-    precision: str = "no"
-    compile: bool = False
-    checkpoint_steps: int = 0
-    log_steps: int = 20
-    tensorboard: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_precision(self.precision)
-        if self.blocks is not None or self.ratios is not None:
-            if self.blocks is None or self.ratios is None:
-                raise ValueError(
-                    f"blocks and ratios go together, got {self.blocks} and {self.ratios}"
-                )
-            KeepSchedule(tuple(self.blocks), tuple(self.ratios))
-        elif self.keep_ratio is not None:
-            KeepSchedule.from_keep_ratio(self.keep_ratio, depth=12)
-        for name in ("epochs", "batch_size", "log_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        for name in _NOT_NEGATIVE:
-            value = getattr(self, name)
-            if value is not None and not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"{name} must be 0 or more, got {value}")
-        for name in ("hflip", "random_erasing", "label_smoothing", "drop_path", "ema", "crop_pct"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {value}")
-
-    @property
-    def sparse(self) -> bool:
-        return self.keep_ratio is not None or self.blocks is not None
-
-
-_NOT_NEGATIVE = (
-    *("workers", "lr", "backbone_lr", "freeze_epochs", "warmup_epochs", "min_lr", "weight_decay"),
-    *("clip_grad", "mixup", "cutmix", "color_jitter", "cross_entropy_weight", "ratio_weight"),
-    *("logit_kl_weight", "token_weight", "warm_start", "checkpoint_steps"),
-)
 
 
 @dataclass
