@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from typing import Any, cast
 
 import pytest
@@ -283,10 +284,15 @@ def test_float16_is_refused_where_it_would_lose_the_gradient() -> None:
         sparse.half().masked(images.half())
 
 
-def test_both_paths_compile_to_one_graph() -> None:
+# torch's default backend writes C++, which needs a compiler.
+BACKENDS = ["aot_eager", *(["inductor"] if shutil.which("g++") else [])]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_both_paths_compile_to_one_graph(backend: str) -> None:
     sparse = tiny_sparse(KeepSchedule((1,), (0.5,)), depth=2)
-    forward = torch.compile(sparse, fullgraph=True, backend="aot_eager")
-    masked = torch.compile(sparse.masked, fullgraph=True, backend="aot_eager")
+    forward = torch.compile(sparse, fullgraph=True, backend=backend)
+    masked = torch.compile(sparse.masked, fullgraph=True, backend=backend)
     with torch.no_grad():
         for batch in (2, 3):
             images = torch.randn(batch, 3, 32, 32)
