@@ -92,14 +92,14 @@ def _with(**changes: Any) -> Callable[[Weights], Any]:
     [
         (lambda weights: {}, r"it has no \['patch_embed\.proj\.weight', 'pos_embed', 'cls_token'"),
         (_without("cls_token", "pos_embed"), r"it has no \['pos_embed', 'cls_token'\]"),
-        (_without("norm.bias"), r"does not fit the model: missing backbone\.norm\.bias$"),
-        (_with(extra=torch.zeros(1)), r"does not fit the model: unexpected backbone\.extra$"),
+        (_without("norm.bias"), r"does not fit the model: missing norm\.bias$"),
+        (_with(extra=torch.zeros(1)), r"does not fit the model: unexpected extra$"),
         (_with(norm__bias=torch.zeros(7)), r"norm\.bias has shape \(7,\), expected \(32,\)"),
         (_with(norm__bias=[0.0]), r"must hold tensors alone, got others at \['norm\.bias'\]"),
         (_with(pos_embed=torch.zeros(1, 1 + 6, 32)), r"pos_embed \(1, 7, 32\) is not a square"),
         (
             lambda weights: {k: v for k, v in weights.items() if "predictor.2" not in k},
-            r"missing scorers\.2\.norm\.weight; missing scorers\.2\.norm\.bias",
+            r"missing score_predictor\.2\.in_conv\.0\.weight; missing score_predictor\.2\.in_conv",
         ),
         (
             lambda weights: (
@@ -110,7 +110,7 @@ def _with(**changes: Any) -> Callable[[Weights], Any]:
                     if "predictor.2.in" in k
                 }
             ),
-            r"unexpected scorers\.3\.norm\.bias",
+            r"unexpected score_predictor\.3\.in_conv\.0\.bias",
         ),
         (_with(pos_embed=torch.zeros(5)), "pos_embed"),
         (_with(pos_embed=torch.zeros(1, 0, 32)), "pos_embed"),

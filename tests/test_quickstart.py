@@ -58,7 +58,7 @@ def test_quickstart_on_the_user_s_own_data_and_model(
     tmp_path: Path,
 ) -> None:
     output = tmp_path / "quickstart"
-    (tmp_path / "quickstart" / "mine").mkdir(parents=True)
+    (output / "mine").mkdir(parents=True)
     for _ in range(2):  # it can be run again
         metrics = quickstart(str(output), str(images), str(dense_folder), batch_size=4)
     assert json.loads((output / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
@@ -80,8 +80,29 @@ def test_quickstart_fits_a_head_first_where_classes_differ(
     save_folder(tiny_vit(num_classes=7), tmp_path / "seven")
     output = tmp_path / "quickstart"
     metrics = quickstart(str(output), str(images), str(tmp_path / "seven"), batch_size=4)
-    assert metrics["settings"]["model"] == str(output / "dense_train" / "best")
+    assert metrics["settings"]["model"] == str(output / "dense_run" / "best")
     assert dynamicvit.load(output / "sparse").num_classes == 2
+
+
+def test_quickstart_never_removes_what_it_did_not_write(
+    images: Path,  # noqa: F811
+    dense_folder: Path,  # noqa: F811
+) -> None:
+    """Not even with the data's own folder as output, nor a folder of the name of a run."""
+    files = sorted(images.rglob("*.png"))
+    quickstart(str(images), str(images), str(dense_folder), batch_size=4)
+    assert sorted(images.rglob("*/*/*.png")) == files
+    for file in ("config.yaml", "metrics.jsonl"):
+        (images / "sparse_run" / file).unlink()
+    with pytest.raises(ValueError, match="output has a sparse_run that no quickstart wrote"):
+        quickstart(str(images), str(images), str(dense_folder), batch_size=4)
+    assert (images / "sparse_run" / "last.pt").exists()
+
+
+def test_quickstart_refuses_bad_options_before_it_writes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"keep_ratio must lie in \(0, 1\], got 2"):
+        quickstart(str(tmp_path / "new"), keep_ratio=2)
+    assert not (tmp_path / "new").exists()
 
 
 def test_data_and_model_go_together() -> None:

@@ -8,6 +8,7 @@ Images become one contact sheet a class and split, of 28×28 tiles in the order 
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,8 +35,11 @@ def make_images(root: str) -> None:
 
 
 def make_model(run: str) -> None:
+    model: Any = dynamicvit.load(Path(run) / "best")
+    for key in ("tag", "license"):  # those of timm's weights of the same architecture
+        model.pretrained_cfg.pop(key, None)
     # Half precision halves the package; weights are read back as float32.
-    save_folder(dynamicvit.load(Path(run) / "best"), ASSETS / "model", dtype=torch.float16)
+    save_folder(model, ASSETS / "model", dtype=torch.float16)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +94,18 @@ def load_folder(folder: str | os.PathLike[str]) -> nn.Module:
     return model.eval()
 
 
-def load_strictly(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
-    """Load weights, or raise ValueError listing every key that does not match."""
+def load_strictly(
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    source: str,
+    name: Callable[[str], str] = str,
+) -> None:
+    """Load weights, or raise ValueError listing every key that does not match, named by `name`."""
     expected = model.state_dict()
-    problems = [f"missing {key}" for key in expected if key not in tensors]
-    problems += [f"unexpected {key}" for key in tensors if key not in expected]
+    problems = [f"missing {name(key)}" for key in expected if key not in tensors]
+    problems += [f"unexpected {name(key)}" for key in tensors if key not in expected]
     problems += [
-        f"{key} has shape {tuple(tensors[key].shape)}, expected {tuple(value.shape)}"
+        f"{name(key)} has shape {tuple(tensors[key].shape)}, expected {tuple(value.shape)}"
         for key, value in expected.items()
         if key in tensors and tensors[key].shape != value.shape
     ]
@@ -167,8 +173,13 @@ def from_released(
         source, released = str(released), read_weights(released)
     if not isinstance(released, dict):
         raise TypeError(f"state_dict must be a dict or a path, got {type(released).__name__}")
-    released = released.get("model", released)
-    not_tensors = [str(key) for key, value in released.items() if not isinstance(value, Tensor)]
+    if isinstance(released.get("model"), dict):
+        released = released["model"]
+    not_tensors = [
+        str(key)
+        for key, value in released.items()
+        if not (isinstance(key, str) and isinstance(value, Tensor))
+    ]
     if not_tensors:
         raise ValueError(f"{source} must hold tensors alone, got others at {not_tensors[:5]}")
     weights = {_rename(key): value.float() for key, value in released.items()}
@@ -191,9 +202,9 @@ def from_released(
     grid = math.isqrt(max(positions, 0))
     if grid == 0 or grid * grid != positions:
         raise ValueError(f"{source}: pos_embed {tuple(shape('pos_embed'))} is not a square grid")
-    depth = 1 + max(
-        int(match[1]) for key in weights if (match := re.match(r"backbone\.blocks\.(\d+)\.", key))
-    )
+    depth = 1
+    while any(key.startswith(f"backbone.blocks.{depth}.") for key in weights):
+        depth += 1
     heads = num_heads if num_heads is not None else max(1, width // 64)
     if not isinstance(heads, int) or isinstance(heads, bool):
         raise TypeError(f"num_heads must be an integer, got {heads!r}")
@@ -214,7 +225,7 @@ def from_released(
     if schedule is None:
         schedule = KeepSchedule.from_keep_ratio(0.7, depth=depth)
     sparse = SparseViT(backbone, schedule)
-    load_strictly(sparse, weights, source)
+    load_strictly(sparse, weights, source, _released_name)
     return sparse.eval()
 
 
@@ -228,3 +239,12 @@ def _rename(key: str) -> str:
     if match is None:
         return f"backbone.{key}"
     return f"scorers.{match[1]}.{_SCORER_PARTS[match[2]]}.{match[3]}"
+
+
+def _released_name(key: str) -> str:
+    """The inverse of `_rename`."""
+    match = re.fullmatch(r"scorers\.(\d+)\.(norm|embed|head)\.(.+)", key)
+    if match is None:
+        return key.removeprefix("backbone.")
+    part = {ours: theirs for theirs, ours in _SCORER_PARTS.items()}[match[2]]
+    return f"score_predictor.{match[1]}.{part}.{match[3]}"

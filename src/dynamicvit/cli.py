@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -61,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             values[parameter] = kind(**{field: values.pop(field) for field in fields})
         function(**values)
     except USER_ERRORS as error:
+        if os.environ.get("DYNAMICVIT_TRACEBACK"):
+            raise
         _fail(parser.prog, error)
     except KeyboardInterrupt:
         _fail(parser.prog, "interrupted", code=130)
@@ -110,13 +113,17 @@ def _overview() -> str:
     for name, function in COMMANDS.items():
         summary = docstring_parser.parse(function.__doc__ or "").short_description
         lines.append(f"  {name:<{width}}  {summary}")
-    return "\n".join([*lines, "", "dynamicvit COMMAND --help lists the options of a command."])
+    lines += ["", "dynamicvit COMMAND --help lists the options of a command."]
+    lines += ["With DYNAMICVIT_TRACEBACK=1 in the environment, errors come with their traceback."]
+    return "\n".join(lines)
 
 
 def _fail(prog: str, error: object, code: int = 2) -> NoReturn:
     # An error that crossed from a data loading process carries that process's traceback before it.
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    message = lines[-1].strip() if "Traceback" in str(error) else " ".join(map(str.strip, lines))
+    message = " ".join(map(str.strip, lines))
+    if "Traceback" in message:
+        message = lines[-1].partition(": ")[2]
     print(f"{prog}: error: {message}", file=sys.stderr)
     sys.exit(code)
 

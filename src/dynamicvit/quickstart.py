@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +28,7 @@ from dynamicvit.files import write_text
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.data import ImageData, create_image_loader, open_data
 from dynamicvit.training.evaluate import Evaluation, evaluate_model, input_size, print_evaluations
-from dynamicvit.training.fit import BEST, train
+from dynamicvit.training.fit import BEST, CONFIG, METRICS, train
 from dynamicvit.training.models import load_model
 
 ASSETS = Path(__file__).parent / "assets"
@@ -52,8 +52,8 @@ def quickstart(
     recipe: the scorers start at the keep ratio and are first taught the teacher's attention.
 
     Args:
-        output: folder to write: sparse/ (the model), metrics.json, keep_maps.png, and train/ (the
-            run). Earlier results of a quickstart in it are replaced.
+        output: folder to write: sparse/ (the model), metrics.json, keep_maps.png, and the
+            runs. Earlier results of a quickstart in it are replaced.
         data: your own images, as data/{train,val}/CLASS/IMAGE. By default the embedded ones.
         model: your own dense model: a timm name, a model folder or a hub id. By default the
             embedded one. If its classes are not those of the data, it gets a new head and is
@@ -78,40 +78,51 @@ def quickstart(
             f"got data={data!r}, model={model!r}"
         )
     given = data is not None
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("train", "dense_train"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    if data is None:
-        data = str(unpack_images(folder / "data"))
-    model = str(ASSETS / "model") if model is None else model
-    dense = load_model(model)
-    images = open_data(data, "val", in_chans=dense.in_chans)
-
-    if images.class_names is not None and dense.num_classes != len(images.class_names):
-        console.print(f"{model} has {dense.num_classes} classes, the data has "
-                      f"{len(images.class_names)}: fitting a new head first")  # fmt: skip
-        train(_dense_config(data, model, folder, epochs, batch_size, seed))
-        model = str(folder / "dense_train" / BEST)
-        dense = load_model(model)
-
-    accelerator = Accelerator()
-    loader = _loader(images, dense, accelerator)
-    console.print("[bold]1/5[/] evaluating the dense model")
-    results: dict[str, Evaluation] = {"dense": evaluate_model(dense, loader, accelerator)}
-
     config = TrainConfig(
-        data=data,
-        output=str(folder / "train"),
-        model=model,
+        data=str(folder / "fashion_mnist") if data is None else data,
+        output=str(folder / "sparse_run"),
+        model=str(ASSETS / "model") if model is None else model,
         keep_ratio=keep_ratio,
         epochs=epochs,
         batch_size=batch_size,
         seed=seed,
         **RECIPE,
     )
+    dense = load_model(config.model)
+    if isinstance(dense, SparseViT):
+        raise ValueError(f"model must be dense, got the sparse model {model}")
+    if data is None:
+        unpack_images(Path(config.data))
+    images = open_data(config.data, "val", in_chans=dense.in_chans)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("sparse_run", "dense_run"):
+        _remove_run(folder / name)
+
+    if images.class_names is not None and dense.num_classes != len(images.class_names):
+        console.print(
+            f"{model} has {dense.num_classes} classes, the data has {len(images.class_names)}: "
+            f"fitting a new head first"
+        )
+        dense_config = replace(
+            config,
+            output=str(folder / "dense_run"),
+            keep_ratio=None,
+            lr=config.lr * config.backbone_lr,
+            start_at_ratio=False,
+            warm_start=0,
+        )
+        train(dense_config)
+        config = replace(config, model=str(Path(dense_config.output) / BEST))
+        dense = load_model(config.model)
+
+    accelerator = Accelerator()
+    loader = _loader(images, dense, accelerator)
+    console.print("[bold]1/5[/] evaluating the dense model")
+    results: dict[str, Evaluation] = {"dense": evaluate_model(dense, loader, accelerator)}
+
     console.print(f"[bold]2/5[/] fine-tuning at keep ratio {keep_ratio} with the paper's losses")
     train(config)
-    sparse = cast(SparseViT, dynamicvit.load(folder / "train" / BEST))
+    sparse = cast(SparseViT, dynamicvit.load(Path(config.output) / BEST))
     save_folder(sparse, folder / "sparse")
 
     console.print("[bold]3/5[/] evaluating the sparse model, and random selection beside it")
@@ -138,8 +149,8 @@ def quickstart(
         "speed": [asdict(speed) for speed in speeds],
         "best_speed_up": best.speed_up,
         "settings": {
-            "model": model if given else "embedded",
-            "data": data if given else "embedded",
+            "model": config.model if given else "embedded",
+            "data": config.data if given else "embedded",
             "train": {k: v for k, v in asdict(config).items() if k not in _PLACES},
         },
         "environment": environment(),
@@ -148,11 +159,11 @@ def quickstart(
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     print_evaluations({name: asdict(value) for name, value in results.items()})
     _print_speeds(console, speeds)
+    points = [round(results[name].top1 - results["dense"].top1, 2) + 0.0 for name in results]
     console.print(
         f"[bold]{metrics['gmacs_saved_percent']:.1f}% fewer GMACs, {best.speed_up:.2f}× the "
-        f"throughput (batch {best.batch_size}), top-1 {-metrics['points_lost']:+.2f} points[/] "
-        f"(random selection: "
-        f"{results['random selection'].top1 - results['dense'].top1:+.2f})\n"
+        f"throughput (batch {best.batch_size}), top-1 {points[1]:+.2f} points[/] "
+        f"(random selection: {points[2]:+.2f})\n"
         f"used beside the paper's recipe: start_at_ratio, warm_start for {config.warm_start} "
         f"steps; {metrics['seconds']:.0f} s in all\n"
         f"the model is in {folder / 'sparse'}, pictures in {folder / 'keep_maps.png'}"
@@ -183,20 +194,13 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def _dense_config(
-    data: str, model: str, folder: Path, epochs: int, batch_size: int, seed: int
-) -> TrainConfig:
-    recipe = {**RECIPE, "lr": 0.0032, "start_at_ratio": False, "warm_start": 0}
-    return TrainConfig(
-        data=data,
-        output=str(folder / "dense_train"),
-        model=model,
-        keep_ratio=None,
-        epochs=epochs,
-        batch_size=batch_size,
-        seed=seed,
-        **recipe,
-    )
+def _remove_run(folder: Path) -> None:
+    """Remove an earlier quickstart's run, and nothing that is not one."""
+    if not folder.exists():
+        return
+    if not ((folder / CONFIG).is_file() and (folder / METRICS).is_file()):
+        raise ValueError(f"output has a {folder.name} that no quickstart wrote, got {folder}")
+    shutil.rmtree(folder)
 
 
 def unpack_images(folder: Path) -> Path:

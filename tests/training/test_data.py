@@ -15,7 +15,9 @@ from PIL import Image
 
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.data import EXTRAS, DataError, create_image_loader, open_data
+from dynamicvit.training.evaluate import evaluate_model
 from dynamicvit.training.fit import train
+from tests.conftest import tiny_vit
 from tests.training.conftest import CLASSES, write_images
 
 CONFIG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
@@ -88,6 +90,11 @@ def _no_classes(root: Path) -> None:
         folder.rmdir()
 
 
+def _nested(root: Path) -> None:
+    (root / "train" / "dark" / "sub").mkdir()
+    (root / "train" / "dark" / "00.png").rename(root / "train" / "dark" / "sub" / "00.png")
+
+
 def _no_images(root: Path) -> None:
     for file in (root / "train").glob("*/*"):
         file.unlink()
@@ -99,6 +106,7 @@ def _no_images(root: Path) -> None:
         (_missing_split, r"images has no folder 'train'; it has \['other', 'val'\]"),
         (_empty_class, "class 'empty' in .*train has no images"),
         (_no_classes, "train has no class folders"),
+        (_nested, "images must lie right in .*train/CLASS, got a folder 'sub'"),
         (_no_images, "Found 0 images in subfolders of .*train"),
     ],
 )
@@ -115,7 +123,8 @@ def test_a_folder_that_is_not_a_data_set_is_refused(
     [
         ({"data": "nowhere"}, "no data folder at nowhere"),
         ({"data": "torch/fashion_mnist", "data_dir": "nowhere"}, "cannot open 'torch/fashion_mn"),
-        ({"data": "torch/no_such_set"}, "cannot open 'torch/no_such_set'"),
+        ({"data": "torch/no_such_set", "data_dir": "x"}, "cannot open 'torch/no_such_set'"),
+        ({"data": "torch/cifar10"}, "'torch/cifar10' needs data_dir, the folder where it lies"),
         ({"data": "nowhere", "in_chans": 7}, "in_chans must be 1, 3 or 4 to open image.*, got 7"),
     ],
 )
@@ -140,21 +149,26 @@ def test_an_unreadable_image_is_named(images: Path, workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_unreadable_images_are_replaced_and_counted_on_request(images: Path, workers: int) -> None:
+def test_unreadable_images_are_skipped_and_counted_on_request(images: Path, workers: int) -> None:
     (images / "val" / "dark" / "01.png").write_text("not an image")
     good = (images / "val" / "bright" / "00.png").read_bytes()
     (images / "val" / "bright" / "02.png").write_bytes(good[: len(good) // 2])
     data = open_data(str(images), "val", skip_unreadable=True)
-    batches = _batches(data, workers, batch_size=3)
-    assert sum(len(targets) for _, targets in batches) == 8
-    assert data.unreadable.value == 2
+    for _ in range(2):  # an image counts once, however often it is met
+        batches = _batches(data, workers, batch_size=3)
+        targets = torch.cat([targets for _, targets in batches])
+        assert targets.tolist() == [0, 0, -1, 0, 1, -1, 1, 1]
+        assert data.unreadable == 2
+    data = open_data(str(images), "val", skip_unreadable=True, training=True)
+    targets = torch.cat([targets for _, targets in _batches(data, workers)])
+    assert targets.tolist() == [0] * 4 + [1] * 4, "in training the next image takes its place"
 
 
 def test_a_data_set_without_a_readable_image_ends(images: Path) -> None:
     for file in images.glob("val/*/*"):
         file.write_text("not an image")
     with pytest.raises(DataError, match="no image of the data set can be read"):
-        _batches(open_data(str(images), "val", skip_unreadable=True))
+        _batches(open_data(str(images), "val", skip_unreadable=True, training=True))
 
 
 def test_palette_and_alpha_images_are_converted(images: Path) -> None:
@@ -163,6 +177,30 @@ def test_palette_and_alpha_images_are_converted(images: Path) -> None:
         image.convert("RGBA").quantize(16).save(file)
     image, _ = open_data(str(images), "val").dataset[0]
     assert image.mode == "RGB"
+
+
+def test_hidden_folders_are_not_classes(images: Path) -> None:
+    (images / "train" / ".ipynb_checkpoints").mkdir()
+    assert open_data(str(images), "train").class_names == list(CLASSES)
+
+
+def test_the_paper_s_augmentation_takes_every_magnitude(images: Path) -> None:
+    """At full magnitude timm's posterize keeps 0 bits, which Pillow may refuse."""
+    data = open_data(str(images), "train", training=True)
+    create_image_loader(
+        data,
+        4,
+        CONFIG,
+        training=True,
+        workers=0,
+        device=torch.device("cpu"),
+        auto_augment="rand-m10-inc1",
+    )
+    [augment] = [item for item in data.dataset.transform.transforms if hasattr(item, "ops")]
+    image = Image.new("RGB", (32, 32), (200, 100, 50))
+    for operation in augment.ops:
+        operation.prob = 1.0
+        assert operation(image).size == (32, 32)
 
 
 def _write_shards(images: Path, root: Path) -> None:
@@ -198,6 +236,18 @@ def test_webdataset_shards_are_trained_on(
     source = {"data": "wds/tiny", "data_dir": str(tmp_path / "shards")}
     evaluation = train(TrainConfig(**options | source))
     assert evaluation.images == 8
+    with pytest.raises(DataError, match="the data has class 1, the model 1 classes"):
+        evaluate_model(
+            tiny_vit(num_classes=1),
+            create_image_loader(
+                open_data("wds/tiny", "val", data_dir=source["data_dir"]),
+                4,
+                CONFIG,
+                training=False,
+                workers=2,
+                device=torch.device("cpu"),
+            ),
+        )
     data = open_data("wds/tiny", "val", data_dir=source["data_dir"])
     assert sorted(target for _, target in data.dataset) == [0] * 4 + [1] * 4
 

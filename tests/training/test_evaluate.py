@@ -66,6 +66,7 @@ def test_evaluate_compares_models_and_writes_json(
     assert results[str(dense_folder)]["tokens"] == (16,)
     assert results[str(sparse)]["gmacs"] < results[str(dense_folder)]["gmacs"]
     assert results[str(sparse)]["unreadable"] == 1
+    assert results[str(sparse)]["images"] == 7
     assert "GMACs" in capsys.readouterr().out
 
 

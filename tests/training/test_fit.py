@@ -14,6 +14,7 @@ import torch
 import yaml
 
 import dynamicvit
+import dynamicvit.training.fit as fit
 from dynamicvit.core.folder import save_folder
 from dynamicvit.core.model import SparseViT, sparsify
 from dynamicvit.training.config import TrainConfig
@@ -78,7 +79,8 @@ def test_parameter_groups_have_two_speeds_and_spare_norms_and_biases() -> None:
     config = TrainConfig(data="", output="", backbone_lr=0.01, weight_decay=0.05)
     sparse = sparsify(tiny_vit(), 0.7)
     groups = parameter_groups(sparse, config, lr=1e-3)
-    assert {(g["name"], g["lr"]) for g in groups} == {("scorers", 1e-3), ("backbone", 1e-5)}
+    speeds = {(group["name"], group["lr"], group["lr_scale"]) for group in groups}
+    assert speeds == {("scorers", 1e-3, 1.0), ("backbone", 1e-3, 0.01)}
     decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
     everything = [p for g in groups for p in g["params"]]
     assert len(everything) == len(list(sparse.parameters()))
@@ -125,6 +127,35 @@ def test_a_run_resumes_after_sigkill_as_if_never_stopped(
         assert line["step"] == expected["step"]
         if line["kind"] == "train":
             assert line["loss"] == expected["loss"]
+
+
+@pytest.mark.parametrize("stop", [2, 4, 6])
+def test_a_run_resumes_the_same_at_any_step(
+    options: dict[str, Any], stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the backbone's frozen epochs end, after step 4."""
+    options |= {"epochs": 3, "freeze_epochs": 1, "checkpoint_steps": 2, "lr": 50.0, "workers": 0}
+    train(TrainConfig(**options | {"output": str(tmp_path / "straight")}))
+
+    def stop_after(run: Any) -> None:
+        save(run)
+        if run.total_step == stop:
+            raise KeyboardInterrupt
+
+    save = fit._save
+    monkeypatch.setattr(fit, "_save", stop_after)
+    with pytest.raises(KeyboardInterrupt):
+        train(TrainConfig(**options))
+    monkeypatch.undo()
+    train(TrainConfig(**options), resume=True)
+    ours, theirs = (
+        torch.load(folder / LAST, weights_only=True)["student"]
+        for folder in (Path(options["output"]), tmp_path / "straight")
+    )
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    rates = [line["lr"] for line in _lines(options["output"]) if line["kind"] == "train"]
+    assert [rate["backbone"] > 0 for rate in rates] == [False] * 4 + [True] * 8
+    assert rates[5]["backbone"] == pytest.approx(0.01 * rates[5]["scorers"])
 
 
 def test_resume_of_a_finished_run_evaluates_it(options: dict[str, Any]) -> None:
@@ -186,7 +217,9 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another(options: dict[str, 
         ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
         ({"lr": -1.0}, r"lr must be 0 or more, got -1\.0"),
         ({"weight_decay": float("nan")}, "weight_decay must be 0 or more, got nan"),
-        ({"ema": 1.5}, r"ema must lie in \[0, 1\], got 1\.5"),
+        ({"ema": 1.0}, r"ema must lie in \[0, 1\), got 1\.0"),
+        ({"crop_scale": [0.5]}, r"crop_scale must be two growing numbers above 0, got \[0\.5\]"),
+        ({"crop_ratio": [2.0, 1.0]}, "crop_ratio must be two growing numbers"),
         ({"hflip": -0.5}, "hflip must lie in"),
         ({"precision": "fp16"}, "precision must be 'no' .* got 'fp16'"),
     ],
@@ -204,6 +237,11 @@ def test_a_config_that_makes_no_sense_is_refused(changes: dict[str, Any], messag
         ({"model": "no_such_model"}, "model must be a folder, a hub id or a timm name"),
         ({"model": "vit_tiny_patch16"}, "did you mean vit_tiny_patch16_"),
         ({"data": "nowhere"}, "no data folder at nowhere"),
+        ({"mean": [0.5]}, r"mean must be one a channel, 3, got \[0\.5\]"),
+        (
+            {"auto_augment": "strange"},
+            "auto_augment is not a policy that timm knows, got 'strange'",
+        ),
         ({"model_kwargs": {"depth": 3}}, "model_kwargs are for timm names"),
         ({"blocks": [99], "ratios": [0.5]}, "below the backbone's depth of 4"),
     ],
@@ -218,7 +256,10 @@ def test_a_run_that_cannot_start_says_why(
 
 def test_a_class_count_that_does_not_match_is_named(options: dict[str, Any]) -> None:
     save_folder(tiny_vit(num_classes=5), options["model"])
-    with pytest.raises(ValueError, match=r"the data has 2 classes, the model .*dense has 5"):
+    message = (
+        r"the data has 2 classes, the model .*dense has 5: train a dense model on this data first"
+    )
+    with pytest.raises(ValueError, match=message):
         train(TrainConfig(**options))
 
 

@@ -76,6 +76,8 @@ def save_folder(
         }
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         target.mkdir(exist_ok=True)
+        # Without its config a folder is refused, so a kill in between leaves no mixed model.
+        (target / CONFIG).unlink(missing_ok=True)
         for name in (WEIGHTS, CONFIG):
             os.chmod(temporary / name, 0o644)
             os.replace(temporary / name, target / name)

@@ -149,7 +149,8 @@ class SparseViT(nn.Module):
         Args:
             images: as for `forward`.
             decisions: raw keep decisions to use instead, one [B, N] tensor a stage, with values in
-                [0, 1]; stage s keeps the product of the first s + 1.
+                [0, 1], which is not checked (it would wait for the GPU); stage s keeps the product
+                of the first s + 1.
 
         Raises:
             TypeError, ValueError: as for `forward`, and for decisions of the wrong number or shape;
@@ -286,7 +287,10 @@ class SparseViT(nn.Module):
         """Replace the classification head (and, if given, the pooling)."""
         if global_pool is not None:
             adapter.check_pooling(global_pool)
-        self.backbone.reset_classifier(num_classes, global_pool)
+        try:
+            self.backbone.reset_classifier(num_classes, global_pool)
+        except AssertionError as error:
+            raise ValueError(f"global_pool does not fit: {error} Got {global_pool!r}") from error
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.backbone.set_grad_checkpointing(enable)

@@ -30,11 +30,12 @@ class TrainConfig:
         train_split: split to learn from.
         val_split: split to validate on.
         workers: data loading processes; 0 loads in the main one.
-        skip_unreadable: skip and count images that cannot be read, instead of stopping.
+        skip_unreadable: count images that cannot be read, instead of stopping: in training the next
+            one takes their place, in validation they are left out.
         mean: normalisation mean a channel; by default the model's.
         std: normalisation standard deviation a channel; by default the model's.
         crop_pct: in validation, the share of the image's side that is kept; by default the model's.
-        crop_scale: random resized crop, range of the area taken; null takes the whole image.
+        crop_scale: random resized crop, range of the area taken; null takes the centred square.
         crop_ratio: random resized crop, range of the aspect ratio.
         hflip: probability of a horizontal flip.
         color_jitter: strength of colour jitter, used where auto_augment is null.
@@ -47,10 +48,11 @@ class TrainConfig:
         batch_size: images a step, in each process.
         lr: learning rate of the scorers (dense training: of everything), for a batch of 1024 in all
             processes together; scaled in proportion.
-        backbone_lr: learning rate of the backbone, as a multiple of lr. Dense training ignores it.
+        backbone_lr: learning rate of the backbone, as a multiple of that of the scorers, from
+            warm-up to the end. Dense training ignores it.
         freeze_epochs: epochs for which only the scorers learn. Dense training ignores it.
         warmup_epochs: epochs over which learning rates rise from min_lr.
-        min_lr: learning rate at the start and at the end.
+        min_lr: learning rate at the start and at the end, for a batch of 1024 as lr.
         weight_decay: AdamW's; none on biases, norms, position embeddings and prefix tokens.
         clip_grad: greatest norm of the gradient; null for no limit.
         drop_path: stochastic depth of the student.
@@ -138,10 +140,18 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be 0 or more, got {value}")
-        for name in ("hflip", "random_erasing", "label_smoothing", "drop_path", "ema", "crop_pct"):
+        for name in ("hflip", "random_erasing", "label_smoothing", "crop_pct"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {value}")
+        for name in ("drop_path", "ema"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {value}")
+        for name in ("crop_scale", "crop_ratio"):
+            value = getattr(self, name)
+            if value is not None and not (len(value) == 2 and 0 < value[0] <= value[1]):
+                raise ValueError(f"{name} must be two growing numbers above 0, got {value}")
 
     @property
     def sparse(self) -> bool:

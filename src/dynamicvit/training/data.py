@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,12 +37,16 @@ class ImageData:
     Attributes:
         dataset: yields (image, class index); transforms are set by the loader.
         class_names: in the order of their indices; None where the source does not tell.
-        unreadable: images skipped so far, in all loader workers (None if they are errors).
     """
 
     dataset: Any
     class_names: list[str] | None
-    unreadable: Any = None
+
+    @property
+    def unreadable(self) -> int | None:
+        """Images met so far, by any loader process, that cannot be read; None if not counted."""
+        flags = getattr(self.dataset, "unreadable", None)
+        return None if flags is None else int(flags.sum())
 
     def set_epoch(self, seed: int, epoch: int) -> None:
         """Make augmentation follow from seed, epoch and image alone, whoever loads the image."""
@@ -73,9 +76,11 @@ def open_data(
         data_dir: where a named data set lies.
         in_chans: 1 opens images as grey, 3 as RGB.
         class_names: the classes expected, in order (those of the training split).
-        skip_unreadable: replace an image that cannot be read by the next one, and count it.
+        skip_unreadable: count images that cannot be read, instead of raising: in training the next
+            image takes their place, else their class index is -1, for `evaluate_model` to leave
+            out. Streams (wds, hfids, tfds) are read by other packages, which do as they do.
         batch_size: hint for sources that are read as a stream.
-        training: shuffle sources that are read as a stream.
+        training: the images are for training: shuffle sources that are read as a stream.
 
     Raises:
         DataError: naming what is missing, empty, unreadable or of the wrong classes.
@@ -95,10 +100,10 @@ def open_data(
         )
     if isinstance(dataset, torch.utils.data.IterableDataset):
         return ImageData(dataset, found)
-    images = _Images(dataset, mode, skip_unreadable)
+    images = _Images(dataset, mode, skip_unreadable, replace=training)
     if len(images) == 0:
         raise DataError(f"{data} has no images in split {split!r}")
-    return ImageData(images, found, images.unreadable)
+    return ImageData(images, found)
 
 
 def seed_of(*place: int | str) -> int:
@@ -128,7 +133,11 @@ def create_image_loader(
         augmentation: further arguments of `timm.data.create_loader`.
     """
     config = {k: v for k, v in data_config.items() if k in _LOADER_KEYS}
-    return create_loader(
+    shards = getattr(getattr(data.dataset, "reader", None), "split_info", None)
+    if isinstance(data.dataset, IterableImageDataset) and shards is not None:
+        # A worker without a shard reads nothing, and timm then ends the epoch early.
+        workers = min(workers, len(getattr(shards, "filenames", range(workers))))
+    loader = create_loader(
         data.dataset,
         batch_size=batch_size,
         is_training=training,
@@ -139,20 +148,46 @@ def create_image_loader(
         **config,
         **augmentation,
     )
+    _keep_one_bit(data.dataset.transform)
+    return loader
+
+
+def check_labels(targets: torch.Tensor, num_classes: int) -> None:
+    """Raise DataError if class indices [B] are not below `num_classes` (-1: no image)."""
+    if targets.numel() and int(targets.max()) >= num_classes:
+        raise DataError(f"the data has class {int(targets.max())}, the model {num_classes} classes")
 
 
 _LOADER_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 
-class _Images(Dataset):
-    """A map-style source whose unreadable images are named, or counted and replaced."""
+def _keep_one_bit(transforms: Any) -> None:
+    """Make timm's posterize keep at least one bit: at full magnitude it asks Pillow for none, which
+    Pillow 13 refuses (older ones gave a black image)."""
+    for transform in getattr(transforms, "transforms", []):
+        policies = [getattr(transform, "ops", []), *getattr(transform, "policy", [])]
+        for operation in (operation for policy in policies for operation in policy):
+            if operation.name.startswith("Posterize"):
+                operation.level_fn = _at_least_one_bit(operation.level_fn)
 
-    def __init__(self, source: Any, mode: str, skip_unreadable: bool) -> None:
+
+def _at_least_one_bit(level_to_bits: Callable[..., tuple[int]]) -> Callable[..., tuple[int]]:
+    return lambda *arguments: (max(1, level_to_bits(*arguments)[0]),)
+
+
+class _Images(Dataset):
+    """A map-style source whose unreadable images are named, or counted and skipped."""
+
+    def __init__(self, source: Any, mode: str, skip_unreadable: bool, replace: bool) -> None:
         self.source = source
         self.mode = mode
+        self.replace = replace
         self.transform: Any = None  # set by timm's loader
         self.place: tuple[int, int] | None = None  # (seed, epoch); None leaves generators alone
-        self.unreadable = multiprocessing.Value("q", 0) if skip_unreadable else None
+        # One flag an image, in memory that loader processes share.
+        self.unreadable = (
+            torch.zeros(len(source), dtype=torch.uint8).share_memory_() if skip_unreadable else None
+        )
 
     def __len__(self) -> int:
         return len(self.source)
@@ -167,8 +202,10 @@ class _Images(Dataset):
                 name = self._name(at)
                 if self.unreadable is None:
                     raise DataError(f"cannot read image {name}: {error}") from error
-                with self.unreadable.get_lock():
-                    self.unreadable.value += 1
+                self.unreadable[at] = 1
+                if not self.replace:
+                    image, target = Image.new(self.mode, (64, 64)), -1
+                    break
         else:
             raise DataError("no image of the data set can be read")
         if self.place is not None:
@@ -216,26 +253,33 @@ def _split_folder(root: Path, split: str) -> Path:
 
 
 def _open_folder(folder: Path, mode: str) -> ImageDataset:
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    classes = sorted(
+        path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
     if not classes:
         raise DataError(f"{folder} has no class folders")
     try:
         dataset = create_dataset("", root=str(folder), search_split=False, input_img_mode=mode)
     except RuntimeError as error:
         raise DataError(str(error)) from error
-    used = {Path(file).relative_to(folder).parts[0] for file, _ in dataset.reader.samples}
     for name in classes:
-        if name not in used:
+        if name not in dataset.reader.class_to_idx:
             raise DataError(f"class {name!r} in {folder} has no images")
+    nested = sorted(set(dataset.reader.class_to_idx) - set(classes))
+    if nested:
+        raise DataError(f"images must lie right in {folder}/CLASS, got a folder {nested[0]!r}")
     return dataset
 
 
 def _open_named(
     data: str, split: str, data_dir: str | None, mode: str, batch_size: int, training: bool
 ) -> Any:
-    package, extra = EXTRAS.get(data.split("/", 1)[0].lower(), ("torch", ""))
+    prefix = data.split("/", 1)[0].lower()
+    package, extra = EXTRAS.get(prefix, ("torch", ""))
     if importlib.util.find_spec(package) is None:
         raise DataError(f"{data!r} needs {package}: pip install 'dynamicvit[{extra}]'")
+    if data_dir is None and prefix != "hfds":
+        raise DataError(f"{data!r} needs data_dir, the folder where it lies")
     usual = {name: kind for kind, names in _SPLITS.items() for name in names}
     # timm spells the usual two splits "train" and "validation" for every source.
     split = {"train": "train", "val": "validation"}.get(usual.get(split, ""), split)

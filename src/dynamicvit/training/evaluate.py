@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseViT
 from dynamicvit.files import write_text
-from dynamicvit.training.data import DataError, create_image_loader, open_data
+from dynamicvit.training.data import DataError, check_labels, create_image_loader, open_data
 from dynamicvit.training.models import load_model
 
 
@@ -78,6 +78,8 @@ def evaluate_model(
         seconds += time.perf_counter() - start
         # gather_for_metrics leaves out the images that padded the last batch.
         logits, targets = accelerator.gather_for_metrics((logits.float(), targets))
+        check_labels(targets, logits.shape[-1])
+        logits, targets = logits[targets >= 0], targets[targets >= 0]  # -1: could not be read
         best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
         hits = best == targets.unsqueeze(-1)
         top1 += int(hits[:, 0].sum())
@@ -119,7 +121,7 @@ def evaluate(
         batch_size: images a batch.
         workers: data loading processes.
         precision: "no" for float32, or "bf16".
-        skip_unreadable: skip and count images that cannot be read, instead of stopping.
+        skip_unreadable: leave out and count images that cannot be read, instead of stopping.
         output: JSON file to write.
 
     Returns:
@@ -156,7 +158,7 @@ def evaluate(
         )
         results[name] = asdict(evaluate_model(model, loader, accelerator))
         if images.unreadable is not None:
-            results[name]["unreadable"] = images.unreadable.value
+            results[name]["unreadable"] = images.unreadable
     if accelerator.is_main_process:
         print_evaluations(results)
         if output:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import timm
 import torch
 import yaml
 from accelerate import Accelerator, skip_first_batches
@@ -31,7 +32,14 @@ from dynamicvit.core.model import SparseViT, sparsify
 from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.files import read_checkpoint, write_checkpoint, write_text
 from dynamicvit.training.config import TrainConfig
-from dynamicvit.training.data import ImageData, create_image_loader, open_data, seed_of
+from dynamicvit.training.data import (
+    DataError,
+    ImageData,
+    check_labels,
+    create_image_loader,
+    open_data,
+    seed_of,
+)
 from dynamicvit.training.evaluate import (
     Evaluation,
     backbone_of,
@@ -47,7 +55,7 @@ LAST, BEST, METRICS, CONFIG = "last.pt", "best", "metrics.jsonl", "config.yaml"
 
 @dataclass
 class _Run:
-    """What a training loop holds; `position` is the next step: (epoch, step in the epoch)."""
+    """What a training loop holds; `epoch` and `step` (in the epoch) are where it goes on."""
 
     config: TrainConfig
     accelerator: Accelerator
@@ -79,6 +87,8 @@ class _Run:
 def train(config: TrainConfig, resume: bool = False) -> Evaluation:
     """Train a sparse model from a dense one, or a dense model, by `config`.
 
+    From then on this process flushes denormal numbers to zero, on CPUs that can.
+
     Args:
         config: what to train, on what, how.
         resume: go on from the last checkpoint in `config.output` (from the start, if the run was
@@ -95,7 +105,7 @@ def train(config: TrainConfig, resume: bool = False) -> Evaluation:
         _warm_start(run)
     evaluation = _fit(run)
     if run.train_data.unreadable is not None:
-        run.console.print(f"unreadable images skipped: {run.train_data.unreadable.value}")
+        run.console.print(f"unreadable training images: {run.train_data.unreadable}")
     return evaluation
 
 
@@ -104,7 +114,7 @@ def train(config: TrainConfig, resume: bool = False) -> Evaluation:
 
 def _set_up(config: TrainConfig, resume: bool) -> _Run:
     output = Path(config.output)
-    if not resume and (output / METRICS).exists():
+    if not resume and ((output / METRICS).exists() or (output / LAST).exists()):
         raise ValueError(
             f"output {output} already holds a run: resume it, or choose another folder"
         )
@@ -149,9 +159,9 @@ def _set_up(config: TrainConfig, resume: bool) -> _Run:
     scheduler = CosineLRScheduler(
         optimizer,
         t_initial=config.epochs * steps,
-        lr_min=config.min_lr,
+        lr_min=config.min_lr * batch / 1024,
         warmup_t=min(config.warmup_epochs, config.epochs) * steps,
-        warmup_lr_init=config.min_lr,
+        warmup_lr_init=config.min_lr * batch / 1024,
         t_in_epochs=False,
     )
     mixup = None
@@ -179,7 +189,6 @@ def _set_up(config: TrainConfig, resume: bool) -> _Run:
         class_names=train_data.class_names,
         train_data=train_data,
     )
-    _apply_learning_rates(run)
     if resume and (output / LAST).exists():
         _restore(run)
     if accelerator.is_main_process:
@@ -194,14 +203,23 @@ def _create_student(
     """The model to train and, in sparse training, its teacher."""
     if not config.sparse and class_names is not None and dense.num_classes != len(class_names):
         dense.reset_classifier(len(class_names))
-    check_classes(class_names, dense, f"the model {config.model}")
+    try:
+        check_classes(class_names, dense, f"the model {config.model}")
+    except DataError as error:
+        advice = "train a dense model on this data first (keep_ratio null), and start from that"
+        raise DataError(f"{error}: {advice}") from error
     for name in ("mean", "std"):
-        if getattr(config, name) is not None:
-            dense.pretrained_cfg[name] = tuple(getattr(config, name))
+        value = getattr(config, name)
+        if value is not None:
+            if len(value) != dense.in_chans:
+                raise ValueError(f"{name} must be one a channel, {dense.in_chans}, got {value}")
+            dense.pretrained_cfg[name] = tuple(value)
     if config.crop_pct is not None:
         dense.pretrained_cfg["crop_pct"] = config.crop_pct
     if not config.sparse:
         return dense, None
+    if not config.pretrained and timm.is_model(config.model):
+        Console(stderr=True).print("warning: pretrained is false, so the teacher is untrained")
     schedule = None
     if config.blocks is not None and config.ratios is not None:
         schedule = KeepSchedule(tuple(config.blocks), tuple(config.ratios))
@@ -235,19 +253,24 @@ def _create_loaders(
         "workers": config.workers,
         "device": device,
     }
-    train_loader = create_image_loader(
-        train_data,
-        config.batch_size,
-        training=True,
-        scale=tuple(config.crop_scale or (1.0, 1.0)),
-        ratio=tuple(config.crop_ratio if config.crop_scale else (1.0, 1.0)),
-        hflip=config.hflip,
-        color_jitter=config.color_jitter or None,
-        auto_augment=config.auto_augment,
-        re_prob=config.random_erasing,
-        re_mode="pixel",
-        **shared,
-    )
+    try:
+        train_loader = create_image_loader(
+            train_data,
+            config.batch_size,
+            training=True,
+            scale=tuple(config.crop_scale or (1.0, 1.0)),
+            ratio=tuple(config.crop_ratio if config.crop_scale else (1.0, 1.0)),
+            hflip=config.hflip,
+            color_jitter=config.color_jitter or None,
+            auto_augment=config.auto_augment,
+            re_prob=config.random_erasing,
+            re_mode="pixel",
+            **shared,
+        )
+    except (AssertionError, KeyError, NotImplementedError) as error:
+        raise ValueError(
+            f"auto_augment is not a policy that timm knows, got {config.auto_augment!r}"
+        ) from error
     val_loader = create_image_loader(val_data, config.batch_size, training=False, **shared)
     return train_loader, val_loader
 
@@ -277,18 +300,19 @@ def parameter_groups(model: nn.Module, config: TrainConfig, lr: float) -> list[d
     parts: list[tuple[str, nn.Module, float]]
     if isinstance(model, SparseViT):
         parts = [
-            ("scorers", model.scorers, lr),
-            ("backbone", model.backbone, lr * config.backbone_lr),
+            ("scorers", model.scorers, 1.0),
+            ("backbone", model.backbone, config.backbone_lr),
         ]
     else:
-        parts = [("dense", model, lr)]
+        parts = [("dense", model, 1.0)]
     groups = []
-    for name, module, rate in parts:
+    for name, module, scale in parts:
         spared: set[str] = getattr(module, "no_weight_decay", set)()
         for group in param_groups_weight_decay(
             module, config.weight_decay, no_weight_decay_list=spared
         ):
-            groups.append({**group, "lr": rate, "name": name})
+            # timm's scheduler multiplies by lr_scale, from warm-up to the end.
+            groups.append({**group, "lr": lr, "lr_scale": scale, "name": name})
     return groups
 
 
@@ -359,6 +383,9 @@ def _epoch(run: _Run) -> Any:
     last_time, last_step = time.perf_counter(), run.step
     for images, targets in loader:
         set_seed(seed_of(config.seed, "noise", run.total_step, accelerator.process_index))
+        if run.class_names is None:  # then the count of classes could not be checked before
+            check_labels(targets, cast(Any, run.student).num_classes)
+        _apply_learning_rates(run)
         if run.mixup is not None:
             images, targets = run.mixup(images, targets)
         result = run.task(images, targets)
@@ -368,7 +395,6 @@ def _epoch(run: _Run) -> Any:
         run.optimizer.step()
         run.optimizer.zero_grad()
         run.step += 1
-        _apply_learning_rates(run)
         if run.ema is not None:
             run.ema.update(run.student, step=run.total_step)
         if run.step % config.log_steps == 0 or run.step == len(run.train_loader):
@@ -503,7 +529,16 @@ def _restore(run: _Run) -> None:
     path = run.output / LAST
     state = read_checkpoint(path, "dynamicvit training checkpoint 1")
     ours, saved = asdict(run.config), state["config"]
-    free = ("output", "epochs", "workers", "checkpoint_steps", "log_steps", "tensorboard")
+    free = (
+        "data",
+        "data_dir",
+        "output",
+        "epochs",
+        "workers",
+        "checkpoint_steps",
+        "log_steps",
+        "tensorboard",
+    )
     changed = [key for key in ours if key not in free and ours[key] != saved.get(key)]
     if changed:
         raise ValueError(
@@ -515,7 +550,6 @@ def _restore(run: _Run) -> None:
         load_strictly(run.ema.module, state["ema"], str(path))
     run.optimizer.load_state_dict(state["optimizer"])
     run.epoch, run.step, run.best = state["epoch"], state["step"], state["best"]
-    _apply_learning_rates(run)
 
 
 _writers: dict[Path, Any] = {}

@@ -30,8 +30,12 @@ def load_model(name: str, pretrained: bool = True, **model_kwargs: Any) -> Any:
             raise ValueError(f"model_kwargs are for timm names, not for {name}: got {model_kwargs}")
         return load(name)
     try:
-        return timm.create_model(name, pretrained=pretrained, **model_kwargs)
+        model: Any = timm.create_model(name, pretrained=pretrained, **model_kwargs)
     except (TypeError, AssertionError, RuntimeError, OSError) as error:
         raise ValueError(
             f"timm cannot create {name!r} (pretrained={pretrained}): {error}"
         ) from error
+    if not pretrained:  # these describe timm's weights, which this model does not have
+        for key in ("tag", "license", "origin_url", "paper_ids", "paper_name", "notes"):
+            model.pretrained_cfg.pop(key, None)
+    return model
