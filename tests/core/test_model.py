@@ -288,6 +288,8 @@ def test_float16_is_refused_where_it_would_lose_the_gradient() -> None:
 BACKENDS = ["aot_eager", *(["inductor"] if shutil.which("g++") else [])]
 
 
+# torch 2.11's own inductor still uses torch.jit.
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_both_paths_compile_to_one_graph(backend: str) -> None:
     sparse = tiny_sparse(KeepSchedule((1,), (0.5,)), depth=2)
