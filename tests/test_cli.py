@@ -10,7 +10,6 @@ import yaml
 
 from dynamicvit import __version__, cli
 from dynamicvit.training.config import TrainConfig
-from tests.training.conftest import dense_folder, images  # noqa: F401 (fixtures)
 
 
 def _fail(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -72,8 +71,8 @@ def test_a_user_s_mistake_is_one_line(
 
 
 def test_an_unreadable_image_in_a_loader_process_is_one_line(
-    images: Path,  # noqa: F811
-    dense_folder: Path,  # noqa: F811
+    images: Path,
+    dense_folder: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     bad = images / "val" / "dark" / "01.png"
@@ -101,8 +100,8 @@ def test_config_file_with_overrides_and_dashes(
 
 
 def test_evaluate_from_the_command_line(
-    images: Path,  # noqa: F811
-    dense_folder: Path,  # noqa: F811
+    images: Path,
+    dense_folder: Path,
     tmp_path: Path,
 ) -> None:
     output = tmp_path / "out" / "results.json"

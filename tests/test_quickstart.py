@@ -15,7 +15,6 @@ from dynamicvit.core.model import SparseViT
 from dynamicvit.deploy.benchmark import compare_speed
 from dynamicvit.quickstart import ASSETS, quickstart, unpack_images
 from tests.conftest import tiny_vit
-from tests.training.conftest import dense_folder, images, write_images  # noqa: F401 (fixtures)
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +52,8 @@ def test_embedded_images_unpack_to_an_image_folder(tmp_path: Path) -> None:
 
 
 def test_quickstart_on_the_user_s_own_data_and_model(
-    images: Path,  # noqa: F811
-    dense_folder: Path,  # noqa: F811
+    images: Path,
+    dense_folder: Path,
     tmp_path: Path,
 ) -> None:
     output = tmp_path / "quickstart"
@@ -74,7 +73,7 @@ def test_quickstart_on_the_user_s_own_data_and_model(
 
 
 def test_quickstart_fits_a_head_first_where_classes_differ(
-    images: Path,  # noqa: F811
+    images: Path,
     tmp_path: Path,
 ) -> None:
     save_folder(tiny_vit(num_classes=7), tmp_path / "seven")
@@ -85,8 +84,8 @@ def test_quickstart_fits_a_head_first_where_classes_differ(
 
 
 def test_quickstart_never_removes_what_it_did_not_write(
-    images: Path,  # noqa: F811
-    dense_folder: Path,  # noqa: F811
+    images: Path,
+    dense_folder: Path,
 ) -> None:
     """Not even with the data's own folder as output, nor a folder of the name of a run."""
     files = sorted(images.rglob("*.png"))

@@ -17,8 +17,7 @@ from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.data import EXTRAS, DataError, create_image_loader, open_data
 from dynamicvit.training.evaluate import evaluate_model
 from dynamicvit.training.fit import train
-from tests.conftest import tiny_vit
-from tests.training.conftest import CLASSES, write_images
+from tests.conftest import CLASSES, tiny_vit, write_images
 
 CONFIG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
 

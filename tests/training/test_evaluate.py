@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from accelerate import Accelerator
 
@@ -68,6 +69,14 @@ def test_evaluate_compares_models_and_writes_json(
     assert results[str(sparse)]["unreadable"] == 1
     assert results[str(sparse)]["images"] == 7
     assert "GMACs" in capsys.readouterr().out
+
+
+def test_other_dense_models_are_evaluated_beside(images: Path) -> None:
+    model = timm.create_model("resnet18", num_classes=2)
+    loader = _batches((torch.randn(2, 3, 32, 32), torch.tensor([0, 1])))
+    result = evaluate_model(model, loader)
+    assert result.tokens == ()
+    assert result.gmacs == pytest.approx(1.81, rel=0.01), "at its own 224 pixels"
 
 
 def test_evaluate_names_what_is_wrong(images: Path, dense_folder: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import yaml
 
 import dynamicvit
 import dynamicvit.training.fit as fit
+from dynamicvit.core.backbone import UnsupportedBackbone
 from dynamicvit.core.folder import save_folder
 from dynamicvit.core.model import SparseViT, sparsify
 from dynamicvit.training.config import TrainConfig
@@ -234,6 +235,7 @@ def test_a_config_that_makes_no_sense_is_refused(changes: dict[str, Any], messag
     [
         ({"batch_size": 64}, "batch_size must not exceed the training split's 16 images, got 64"),
         ({"batch_size": 3}, "batch_size must be even for Mixup, got 3"),
+        ({"model": "resnet18", "pretrained": False}, "ResNet is not supported"),
         ({"model": "no_such_model"}, "model must be a folder, a hub id or a timm name"),
         ({"model": "vit_tiny_patch16"}, "did you mean vit_tiny_patch16_"),
         ({"data": "nowhere"}, "no data folder at nowhere"),
@@ -249,7 +251,7 @@ def test_a_config_that_makes_no_sense_is_refused(changes: dict[str, Any], messag
 def test_a_run_that_cannot_start_says_why(
     options: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, UnsupportedBackbone), match=message):
         train(TrainConfig(**options | changes))
     assert not Path(options["output"]).exists()
 

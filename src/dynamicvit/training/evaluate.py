@@ -206,8 +206,10 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
 
 
 def token_counts(model: nn.Module) -> tuple[int, ...]:
-    """Patch tokens present at the start and after each stage."""
-    patches: int = backbone_of(model).patch_embed.num_patches
+    """Patch tokens present at the start and after each stage; none for a model without patches."""
+    patches = getattr(getattr(backbone_of(model), "patch_embed", None), "num_patches", None)
+    if patches is None:
+        return ()
     return (patches, *(model.schedule.counts(patches) if isinstance(model, SparseViT) else ()))
 
 

@@ -27,6 +27,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
 from dynamicvit.checkpoint import load_strictly
+from dynamicvit.core.backbone import check_backbone
 from dynamicvit.core.folder import save_folder
 from dynamicvit.core.model import SparseViT, sparsify
 from dynamicvit.core.schedule import KeepSchedule
@@ -130,6 +131,8 @@ def _set_up(config: TrainConfig, resume: bool) -> _Run:
     dense = load_model(config.model, config.pretrained, **config.model_kwargs)
     if isinstance(dense, SparseViT):
         raise ValueError(f"model must be dense to start from, got the sparse model {config.model}")
+    if config.sparse:
+        check_backbone(dense)
     open_arguments["in_chans"] = dense.in_chans
     train_data = open_data(config.data, config.train_split, training=True, **open_arguments)
     val_data = open_data(
