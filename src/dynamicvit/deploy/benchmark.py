@@ -122,17 +122,20 @@ def _wait(device: torch.device) -> None:
 
 def _commit() -> str | None:
     """The commit of the checkout this package runs from; None where there is none."""
+    here = Path(__file__)
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        # Fails for a package installed inside somebody else's checkout, whose commit is not ours.
+        _git("ls-files", "--error-unmatch", here.name, cwd=here.parent)
+        return _git("describe", "--always", "--dirty", cwd=here.parent)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return described.stdout.strip()
+
+
+def _git(*arguments: str, cwd: Path) -> str:
+    result = subprocess.run(
+        ["git", *arguments], cwd=cwd, capture_output=True, text=True, check=True
+    )
+    return result.stdout.strip()
 
 
 def _processor() -> str:
