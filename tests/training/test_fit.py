@@ -47,6 +47,15 @@ def test_a_run_writes_model_metrics_config_and_checkpoint(options: dict[str, Any
     assert not list(output.glob(".*")), "temporary files were left"
 
 
+def test_tensorboard_is_asked_for_before_training(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=r"pip install 'dynamicvit\[tensorboard\]'"):
+        train(TrainConfig(**options, tensorboard=True))
+    assert not Path(options["output"]).exists()
+
+
 def test_dense_training_learns_and_gets_the_data_s_head(options: dict[str, Any]) -> None:
     options |= {"model": "vit_tiny_patch16_224", "pretrained": False, "epochs": 6, "lr": 0.5}
     shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -75,6 +75,7 @@ class _Run:
     step: int = 0
     best: float = -1.0
     console: Console = field(default_factory=Console)
+    writer: Any = None  # of TensorBoard
 
     @property
     def total_step(self) -> int:
@@ -104,7 +105,11 @@ def train(config: TrainConfig, resume: bool = False) -> Evaluation:
     run = _set_up(config, resume)
     if config.warm_start and run.total_step == 0 and config.sparse:
         _warm_start(run)
-    evaluation = _fit(run)
+    try:
+        evaluation = _fit(run)
+    finally:
+        if run.writer is not None:
+            run.writer.close()
     if run.train_data.unreadable is not None:
         run.console.print(f"unreadable training images: {run.train_data.unreadable}")
     return evaluation
@@ -119,6 +124,7 @@ def _set_up(config: TrainConfig, resume: bool) -> _Run:
         raise ValueError(
             f"output {output} already holds a run: resume it, or choose another folder"
         )
+    writer_class = _tensorboard_writer() if config.tensorboard else None
     set_seed(config.seed)
     # Gradients of frozen-out tokens fade into denormals, which x86 computes many times slower.
     torch.set_flush_denormal(True)
@@ -197,7 +203,19 @@ def _set_up(config: TrainConfig, resume: bool) -> _Run:
     if accelerator.is_main_process:
         write_text(output / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False))
         _forget_later_metrics(run)
+        if writer_class is not None:
+            run.writer = writer_class(str(output))
     return run
+
+
+def _tensorboard_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 (an extra)
+    except ImportError as error:
+        raise ValueError(
+            "tensorboard needs the extra: pip install 'dynamicvit[tensorboard]'"
+        ) from error
+    return SummaryWriter
 
 
 def _create_student(
@@ -465,12 +483,11 @@ def _log(run: _Run, line: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
-    if run.config.tensorboard:
+    if run.writer is not None:
         _log_to_tensorboard(run, line)
 
 
 def _log_to_tensorboard(run: _Run, line: dict[str, Any]) -> None:
-    writer = _tensorboard_writer(run.output)
     for key, value in line.items():
         if key in ("kind", "step", "epoch"):
             continue
@@ -479,8 +496,8 @@ def _log_to_tensorboard(run: _Run, line: dict[str, Any]) -> None:
             named = [(str(stage), item) for stage, item in enumerate(value)]
         for suffix, number in named:
             tag = "/".join(part for part in (line["kind"], key, suffix) if part)
-            writer.add_scalar(tag, number, line["step"])
-    writer.flush()
+            run.writer.add_scalar(tag, number, line["step"])
+    run.writer.flush()
 
 
 def _status(line: dict[str, Any]) -> str:
@@ -553,18 +570,3 @@ def _restore(run: _Run) -> None:
         load_strictly(run.ema.module, state["ema"], str(path))
     run.optimizer.load_state_dict(state["optimizer"])
     run.epoch, run.step, run.best = state["epoch"], state["step"], state["best"]
-
-
-_writers: dict[Path, Any] = {}
-
-
-def _tensorboard_writer(folder: Path) -> Any:
-    if folder not in _writers:
-        try:
-            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 (an extra)
-        except ImportError as error:
-            raise ValueError(
-                "tensorboard needs the extra: pip install 'dynamicvit[tensorboard]'"
-            ) from error
-        _writers[folder] = SummaryWriter(str(folder))
-    return _writers[folder]
