@@ -59,7 +59,8 @@ def quickstart(
             embedded one. If its classes are not those of the data, it gets a new head and is
             fine-tuned as a dense model first.
         keep_ratio: share of the tokens that each of the three stages keeps.
-        epochs: passes over the training images in the fine-tuning.
+        epochs: passes over the training images in the fine-tuning. With more than one, the epoch
+            with the best top-1 is kept, chosen on the same images that the result is measured on.
         batch_size: images a training step.
         seed: of everything random.
 
