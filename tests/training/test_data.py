@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import gc
 import io
 import json
 import struct
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -225,9 +227,24 @@ def _write_shards(images: Path, root: Path) -> None:
     (root / "_info.json").write_text(json.dumps({"splits": splits}))
 
 
-# webdataset leaves the closing of its files to the garbage collector.
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+# webdataset leaves the closing of its files to the garbage collector: here, not in a later test.
+@pytest.fixture
+def collected() -> Iterator[None]:
+    yield
+    gc.collect()
+
+
+def shard_files(test: Any) -> Any:
+    for mark in (
+        pytest.mark.filterwarnings("ignore::ResourceWarning"),
+        pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+        pytest.mark.usefixtures("collected"),
+    ):
+        test = mark(test)
+    return test
+
+
+@shard_files
 def test_webdataset_shards_are_trained_on(
     images: Path, options: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -249,6 +266,61 @@ def test_webdataset_shards_are_trained_on(
         )
     data = open_data("wds/tiny", "val", data_dir=source["data_dir"])
     assert sorted(target for _, target in data.dataset) == [0] * 4 + [1] * 4
+
+
+@shard_files
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_cannot_be_read_in_shards_is_named_or_counted(
+    images: Path, tmp_path: Path, workers: int
+) -> None:
+    (images / "val" / "dark" / "01.png").write_text("not an image")
+    good = (images / "val" / "bright" / "00.png").read_bytes()
+    (images / "val" / "bright" / "02.png").write_bytes(good[: len(good) // 2])
+    root = tmp_path / "shards"
+    _write_shards(images, root)
+    shard = root / "tiny-validation-0000.tar"
+    for training in (False, True):
+        data = open_data("wds/tiny", "val", data_dir=str(root), training=training)
+        with pytest.raises(DataError, match=f"cannot read image 000[25] of {shard}: "):
+            _batches(data, workers)
+        data = open_data(
+            "wds/tiny", "val", data_dir=str(root), training=training, skip_unreadable=True
+        )
+        for _ in range(2):
+            targets = torch.cat([targets for _, targets in _batches(data, workers)])
+            if training:
+                assert len(targets) == 8, "other images take their places"
+            else:
+                assert targets.bincount().tolist() == [3, 3]
+            assert data.unreadable == 2
+
+
+@shard_files
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("missing", "cannot read a shard: .*No such file.*tiny-validation-0000.tar"),
+        ("truncated", "cannot read a shard: unexpected end of data.*tiny-validation-0000.tar"),
+        ("foreign", "cannot read a shard: .*tiny-validation-0000.tar"),
+        ("unlabelled", "sample 0003 of .*tiny-validation-0000.tar has no label: 'cls'"),
+    ],
+)
+def test_a_damaged_shard_is_named(images: Path, tmp_path: Path, damage: str, message: str) -> None:
+    root = tmp_path / "shards"
+    _write_shards(images, root)
+    shard = root / "tiny-validation-0000.tar"
+    content = shard.read_bytes()
+    if damage == "missing":
+        shard.unlink()
+    elif damage == "truncated":
+        shard.write_bytes(content[: content.index(b"0005.png") + 600])
+    elif damage == "foreign":
+        shard.write_bytes(b"not a tar file" * 100)
+    else:
+        shard.write_bytes(content.replace(b"0003.cls", b"0003.txt"))
+    data = open_data("wds/tiny", "val", data_dir=str(root), skip_unreadable=True)
+    with pytest.raises(DataError, match=message):
+        _batches(data)
 
 
 def test_hugging_face_data_sets_are_trained_on(

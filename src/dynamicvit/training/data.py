@@ -45,7 +45,7 @@ class ImageData:
     @property
     def unreadable(self) -> int | None:
         """Images met so far, by any loader process, that cannot be read; None if not counted."""
-        flags = getattr(self.dataset, "unreadable", None)
+        flags = getattr(getattr(self.dataset, "reader", self.dataset), "unreadable", None)
         return None if flags is None else int(flags.sum())
 
     def set_epoch(self, seed: int, epoch: int) -> None:
@@ -78,7 +78,7 @@ def open_data(
         class_names: the classes expected, in order (those of the training split).
         skip_unreadable: count images that cannot be read, instead of raising: in training the next
             image takes their place, else their class index is -1, for `evaluate_model` to leave
-            out. Streams (wds, hfids, tfds) are read by other packages, which do as they do.
+            out; WebDataset shards give the next image in both. hfids and tfds do as they do.
         batch_size: hint for sources that are read as a stream.
         training: the images are for training: shuffle sources that are read as a stream.
 
@@ -90,7 +90,15 @@ def open_data(
         raise DataError(f"in_chans must be 1, 3 or 4 to open image files, got {in_chans}")
     prefix = data.split("/", 1)[0].lower()
     if prefix in _FACTORIES and not Path(data).exists():
-        dataset = _open_named(data, split, data_dir, mode, batch_size, training)
+        dataset = _open_named(
+            data,
+            split,
+            data_dir,
+            is_training=training,
+            batch_size=batch_size,
+            input_img_mode=mode,
+            skip_unreadable=skip_unreadable,
+        )
     else:
         dataset = _open_folder(_split_folder(Path(data), split), mode)
     found = _class_names(dataset)
@@ -272,7 +280,7 @@ def _open_folder(folder: Path, mode: str) -> ImageDataset:
 
 
 def _open_named(
-    data: str, split: str, data_dir: str | None, mode: str, batch_size: int, training: bool
+    data: str, split: str, data_dir: str | None, *, skip_unreadable: bool, **options: Any
 ) -> Any:
     prefix = data.split("/", 1)[0].lower()
     package, extra = EXTRAS.get(prefix, ("torch", ""))
@@ -284,14 +292,16 @@ def _open_named(
     # timm spells the usual two splits "train" and "validation" for every source.
     split = {"train": "train", "val": "validation"}.get(usual.get(split, ""), split)
     try:
-        return create_dataset(
-            data,
-            root=data_dir,
-            split=split,
-            is_training=training,
-            batch_size=batch_size,
-            input_img_mode=mode,
-        )
+        if prefix == "wds":
+            # An extra, and the module needs this one.
+            from dynamicvit.training.shards import Shards  # noqa: PLC0415
+
+            name = data.split("/", 1)[1]
+            reader = Shards(
+                name=name, root=data_dir, split=split, skip_unreadable=skip_unreadable, **options
+            )
+            return IterableImageDataset(data_dir, reader=reader)
+        return create_dataset(data, root=data_dir, split=split, **options)
     except (AssertionError, RuntimeError, OSError, ValueError, KeyError, ImportError) as error:
         raise DataError(f"cannot open {data!r} in {data_dir!r}: {error}") from error
 
