@@ -60,6 +60,10 @@ def test_train_offers_every_field_of_its_config() -> None:
         (["evaluate", "no_such_model", "--data", "x"], "model must be a folder, a hub id or a"),
         (["evaluate", "./nowhere", "--data", "x"], "no model folder at nowhere"),
         (["quickstart", "--data", "x"], "data and model go together"),
+        (["predict", "--model", "x"], "required: images"),
+        (["predict", "cat.jpg"], "model"),
+        (["predict", "cat.jpg", "--model", "./nowhere"], "no model folder at nowhere"),
+        (["predict", "cat.jpg", "--model", "x", "--top_k", "many"], 'key "top_k"'),
     ],
 )
 def test_a_user_s_mistake_is_one_line(
@@ -108,3 +112,25 @@ def test_evaluate_from_the_command_line(
     arguments = [str(dense_folder), "--data", str(images), "--workers", "0"]
     assert cli.main(["evaluate", *arguments, "--output", str(output)]) == 0
     assert json.loads(output.read_text())[str(dense_folder)]["images"] == 8
+
+
+def test_predict_from_the_command_line(
+    images: Path,
+    dense_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    files = [str(images / "val" / name / "00.png") for name in ("dark", "bright")]
+    output = tmp_path / "predictions.json"
+    model = ["--model", str(dense_folder)]
+    assert cli.main(["predict", *files, *model, "--top-k", "1", "--output", str(output)]) == 0
+    assert [len(found) for found in json.loads(output.read_text()).values()] == [1, 1]
+    capsys.readouterr()
+    for content, message in ((b"text", "cannot read image"), (None, "no image at")):
+        Path(files[1]).unlink()
+        if content is not None:
+            Path(files[1]).write_bytes(content)
+        assert f"{message} {files[1]}" in _fail(["predict", *files, *model], capsys)
+    assert "top_k must be 1 or more, got 0" in _fail(
+        ["predict", files[0], *model, "--top_k", "0"], capsys
+    )

@@ -19,6 +19,7 @@ from jsonargparse import ArgumentParser
 
 from dynamicvit import __version__
 from dynamicvit.core.backbone import UnsupportedBackbone
+from dynamicvit.deploy.predict import predict
 from dynamicvit.quickstart import quickstart
 from dynamicvit.training.evaluate import evaluate
 from dynamicvit.training.fit import train
@@ -27,6 +28,7 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "quickstart": quickstart,
     "train": train,
     "evaluate": evaluate,
+    "predict": predict,
 }
 
 # What a user can cause, as opposed to a defect of ours, which deserves its traceback.

@@ -19,6 +19,7 @@ from timm.data import resolve_input_data_config
 from torch.utils.data import DataLoader
 
 import dynamicvit
+from dynamicvit.checkpoint import load_model
 from dynamicvit.core.folder import save_folder
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.scorer import RandomScorer
@@ -29,7 +30,6 @@ from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.data import ImageData, create_image_loader, open_data
 from dynamicvit.training.evaluate import Evaluation, evaluate_model, input_size, print_evaluations
 from dynamicvit.training.fit import BEST, CONFIG, METRICS, train
-from dynamicvit.training.models import load_model
 
 ASSETS = Path(__file__).parent / "assets"
 SHEET_COLUMNS = 20  # tiles a row in the contact sheets of ASSETS / "images"

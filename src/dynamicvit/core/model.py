@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, overload
 
 import torch
 from timm.models import checkpoint as checkpoint_block
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from dynamicvit.core import backbone as adapter
 from dynamicvit.core.folder import save_folder
+from dynamicvit.core.hub import push_to_hub
+from dynamicvit.core.predict import ImageSource, Prediction, predict
 from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.core.scorer import TokenScorer
 from dynamicvit.core.tokens import (
@@ -242,6 +244,63 @@ class SparseViT(nn.Module):
                 )
         return decisions
 
+    # From files, and to files.
+
+    @overload  # a str is a sequence of str too, and read as a path
+    def predict(self, image: ImageSource, top_k: int = 5) -> list[Prediction]: ...  # type: ignore[overload-overlap]
+    @overload
+    def predict(self, image: Sequence[ImageSource], top_k: int = 5) -> list[list[Prediction]]: ...
+    def predict(
+        self, image: ImageSource | Sequence[ImageSource], top_k: int = 5
+    ) -> list[Prediction] | list[list[Prediction]]:
+        """Classify image files: `sparse.predict("cat.jpg")[0].name`.
+
+        Args:
+            image: a path, a PIL image, or a sequence of these; prepared as `pretrained_cfg` says.
+            top_k: how many classes to give; all, if the model has fewer.
+
+        Returns:
+            The `top_k` likeliest classes, `Prediction(name, index, probability)`, best first; for a
+            sequence, a list of such lists.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            TypeError, ValueError: if an image cannot be read, or naming a bad argument.
+        """
+        return predict(self, image, top_k)
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], class_names: Sequence[str] | None = None
+    ) -> None:
+        """Write `config.json` and `model.safetensors` into `folder`, for `dynamicvit.load`.
+
+        Arguments and errors as for `dynamicvit.core.folder.save_folder`.
+        """
+        save_folder(self, folder, class_names)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        commit_message: str | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> str:
+        """Upload the model to the Hugging Face Hub, for `dynamicvit.load(repo_id)`.
+
+        Returns the repository's address. Arguments and errors as for
+        `dynamicvit.core.hub.push_to_hub`.
+        """
+        return push_to_hub(
+            self,
+            repo_id,
+            private=private,
+            token=token,
+            commit_message=commit_message,
+            class_names=class_names,
+        )
+
     # What timm's tools look for.
 
     @property
@@ -298,15 +357,6 @@ class SparseViT(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay should leave alone."""
         return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
-
-    def save_pretrained(
-        self, folder: str | os.PathLike[str], class_names: Sequence[str] | None = None
-    ) -> None:
-        """Write `config.json` and `model.safetensors` into `folder`, for `dynamicvit.load`.
-
-        Arguments and errors as for `dynamicvit.core.folder.save_folder`.
-        """
-        save_folder(self, folder, class_names)
 
 
 def sparsify(

@@ -16,6 +16,8 @@ from PIL import Image
 from timm.data import ImageDataset, IterableImageDataset, create_dataset, create_loader
 from torch.utils.data import DataLoader, Dataset
 
+from dynamicvit.core.images import MODES, convert_image
+
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "test")}
 _FACTORIES = ("torch", "hfds", "hfids", "wds", "tfds")
 # The package that a source needs, and the extra of ours that it comes with.
@@ -85,7 +87,7 @@ def open_data(
     Raises:
         DataError: naming what is missing, empty, unreadable or of the wrong classes.
     """
-    mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(in_chans)
+    mode = MODES.get(in_chans)
     if mode is None:
         raise DataError(f"in_chans must be 1, 3 or 4 to open image files, got {in_chans}")
     prefix = data.split("/", 1)[0].lower()
@@ -232,21 +234,15 @@ class _Images(Dataset):
             image, target, *_ = self.source.reader[index]
             if not isinstance(image, Image.Image):
                 with image:
-                    return _convert(Image.open(image), self.mode), target
+                    return convert_image(Image.open(image), self.mode), target
         else:
             image, target = self.source[index]
-        return _convert(image, self.mode), target
+        return convert_image(image, self.mode), target
 
     def _name(self, index: int) -> str:
         if isinstance(self.source, ImageDataset):
             return str(self.source.reader.filename(index, absolute=True))
         return f"number {index}"
-
-
-def _convert(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # the way Pillow asks for
-    return image.convert(mode)
 
 
 def _split_folder(root: Path, split: str) -> Path:

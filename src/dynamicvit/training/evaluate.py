@@ -19,11 +19,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.data import DataLoader
 
+from dynamicvit.checkpoint import load_model
 from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseViT
 from dynamicvit.files import write_text
 from dynamicvit.training.data import DataError, check_labels, create_image_loader, open_data
-from dynamicvit.training.models import load_model
 
 
 @dataclass(frozen=True)

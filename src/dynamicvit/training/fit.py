@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
-from dynamicvit.checkpoint import load_strictly
+from dynamicvit.checkpoint import load_model, load_strictly
 from dynamicvit.core.backbone import check_backbone
 from dynamicvit.core.folder import save_folder
 from dynamicvit.core.model import SparseViT, sparsify
@@ -48,7 +48,6 @@ from dynamicvit.training.evaluate import (
     evaluate_model,
 )
 from dynamicvit.training.losses import LossWeights
-from dynamicvit.training.models import load_model
 from dynamicvit.training.task import DenseTask, SparseTask, WarmStartTask
 
 LAST, BEST, METRICS, CONFIG = "last.pt", "best", "metrics.jsonl", "config.yaml"
