@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "core": set(),
     "files": set(),
     "backbones": {"core", "files"},
-    "checkpoint": {"core", "files"},
+    "checkpoint": {"core", "backbones", "files"},
     "training": LAYER,
     "deploy": LAYER,
     "explain": LAYER,

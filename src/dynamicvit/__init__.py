@@ -1,5 +1,6 @@
 """Vision transformers made fast by letting uninformative tokens leave (arXiv 2106.02034)."""
 
+from dynamicvit import backbones
 from dynamicvit.checkpoint import from_released, load
 from dynamicvit.core.backbone import UnsupportedBackbone
 from dynamicvit.core.macs import count_gmacs
@@ -15,6 +16,7 @@ __all__ = [
     "SparseViT",
     "TokenScorer",
     "UnsupportedBackbone",
+    "backbones",
     "count_gmacs",
     "from_released",
     "load",

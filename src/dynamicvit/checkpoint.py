@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -18,7 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dynamicvit.core.folder import CONFIG, WEIGHTS
+from dynamicvit.backbones.lvvit import from_official
+from dynamicvit.core import backbone as adapter
+from dynamicvit.core.backbone import Backbone
+from dynamicvit.core.folder import CONFIG, WEIGHTS, save_folder
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.schedule import KeepSchedule
 
@@ -181,25 +184,94 @@ def from_released(
     state_dict: dict[str, Any] | str | os.PathLike[str],
     schedule: KeepSchedule | None = None,
     num_heads: int | None = None,
+    *,
+    img_size: int | tuple[int, int] | None = None,
+    architecture: str | None = None,
 ) -> SparseViT:
-    """A SparseViT from the weights that the DynamicViT authors released (arXiv 2106.02034).
+    """A SparseViT from released weights: DynamicViT's, official DeiT's or LV-ViT's, or timm's.
 
-    Architecture sizes are read from the weights.
+    Architecture sizes, class count and input size are read from the weights.
 
     Args:
-        state_dict: the released state dict, or one that holds it under `model`, or a file of it.
-            Scorer keys are `score_predictor.{stage}.in_conv.*` and `.out_conv.*`.
-        schedule: the stages; by default the paper's at keep ratio 0.7.
-        num_heads: attention heads, which weights do not tell; by default width // 64.
+        state_dict: the state dict, or one that holds it under `model`, or a file of it. Scorer keys
+            are `score_predictor.{stage}.in_conv.*` and `.out_conv.*`; without any (a dense model's
+            weights) the scorers are new, untrained ones.
+        schedule: the stages; by default the family's at keep ratio 0.7.
+        num_heads: attention heads, which weights do not tell; by default width // 64, and 4 for
+            LV-ViT-T.
+        img_size: input height and width in pixels, if other than that of the weights: position
+            embeddings are resampled.
+        architecture: the timm model that the weights belong to, where sizes alone do not tell (a
+            ViT with other preprocessing than DeiT's, rotary embeddings, …).
 
     Returns:
         The model, float32, in eval mode.
 
     Raises:
         FileNotFoundError: if a file is named and absent.
+        UnsupportedBackbone: if `architecture` is one whose tokens cannot be pruned rightly.
         TypeError, ValueError: if the weights are not of this format, listing each key.
+
+    Source: arXiv 2106.02034 (DynamicViT), 2012.12877 (DeiT), 2104.10858 (LV-ViT).
     """
-    source, released = "state_dict", state_dict
+    source, dense, scorers = _read_released(state_dict)
+    backbone = _build(dense, source, num_heads, architecture)
+    if schedule is None:
+        depth = len(cast(Backbone, backbone).blocks)
+        schedule = KeepSchedule.from_keep_ratio(0.7, depth=depth)
+    sparse = SparseViT(backbone, schedule)
+    weights = {f"backbone.{key}": value for key, value in dense.items()}
+    weights |= scorers or sparse.scorers.state_dict(prefix="scorers.")
+    load_strictly(sparse, weights, source, _released_name)
+    _resize(sparse.backbone, img_size)
+    return sparse.eval()
+
+
+def convert(
+    file: str,
+    output: str,
+    keep_ratio: float | None = None,
+    architecture: str | None = None,
+    img_size: int | None = None,
+    num_heads: int | None = None,
+) -> nn.Module:
+    """Write released weights as a model folder: a DynamicViT file, or an official or timm one.
+
+    Args:
+        file: a torch or safetensors file: DynamicViT's (sparse), or DeiT's, LV-ViT's or timm's
+            (dense).
+        output: the folder to write.
+        keep_ratio: of the schedule; by default 0.7 for a DynamicViT file (files do not tell), and
+            for a dense one the folder holds the dense model.
+        architecture: the timm model that the weights belong to, where sizes alone do not tell.
+        img_size: input height and width in pixels, if other than that of the weights.
+        num_heads: attention heads, if not width // 64.
+
+    Returns:
+        The model written.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: naming what is wrong with the file, each key.
+    """
+    source, dense, scorers = _read_released(file)
+    model: nn.Module
+    if scorers or keep_ratio is not None:
+        depth = len({key.split(".")[1] for key in dense if key.startswith("blocks.")})
+        schedule = KeepSchedule.from_keep_ratio(keep_ratio or 0.7, depth=depth)
+        model = from_released(
+            file, schedule, num_heads, img_size=img_size, architecture=architecture
+        )
+    else:
+        model = _build(dense, source, num_heads, architecture).eval()
+        load_strictly(model, dense, source)
+        _resize(model, img_size)
+    save_folder(model, output)
+    return model
+
+
+def _read_released(released: Any) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
+    """A name for messages, a dense model's weights, and scorers' weights, in our key names."""
+    source = "state_dict"
     if isinstance(released, str | os.PathLike):
         source, released = str(released), read_weights(released)
     if not isinstance(released, dict):
@@ -213,67 +285,152 @@ def from_released(
     ]
     if not_tensors:
         raise ValueError(f"{source} must hold tensors alone, got others at {not_tensors[:5]}")
-    weights = {_rename(key): value.float() for key, value in released.items()}
-    needed = {"patch_embed.proj.weight": 4, "pos_embed": 3, "cls_token": 3, "head.weight": 2}
-    needed |= {"blocks.0.attn.qkv.weight": 2, "blocks.0.mlp.fc1.weight": 2}
-    missing = [key for key in needed if f"backbone.{key}" not in weights]
+    weights = {
+        _our_name(key): value.float() if value.is_floating_point() else value
+        for key, value in released.items()
+    }
+    scorers = {key: value for key, value in weights.items() if key.startswith("scorers.")}
+    dense = {key: value for key, value in weights.items() if key not in scorers}
+    try:
+        return source, from_official(dense), scorers
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+# The weights that sizes are read from, with their number of axes.
+_SIZES = {
+    "patch_embed.proj.weight": 4,
+    "pos_embed": 3,
+    "head.weight": 2,
+    "blocks.0.attn.qkv.weight": 2,
+    "blocks.0.mlp.fc1.weight": 2,
+}
+
+
+def _build(
+    weights: dict[str, Tensor], source: str, num_heads: int | None, architecture: str | None
+) -> nn.Module:
+    """A dense model, untrained, of the sizes that the weights have."""
+    needed = _SIZES if architecture is None else {}
+    missing = [key for key in needed if key not in weights]
     if missing:
-        raise ValueError(f"{source} is not a released DeiT-like DynamicViT: it has no {missing}")
+        raise ValueError(f"{source} is not of a DeiT, LV-ViT or plain ViT: it has no {missing}")
+    for key, axes in _SIZES.items():
+        shape = weights[key].shape if key in weights else (1,) * axes
+        if len(shape) != axes or 0 in shape:
+            raise ValueError(f"{source}: {key} must have {axes} axes, got {tuple(shape)}")
+    sizes: dict[str, Any] = {}
+    if "head.weight" in weights:
+        sizes["num_classes"] = len(weights["head.weight"])
+    if architecture is None:
+        architecture = _infer(weights, sizes, num_heads)
+    elif num_heads is not None:
+        sizes["num_heads"] = num_heads
+    try:
+        with torch.device("meta"):
+            model: Any = timm.create_model(architecture, **sizes)
+        adapter.check_backbone(model)
+        sizes["img_size"] = _image_size(weights, model, source)
+        return timm.create_model(architecture, **sizes)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"architecture {architecture!r} does not fit {source}: {error}") from error
 
-    def shape(key: str) -> torch.Size:
-        return weights[f"backbone.{key}"].shape
 
-    for key, axes in needed.items():
-        if len(shape(key)) != axes or 0 in shape(key):
-            raise ValueError(f"{source}: {key} must have {axes} axes, got {tuple(shape(key))}")
-
-    width, channels, patch_h, patch_w = shape("patch_embed.proj.weight")
-    distilled = "backbone.dist_token" in weights
-    positions = shape("pos_embed")[1] - 1 - distilled
-    grid = math.isqrt(max(positions, 0))
-    if grid == 0 or grid * grid != positions:
-        raise ValueError(f"{source}: pos_embed {tuple(shape('pos_embed'))} is not a square grid")
-    depth = 1
-    while any(key.startswith(f"backbone.blocks.{depth}.") for key in weights):
+def _infer(weights: dict[str, Tensor], sizes: dict[str, Any], num_heads: int | None) -> str:
+    """The name of the nearest architecture; what differs from it is added to `sizes`."""
+    projection = weights["patch_embed.proj.weight"].shape
+    width, depth = projection[0], 1
+    while f"blocks.{depth}.norm1.weight" in weights:
         depth += 1
-    heads = num_heads if num_heads is not None else max(1, width // 64)
+    lvvit = "patch_embed.backbone.0.conv.weight" in weights
+    heads = num_heads if num_heads is not None else 4 if width == 240 else max(1, width // 64)
     if not isinstance(heads, int) or isinstance(heads, bool):
         raise TypeError(f"num_heads must be an integer, got {heads!r}")
     if heads < 1 or width % heads:
         raise ValueError(f"num_heads must divide the width {width}, got {heads}")
-    backbone = timm.create_model(
-        f"deit_small_{'distilled_' if distilled else ''}patch16_224",
-        img_size=(grid * patch_h, grid * patch_w),
-        patch_size=(patch_h, patch_w),
-        in_chans=channels,
-        num_classes=shape("head.weight")[0],
-        embed_dim=width,
-        depth=depth,
-        num_heads=heads,
-        mlp_ratio=shape("blocks.0.mlp.fc1.weight")[0] / width,
-        qkv_bias="backbone.blocks.0.attn.qkv.bias" in weights,
-    )
-    if schedule is None:
-        schedule = KeepSchedule.from_keep_ratio(0.7, depth=depth)
-    sparse = SparseViT(backbone, schedule)
-    load_strictly(sparse, weights, source, _released_name)
-    return sparse.eval()
+    sizes |= {
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": heads,
+        "mlp_ratio": len(weights["blocks.0.mlp.fc1.weight"]) / width,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
+    }
+    if lvvit:
+        stem = weights["patch_embed.backbone.0.conv.weight"].shape
+        sizes |= {"patch_size": 2 * projection[2], "stem_width": stem[0], "in_chans": stem[1]}
+        names = {240: "lvvit_tiny", 512: "lvvit_medium", 768: "lvvit_large"}
+        return names.get(width, "lvvit_small")
+    sizes |= {"patch_size": tuple(projection[2:]), "in_chans": projection[1]}
+    if "reg_token" in weights:
+        sizes["reg_tokens"] = weights["reg_token"].shape[1]
+    if "blocks.0.ls1.gamma" in weights:
+        sizes["init_values"] = 1e-5
+    if "norm_pre.weight" in weights:
+        sizes["pre_norm"] = True
+    if "fc_norm.weight" in weights:
+        sizes["global_pool"] = "avg"
+    if "cls_token" not in weights:
+        sizes |= {"class_token": False, "global_pool": "avg"}
+        sizes["fc_norm"] = "fc_norm.weight" in weights
+    if "dist_token" in weights:
+        return "deit_small_distilled_patch16_224"
+    prefix = sizes.get("reg_tokens", 0) + ("cls_token" in weights)
+    positions = weights["pos_embed"].shape[1]
+    if prefix and not _is_square(positions - prefix) and _is_square(positions):
+        sizes["no_embed_class"] = True
+    names = {192: "deit_tiny_patch16_224", 256: "deit_256", 768: "deit_base_patch16_224"}
+    return names.get(width, "deit_small_patch16_224")
+
+
+def _image_size(weights: dict[str, Tensor], model: Any, source: str) -> tuple[int, int]:
+    """(height, width) in pixels that the position embeddings are for."""
+    embedding = model.pos_embed
+    if embedding is None or "pos_embed" not in weights:
+        height, width = model.patch_embed.img_size
+        return height, width
+    prefix = embedding.shape[1] - model.patch_embed.num_patches
+    shape = tuple(weights["pos_embed"].shape)
+    positions = shape[1] - prefix
+    if positions == model.patch_embed.num_patches:  # a grid that need not be square
+        height, width = model.patch_embed.img_size
+        return height, width
+    if not _is_square(positions):
+        raise ValueError(f"{source}: pos_embed {shape} is not a square grid and {prefix} tokens")
+    height, width = model.patch_embed.feat_ratio(as_scalar=False)
+    return height * math.isqrt(positions), width * math.isqrt(positions)
+
+
+def _is_square(number: int) -> bool:
+    return number > 0 and math.isqrt(number) ** 2 == number
+
+
+def _resize(model: Any, img_size: int | tuple[int, int] | None) -> None:
+    """Change the input size of a timm model, position embeddings resampled by timm."""
+    if img_size is None:
+        return
+    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    step = model.patch_embed.feat_ratio(as_scalar=False)
+    if len(size) != 2 or any(s < 1 or s % p for s, p in zip(size, step, strict=True)):
+        raise ValueError(
+            f"img_size must be multiples of the patch size {step[0]}×{step[1]}, got {img_size!r}"
+        )
+    model.set_input_size(size)
 
 
 _SCORER_PARTS = {"in_conv.0": "norm", "in_conv.1": "embed", "out_conv": "head"}
 
 
-def _rename(key: str) -> str:
-    """A released key in this project's words: `score_predictor.0.in_conv.1.bias` is the bias of
-    `scorers.0.embed`; everything else is the backbone's."""
+def _our_name(key: str) -> str:
+    """A released scorer's key in this project's words: `score_predictor.0.in_conv.1.bias` is the
+    bias of `scorers.0.embed`; others stay."""
     match = re.fullmatch(r"score_predictor\.(\d+)\.(in_conv\.[01]|out_conv)\.(.+)", key)
     if match is None:
-        return f"backbone.{key}"
+        return key
     return f"scorers.{match[1]}.{_SCORER_PARTS[match[2]]}.{match[3]}"
 
 
 def _released_name(key: str) -> str:
-    """The inverse of `_rename`."""
+    """The inverse of `_our_name`, for a SparseViT's keys."""
     match = re.fullmatch(r"scorers\.(\d+)\.(norm|embed|head)\.(.+)", key)
     if match is None:
         return key.removeprefix("backbone.")

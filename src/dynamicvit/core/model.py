@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, cast, overload
 
 import torch
-from timm.models import checkpoint as checkpoint_block
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dynamicvit.core import backbone as adapter
@@ -33,9 +31,10 @@ class SparseOutput(NamedTuple):
     """What `SparseViT.masked` and `SparseViT.pruned` return.
 
     Attributes:
-        logits: [B, num_classes], what cross-entropy sees.
-        tokens: patch tokens after the final norm, what the token loss sees:
-            [B, N, C] from `masked`, [B, K, C] (the kept ones) from `pruned`.
+        logits: [B, num_classes]; from `masked`, what cross-entropy sees: of an LV-ViT the class
+            head's alone.
+        tokens: what the token loss sees: patch tokens after the final norm, or an LV-ViT's
+            auxiliary logits. [B, N, C] from `masked`, [B, K, C] (the kept ones) from `pruned`.
         keep: for each stage, [B, N] float: 1 where a token is still there, 0 where it has left.
         scores: for each stage, [B, N]: log-odds of keeping. From `pruned`, tokens that had left
             before a stage have score -inf there.
@@ -54,7 +53,7 @@ class SparseViT(nn.Module):
     `train()` and `eval()` change dropout and sampling noise, never the algorithm.
 
     Args:
-        backbone: a timm VisionTransformer, used as it is (not copied).
+        backbone: a timm VisionTransformer or Eva, used as it is (not copied).
         schedule: where tokens leave and how many stay.
         scorers: one module a stage, [B, N, C] tokens (and optionally a [B, N] keep mask) → [B, N]
             scores. New `TokenScorer`s by default.
@@ -74,7 +73,7 @@ class SparseViT(nn.Module):
     ) -> None:
         super().__init__()
         adapter.check_backbone(backbone)
-        model = cast(VisionTransformer, backbone)
+        model = cast(adapter.Backbone, backbone)
         if not isinstance(schedule, KeepSchedule):
             raise TypeError(f"schedule must be a KeepSchedule, got {schedule!r}")
         schedule.check_depth(len(model.blocks))
@@ -131,7 +130,7 @@ class SparseViT(nn.Module):
         [137, 96, 67]
         """
         x, stages, num_tokens = self._run_pruned(images, trace=True)
-        tokens = x[:, self.backbone.num_prefix_tokens :]
+        tokens = adapter.masked_head(self.backbone, x)[1]
         scores = tuple(
             torch.full(
                 (len(score), num_tokens), float("-inf"), dtype=score.dtype, device=score.device
@@ -160,7 +159,7 @@ class SparseViT(nn.Module):
         """
         model = self.backbone
         adapter.check_images(model, images)
-        x = adapter.embed(model, images)
+        x, rope = adapter.embed(model, images)
         _check_masked_dtype(x)
         num_prefix = model.num_prefix_tokens
         num_tokens = x.shape[1] - num_prefix
@@ -170,7 +169,7 @@ class SparseViT(nn.Module):
         bias: Tensor | None = None
         keeps: list[Tensor] = []
         scores: list[Tensor] = []
-        for index, block in enumerate(model.blocks):
+        for index in range(len(model.blocks)):
             if index in self.schedule.blocks:
                 stage = len(keeps)
                 score = self.scorers[stage](x[:, num_prefix:], keep)
@@ -182,13 +181,9 @@ class SparseViT(nn.Module):
                 bias = attention_bias(keep, num_prefix).to(x.dtype)
                 keeps.append(keep)
                 scores.append(score)
-            if model.grad_checkpointing and self.training:
-                x = checkpoint_block(block, x, attn_mask=bias)
-            else:
-                x = block(x, attn_mask=bias)
-        x = model.norm(x)
-        logits = adapter.head(model, x, keep)
-        return SparseOutput(logits, x[:, num_prefix:], tuple(keeps), tuple(scores))
+            x = adapter.run_block(model, index, x, rope, bias)
+        logits, tokens = adapter.masked_head(model, model.norm(x), keep)
+        return SparseOutput(logits, tokens, tuple(keeps), tuple(scores))
 
     def _run_pruned(
         self, images: Tensor, trace: bool = False
@@ -197,14 +192,14 @@ class SparseViT(nn.Module):
         their scores, and the original positions of those kept; and N."""
         model = self.backbone
         adapter.check_images(model, images)
-        x = adapter.embed(model, images)
+        x, rope = adapter.embed(model, images)
         num_prefix = model.num_prefix_tokens
         num_tokens = x.shape[1] - num_prefix
         counts = self.schedule.counts(num_tokens)
         stages: list[tuple[Tensor, Tensor, Tensor]] = []
         present = torch.arange(num_tokens, device=x.device).expand(len(x), -1)
         stage = 0
-        for index, block in enumerate(model.blocks):
+        for index in range(len(model.blocks)):
             if index in self.schedule.blocks:
                 patches = x[:, num_prefix:]
                 # A stage that keeps everything changes nothing: no need to ask its scorer.
@@ -212,14 +207,13 @@ class SparseViT(nn.Module):
                     score = self.scorers[stage](patches)
                     kept = topk_keep(score, counts[stage])
                     x = torch.cat([x[:, :num_prefix], gather_tokens(patches, kept)], dim=1)
+                    if rope is not None:
+                        rope = adapter.gather_rope(rope, kept)
                     if trace:
                         before, present = present, gather_tokens(present, kept)
                         stages.append((before, score, present))
                 stage += 1
-            if model.grad_checkpointing and self.training:
-                x = checkpoint_block(block, x)
-            else:
-                x = block(x)
+            x = adapter.run_block(model, index, x, rope)
         return model.norm(x), stages, num_tokens
 
     def _check_decisions(
@@ -368,7 +362,7 @@ def sparsify(
     """Turn a trained dense ViT into a SparseViT: its weights, unchanged, plus untrained scorers.
 
     Args:
-        model: a timm VisionTransformer; it is copied, not modified.
+        model: a timm VisionTransformer or Eva; it is copied, not modified.
         keep_ratio: share of tokens each of three evenly spaced stages keeps, in (0, 1]; the paper's
             models use 0.9, 0.8, 0.7 and 0.5. At 1.0 the result returns the dense model's logits.
         schedule: the stages in full, instead of `keep_ratio`.
@@ -394,7 +388,7 @@ def sparsify(
             f"and schedule={schedule!r}"
         )
     if schedule is None:
-        depth = len(cast(VisionTransformer, model).blocks)
+        depth = len(cast(adapter.Backbone, model).blocks)
         schedule = KeepSchedule.from_keep_ratio(cast(float, keep_ratio), depth=depth)
     return SparseViT(copy.deepcopy(model), schedule)
 

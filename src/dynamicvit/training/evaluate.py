@@ -15,11 +15,11 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 from timm.data import resolve_input_data_config
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.data import DataLoader
 
 from dynamicvit.checkpoint import load_model
+from dynamicvit.core.backbone import Backbone
 from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseViT
 from dynamicvit.files import write_text
@@ -194,9 +194,9 @@ def check_precision(precision: str) -> None:
         raise ValueError(f"precision must be 'no' (float32) or 'bf16', got {precision!r}")
 
 
-def backbone_of(model: nn.Module) -> VisionTransformer:
+def backbone_of(model: nn.Module) -> Backbone:
     """The timm model inside a SparseViT, or the model itself."""
-    return cast(VisionTransformer, model.backbone if isinstance(model, SparseViT) else model)
+    return cast(Backbone, model.backbone if isinstance(model, SparseViT) else model)
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:

@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from timm.data import Mixup, resolve_input_data_config
 from timm.layers import DropPath
-from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
@@ -27,7 +26,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
 from dynamicvit.checkpoint import load_model, load_strictly
-from dynamicvit.core.backbone import check_backbone
+from dynamicvit.core.backbone import Backbone, check_backbone
 from dynamicvit.core.folder import save_folder
 from dynamicvit.core.model import SparseViT, sparsify
 from dynamicvit.core.schedule import KeepSchedule
@@ -60,7 +59,7 @@ class _Run:
     config: TrainConfig
     accelerator: Accelerator
     student: nn.Module
-    teacher: VisionTransformer | None
+    teacher: Backbone | None
     task: nn.Module
     ema: ModelEmaV3 | None
     optimizer: Any
@@ -219,7 +218,7 @@ def _tensorboard_writer() -> Any:
 
 def _create_student(
     config: TrainConfig, dense: Any, class_names: list[str] | None
-) -> tuple[nn.Module, VisionTransformer | None]:
+) -> tuple[nn.Module, Backbone | None]:
     """The model to train and, in sparse training, its teacher."""
     if not config.sparse and class_names is not None and dense.num_classes != len(class_names):
         dense.reset_classifier(len(class_names))
@@ -249,10 +248,10 @@ def _create_student(
     if config.start_at_ratio:
         for scorer, ratio in zip(sparse.scorers, sparse.schedule.step_ratios(), strict=True):
             cast(Any, scorer).set_keep_prior(ratio)
-    return sparse, cast(VisionTransformer, dense)
+    return sparse, cast(Backbone, dense)
 
 
-def _set_drop_path(model: VisionTransformer, rate: float) -> None:
+def _set_drop_path(model: Backbone, rate: float) -> None:
     """Stochastic depth rising linearly over the blocks, as timm builds it."""
     rates = np.linspace(0.0, rate, len(model.blocks))
     for block, block_rate in zip(model.blocks, rates, strict=True):
@@ -295,9 +294,7 @@ def _create_loaders(
     return train_loader, val_loader
 
 
-def _create_task(
-    config: TrainConfig, student: nn.Module, teacher: VisionTransformer | None
-) -> nn.Module:
+def _create_task(config: TrainConfig, student: nn.Module, teacher: Backbone | None) -> nn.Module:
     if teacher is None:
         return DenseTask(student, config.label_smoothing)
     weights = LossWeights(
@@ -342,7 +339,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig, lr: float) -> list[d
 def _warm_start(run: _Run) -> None:
     """Fit the scorers to the teacher's attention for `config.warm_start` steps, at constant lr."""
     student, config = cast(SparseViT, run.student), run.config
-    task = WarmStartTask(student, cast(VisionTransformer, run.teacher))
+    task = WarmStartTask(student, cast(Backbone, run.teacher))
     student.backbone.requires_grad_(False)
     optimizer = AdamW(
         student.scorers.parameters(), lr=1e-3, weight_decay=config.weight_decay, fused=True

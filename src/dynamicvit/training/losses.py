@@ -5,7 +5,7 @@ Axes: B images, N patch tokens, C channels, S stages.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,8 +64,26 @@ def token_mse(student_BNC: Tensor, teacher_BNC: Tensor, keep_BN: Tensor) -> Tens
     The keep mask only selects: no gradient flows to it. With nothing kept the loss is 0.
     """
     error = (student_BNC.float() - teacher_BNC.float()).square().mean(dim=-1)
-    chosen = (keep_BN.detach() > 0.5).to(error.dtype)
-    return (error * chosen).sum() / chosen.sum().clamp(min=1.0)
+    return _mean_over_kept(error, keep_BN)
+
+
+def token_kl(student_BNK: Tensor, teacher_BNK: Tensor, keep_BN: Tensor) -> Tensor:
+    """KL(teacher ‖ student) of LV-ViT's auxiliary class distributions, mean over kept tokens.
+
+    The keep mask only selects: no gradient flows to it. With nothing kept the loss is 0.
+    """
+    divergence = F.kl_div(
+        student_BNK.float().log_softmax(dim=-1),
+        teacher_BNK.float().log_softmax(dim=-1),
+        reduction="none",
+        log_target=True,
+    ).sum(dim=-1)
+    return _mean_over_kept(divergence, keep_BN)
+
+
+def _mean_over_kept(values_BN: Tensor, keep_BN: Tensor) -> Tensor:
+    chosen = (keep_BN.detach() > 0.5).to(values_BN.dtype)
+    return (values_BN * chosen).sum() / chosen.sum().clamp(min=1.0)
 
 
 def distillation_loss(
@@ -76,16 +94,19 @@ def distillation_loss(
     ratios: Sequence[float],
     weights: LossWeights = LossWeights(),
     label_smoothing: float = 0.0,
+    token_loss: Callable[[Tensor, Tensor, Tensor], Tensor] = token_mse,
 ) -> dict[str, Tensor]:
     """The training objective with its breakdown.
 
     Args:
         student: from `SparseViT.masked`.
-        teacher_logits, teacher_tokens: [B, K] and [B, N, C] of the dense teacher.
+        teacher_logits, teacher_tokens: [B, K] and [B, N, C] of the dense teacher, from
+            `dynamicvit.core.backbone.masked_head`.
         targets: class indices [B], or probabilities [B, K].
         ratios: the schedule's ratios.
         weights: of the terms. A term of weight 0 is still computed, to be looked at.
         label_smoothing: for class-index targets.
+        token_loss: `token_mse`, or for an LV-ViT `token_kl`.
 
     Returns:
         Scalars `loss` (the weighted sum), `cross_entropy`, `ratio`, `logit_kl`, `token`
@@ -95,7 +116,7 @@ def distillation_loss(
         "cross_entropy": cross_entropy(student.logits, targets, label_smoothing),
         "ratio": ratio_loss(student.keep, ratios),
         "logit_kl": logit_kl(student.logits, teacher_logits),
-        "token": token_mse(student.tokens, teacher_tokens, student.keep[-1]),
+        "token": token_loss(student.tokens, teacher_tokens, student.keep[-1]),
     }
     loss = (
         weights.cross_entropy * parts["cross_entropy"]

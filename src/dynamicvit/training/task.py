@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Self, cast
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
-from dynamicvit.core.backbone import UnsupportedBackbone
+from dynamicvit.backbones.lvvit import LVViT
+from dynamicvit.core.backbone import Backbone, UnsupportedBackbone, masked_head
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.tokens import keep_mask, topk_keep
-from dynamicvit.training.losses import LossWeights, cross_entropy, distillation_loss
+from dynamicvit.training.losses import (
+    LossWeights,
+    cross_entropy,
+    distillation_loss,
+    token_kl,
+    token_mse,
+)
 
 
 class DenseTask(nn.Module):
@@ -38,7 +44,7 @@ class DenseTask(nn.Module):
 class _WithTeacher(nn.Module):
     """A student and a frozen teacher, which stays in eval mode whatever the task's mode."""
 
-    def __init__(self, student: SparseViT, teacher: VisionTransformer) -> None:
+    def __init__(self, student: SparseViT, teacher: Backbone) -> None:
         super().__init__()
         if student.num_classes != teacher.num_classes:
             raise ValueError(
@@ -67,21 +73,22 @@ class SparseTask(_WithTeacher):
     def __init__(
         self,
         student: SparseViT,
-        teacher: VisionTransformer,
+        teacher: Backbone,
         weights: LossWeights = LossWeights(),
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(student, teacher)
         self.weights = weights
+        self.token_loss = token_kl if isinstance(teacher, LVViT) else token_mse
         self.label_smoothing = label_smoothing
 
     def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """images [B, C, H, W], targets [B] or [B, K] → loss, output, the four unweighted loss
         parts, and kept: [S] share of tokens kept at each stage."""
         with torch.no_grad():
-            features = self.teacher.forward_features(images)
-            teacher_logits = self.teacher.forward_head(features)
-            teacher_tokens = features[:, self.teacher.num_prefix_tokens :]
+            teacher_logits, teacher_tokens = masked_head(
+                self.teacher, self.teacher.forward_features(images)
+            )
         student = self.student.masked(images)
         losses = distillation_loss(
             student,
@@ -91,6 +98,7 @@ class SparseTask(_WithTeacher):
             self.student.schedule.ratios,
             self.weights,
             self.label_smoothing,
+            self.token_loss,
         )
         result = {name: value.detach() for name, value in losses.items()}
         kept = torch.stack([keep.detach().mean() for keep in student.keep])
@@ -109,16 +117,13 @@ class WarmStartTask(_WithTeacher):
         teacher: the dense model whose attention they learn to foresee. Frozen.
 
     Raises:
-        UnsupportedBackbone: if the teacher's blocks hold other attention than timm's `Attention`.
+        UnsupportedBackbone: if the teacher's blocks hold several attentions each.
     """
 
-    def __init__(self, student: SparseViT, teacher: VisionTransformer) -> None:
+    def __init__(self, student: SparseViT, teacher: Backbone) -> None:
         super().__init__(student, teacher)
         for block in teacher.blocks:
-            if type(getattr(block, "attn", None)) is not Attention:
-                raise UnsupportedBackbone(
-                    f"warm_start needs blocks with timm's Attention, got {type(block).__name__}"
-                )
+            _attention(block)
 
     def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """images [B, C, H, W]; targets are not used → loss, output and kept."""
@@ -149,32 +154,32 @@ class WarmStartTask(_WithTeacher):
 
     def _teacher_attention(self, images: Tensor) -> Tensor:
         """Attention that each patch token draws in each block of the teacher: [depth, B, N]."""
-        inputs: list[Tensor] = []
-        layers = [cast(Attention, block.attn) for block in self.teacher.blocks]
-        handles = [
-            layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-            for layer in layers
-        ]
+        drawn: list[Tensor] = []
+        prefix = self.teacher.num_prefix_tokens
+
+        def keep_drawn(_: nn.Module, args: tuple[Tensor]) -> None:
+            weights = args[0][:, :, :1] if prefix else args[0]  # [B, heads, 1 or N, P + N]
+            drawn.append(weights.float().mean(dim=(1, 2))[:, prefix:])
+
+        layers = [_attention(block) for block in self.teacher.blocks]
+        handles = [layer.attn_drop.register_forward_pre_hook(keep_drawn) for layer in layers]
+        fused = [layer.fused_attn for layer in layers]
         try:
+            for layer in layers:
+                layer.fused_attn = False  # the fused kernel does not tell its weights
             self.teacher.forward_features(images)
         finally:
-            for handle in handles:
+            for layer, handle, value in zip(layers, handles, fused, strict=True):
+                layer.fused_attn = value
                 handle.remove()
-        return torch.stack(
-            [
-                _drawn_attention(layer, x, self.teacher.num_prefix_tokens)
-                for layer, x in zip(layers, inputs, strict=True)
-            ]
+        return torch.stack(drawn)
+
+
+def _attention(block: nn.Module) -> Any:
+    """The one module of a timm block that computes attention weights."""
+    found = [module for module in block.modules() if hasattr(module, "fused_attn")]
+    if len(found) != 1 or not isinstance(getattr(found[0], "attn_drop", None), nn.Module):
+        raise UnsupportedBackbone(
+            f"warm_start needs one attention a block, {type(block).__name__} has {len(found)}"
         )
-
-
-def _drawn_attention(attn: Attention, x: Tensor, num_prefix: int) -> Tensor:
-    """Mean over heads of the attention from token 0 (from all tokens, if there is no prefix)."""
-    batch, length, _ = x.shape
-    qkv = attn.qkv(x).reshape(batch, length, 3, attn.num_heads, attn.head_dim)
-    q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    q, k = attn.q_norm(q), attn.k_norm(k)
-    if num_prefix:
-        q = q[:, :, :1]
-    weights = ((q.float() * attn.scale) @ k.float().transpose(-2, -1)).softmax(dim=-1)
-    return weights.mean(dim=(1, 2))[:, num_prefix:]
+    return found[0]
