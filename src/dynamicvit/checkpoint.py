@@ -230,6 +230,7 @@ def from_released(
 def convert(
     file: str,
     output: str,
+    /,
     keep_ratio: float | None = None,
     architecture: str | None = None,
     img_size: int | None = None,

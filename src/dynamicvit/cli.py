@@ -18,6 +18,8 @@ import docstring_parser
 from jsonargparse import ArgumentParser
 
 from dynamicvit import __version__
+from dynamicvit.backbones.zoo import models
+from dynamicvit.checkpoint import convert
 from dynamicvit.core.backbone import UnsupportedBackbone
 from dynamicvit.deploy.predict import predict
 from dynamicvit.quickstart import quickstart
@@ -29,6 +31,8 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
+    "convert": convert,
+    "models": models,
 }
 
 # What a user can cause, as opposed to a defect of ours, which deserves its traceback.
@@ -62,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for parameter, kind in configs.items():
             fields = [item.name for item in dataclasses.fields(kind)]
             values[parameter] = kind(**{field: values.pop(field) for field in fields})
-        function(**values)
+        function(*[values.pop(name) for name in _positional_only(function)], **values)
     except USER_ERRORS as error:
         if os.environ.get("DYNAMICVIT_TRACEBACK"):
             raise
@@ -76,7 +80,7 @@ def _build_parser(
     name: str, function: Callable[..., object]
 ) -> tuple[ArgumentParser, dict[str, type]]:
     """The parser of a function's parameters. A dataclass parameter contributes its fields as
-    options; a required list of strings is positional."""
+    options; a required list of strings and positional-only parameters are positional."""
     doc = docstring_parser.parse(function.__doc__ or "")
     helps = {item.arg_name: item.description for item in doc.params}
     parser = _Parser(prog=f"dynamicvit {name}", description=doc.short_description)
@@ -93,12 +97,20 @@ def _build_parser(
             parser.add_class_arguments(kind)
         elif required and kind == list[str]:
             parser.add_argument(parameter.name, nargs="+", help=helps[parameter.name])
+        elif parameter.kind is parameter.POSITIONAL_ONLY:
+            optional = {} if required else {"nargs": "?", "default": parameter.default}
+            parser.add_argument(parameter.name, type=kind, help=helps[parameter.name], **optional)
     skip: set[str | int] = {*configs, *(action.dest for action in parser._actions)}
     parser.add_function_arguments(function, skip=skip)
     for action in parser._actions:
         if isinstance(action.default, bool):  # --resume alone means --resume true
             action.nargs, action.const = "?", True
     return parser, configs
+
+
+def _positional_only(function: Callable[..., object]) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [item.name for item in parameters if item.kind is item.POSITIONAL_ONLY]
 
 
 def _underscored(argument: str) -> str:

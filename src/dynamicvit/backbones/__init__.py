@@ -1,5 +1,8 @@
-"""Architectures that timm lacks. Importing this package registers them with timm."""
+"""Architectures that timm lacks, and sparse models by name.
 
-from dynamicvit.backbones import deit, lvvit
+Importing this package registers them with timm.
+"""
 
-__all__ = ["deit", "lvvit"]
+from dynamicvit.backbones import deit, lvvit, sparse
+
+__all__ = ["deit", "lvvit", "sparse"]
