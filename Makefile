@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo results test lint fix
+.PHONY: demo results test zoo lint fix
 
 demo: .venv/installed  ## install, then make a dense model fast, on real images, without a network
 	$(BIN)/dynamicvit quickstart
@@ -13,6 +13,10 @@ results: demo  ## the quickstart's numbers and picture, as README shows them
 
 test: lint  ## lint, types, tests
 	$(BIN)/python -m pytest
+
+zoo: .venv/installed  ## every plain transformer of timm's: the table in docs, and its test
+	$(BIN)/dynamicvit models --output docs/models.md
+	$(BIN)/python -m pytest -m 'zoo or not zoo' tests/backbones/test_zoo.py
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dynamicvit import KeepSchedule, from_released, load
+from dynamicvit import KeepSchedule, UnsupportedBackbone, cli, from_released, load
 from dynamicvit.checkpoint import read_weights
+from tests.conftest import randomise
 
 RELEASED = Path(__file__).parent / "golden" / "deit" / "student.safetensors"
 Weights = dict[str, Tensor]
@@ -79,6 +81,100 @@ def test_weights_are_copied_into_float32(weights: Weights) -> None:
         assert torch.equal(copied, weights[f"score_predictor.1.out_conv.2.{key}"].float())
 
 
+SMALL: dict[str, Any] = {"embed_dim": 128, "depth": 4, "num_heads": 2, "num_classes": 5}
+
+
+def _dense(name: str = "deit_small_patch16_224", **options: Any) -> Any:
+    model = timm.create_model(name, **(SMALL | {"img_size": 64} | options))
+    randomise(model)
+    return model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("deit_small_patch16_224", {}),
+        ("deit_small_patch16_224", {"img_size": 48, "patch_size": 8, "in_chans": 1}),
+        ("deit_small_distilled_patch16_224", {}),
+        ("vit_small_patch16_224", {"global_pool": "avg"}),
+        ("vit_small_patch16_224", {"global_pool": "avg", "class_token": False}),
+        ("vit_small_patch16_224", {"init_values": 0.1, "qkv_bias": False}),
+        ("vit_small_patch16_224", {"reg_tokens": 4}),
+        ("vit_small_patch16_224", {"reg_tokens": 4, "no_embed_class": True}),
+        ("vit_small_patch16_224", {"pre_norm": True, "mlp_ratio": 3}),
+        ("deit_256", {}),
+        ("lvvit_small", {"stem_width": 16, "in_chans": 1}),
+        ("lvvit_tiny", {"embed_dim": 240, "num_heads": 4, "img_size": 48}),
+    ],
+)
+def test_dense_weights_of_each_kind_are_read(name: str, options: dict[str, Any]) -> None:
+    dense = _dense(name, **options)
+    sparse = from_released(dense.state_dict())
+    assert sparse.schedule.ratios[0] == 0.7
+    size = dense.patch_embed.img_size
+    images = torch.randn(2, dense.in_chans, *size)
+    torch.testing.assert_close(sparse.backbone(images), dense(images))
+    assert timm.data.resolve_input_data_config(sparse.backbone)["input_size"][1:] == size
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_small_patch14_reg4_dinov2"])
+def test_an_architecture_may_be_named_where_sizes_do_not_tell(name: str) -> None:
+    dense = timm.create_model(name, img_size=56, num_classes=3)
+    sparse = from_released(dense.state_dict(), architecture=name)
+    images = torch.randn(1, 3, 56, 56)
+    torch.testing.assert_close(sparse.backbone(images), dense.eval()(images))
+    with pytest.raises(ValueError, match="architecture 'no_such_model'"):
+        from_released(dense.state_dict(), architecture="no_such_model")
+    with pytest.raises(UnsupportedBackbone, match="ResNet is not supported"):
+        from_released(dense.state_dict(), architecture="resnet18")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["deit_small_patch16_224", "lvvit_small"])
+def test_position_embeddings_are_resampled_for_another_size(name: str) -> None:
+    dense = _dense(name)
+    sparse = from_released(dense.state_dict(), img_size=(96, 64))
+    dense.set_input_size((96, 64))
+    images = torch.randn(1, 3, 96, 64)
+    torch.testing.assert_close(sparse.backbone(images), dense(images))
+    assert sparse(images).shape == (1, 5)
+    for size in (100, 0, -16, (64,), (64, 64, 64)):
+        with pytest.raises(ValueError, match=r"img_size must be .*16×16, got"):
+            from_released(_dense(name).state_dict(), img_size=size)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"pos_embed \(1, 25, 128\) is not a square grid and 1"):
+        from_released(dense.state_dict())
+
+
+@torch.no_grad()
+def test_convert_writes_what_the_file_holds(
+    weights: Weights, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = _dense("lvvit_small")
+    save_file(dense.state_dict(), tmp_path / "dense.safetensors")
+    save_file(weights, tmp_path / "sparse.safetensors")
+
+    def run(file: str, *options: str) -> Any:
+        out = str(tmp_path / "out")
+        assert cli.main(["convert", str(tmp_path / file), out, *options]) == 0
+        return load(out)
+
+    images = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(run("dense.safetensors")(images), dense(images))
+    assert "dense lvvit_small, 5 classes" in capsys.readouterr().out
+    made = run("dense.safetensors", "--keep_ratio", "0.5", "--img_size", "96")
+    assert made.schedule.counts(36) == (18, 9, 4)
+    assert "sparse (its scorers untrained) lvvit_small" in capsys.readouterr().out
+    made = run("sparse.safetensors", "--num_heads", "2", "--keep_ratio", "0.9")
+    released = from_released(weights, KeepSchedule.from_keep_ratio(0.9, depth=12), num_heads=2)
+    assert torch.equal(made(IMAGES), released(IMAGES))
+    assert "sparse deit_small_patch16_224, 10 classes" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["convert", str(tmp_path / "nowhere.pth"), str(tmp_path / "out")])
+    assert "no weights file at" in capsys.readouterr().err
+
+
 def _without(*keys: str) -> Callable[[Weights], Any]:
     return lambda weights: {key: value for key, value in weights.items() if key not in keys}
 
@@ -90,8 +186,12 @@ def _with(**changes: Any) -> Callable[[Weights], Any]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda weights: {}, r"it has no \['patch_embed\.proj\.weight', 'pos_embed', 'cls_token'"),
-        (_without("cls_token", "pos_embed"), r"it has no \['pos_embed', 'cls_token'\]"),
+        (
+            lambda weights: {},
+            r"it has no \['patch_embed\.proj\.weight', 'pos_embed', 'head\.weight'",
+        ),
+        (_without("cls_token", "pos_embed"), r"it has no \['pos_embed'\]"),
+        (_without("cls_token"), r"pos_embed \(1, 197, 32\) is not a square grid and 0 tokens"),
         (_without("norm.bias"), r"does not fit the model: missing norm\.bias$"),
         (_with(extra=torch.zeros(1)), r"does not fit the model: unexpected extra$"),
         (_with(norm__bias=torch.zeros(7)), r"norm\.bias has shape \(7,\), expected \(32,\)"),

@@ -267,6 +267,11 @@ def convert(
         load_strictly(model, dense, source)
         _resize(model, img_size)
     save_folder(model, output)
+    kind = "dense" if not isinstance(model, SparseViT) else "sparse"
+    if isinstance(model, SparseViT) and not scorers:
+        kind = "sparse (its scorers untrained)"
+    name = cast(Any, model).pretrained_cfg["architecture"]
+    print(f"{output}: {kind} {name}, {model.num_classes} classes")
     return model
 
 
@@ -377,7 +382,9 @@ def _infer(weights: dict[str, Tensor], sizes: dict[str, Any], num_heads: int | N
         return "deit_small_distilled_patch16_224"
     prefix = sizes.get("reg_tokens", 0) + ("cls_token" in weights)
     positions = weights["pos_embed"].shape[1]
-    if prefix and not _is_square(positions - prefix) and _is_square(positions):
+    # Models with LayerScale or registers may have no positions for their prefix tokens. In others
+    # such a length is that of a grid that is not square, and refused later.
+    if {"init_values", "reg_tokens"} & sizes.keys() and not _is_square(positions - prefix):
         sizes["no_embed_class"] = True
     names = {192: "deit_tiny_patch16_224", 256: "deit_256", 768: "deit_base_patch16_224"}
     return names.get(width, "deit_small_patch16_224")

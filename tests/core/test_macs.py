@@ -37,9 +37,13 @@ def test_a_linear_layer_is_counted_exactly() -> None:
 
 
 def test_counting_does_not_change_the_model() -> None:
-    model = tiny_vit().train()
+    model = tiny_vit(global_pool="map").train()
+    assert model.cls_token is not None
+    model.cls_token.requires_grad_(False)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     count_gmacs(model, (3, 32, 32))
     assert model.training
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+    fixed = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert fixed == ["cls_token"]

@@ -130,17 +130,17 @@ def models(
         f"GMACs at {keep_ratio}",
         "saved",
     )
-    table = Table()
-    for title in header:  # a name that does not fit goes on in the next line, whole
-        table.add_column(title, overflow="fold", no_wrap=title != "model")
+    table = Table(*header)
     for item in found:
         if item.reason is None:
             table.add_row(*_row(item))
-    Console().print(table)
+    # Names stay whole, so that they can be copied: a narrow screen wraps lines by itself.
+    console = Console(width=max(Console().width, 140))
+    console.print(table)
     refused = [item for item in found if item.reason is not None]
-    Console().print(f"{len(found) - len(refused)} models; not supported: {len(refused)}")
+    console.print(f"{len(found) - len(refused)} models; not supported: {len(refused)}")
     for item in refused:
-        Console().print(f"  {item.name}: {item.reason}")
+        console.print(f"  {item.name}: {item.reason}")
     if output:
         write_text(Path(output), _markdown(header, found))
     return found

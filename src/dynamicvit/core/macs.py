@@ -21,6 +21,9 @@ def count_gmacs(model: nn.Module, input_size: tuple[int, int, int]) -> float:
     like = next(model.parameters())
     image = torch.zeros(1, *input_size, device=like.device, dtype=like.dtype)
     modes = [(module, module.training) for module in model.modules()]
+    # torch's counter follows what requires a gradient, and stumbles over an expanded parameter.
+    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
     try:
         # Plain attention is made of operations that the counter knows on every device.
         with (
@@ -32,4 +35,6 @@ def count_gmacs(model: nn.Module, input_size: tuple[int, int, int]) -> float:
     finally:
         for module, training in modes:
             module.training = training
+        for parameter in learnt:
+            parameter.requires_grad_()
     return counter.get_total_flops() / 2 / 1e9
