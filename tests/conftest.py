@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ import timm
 import torch
 from hypothesis import settings
 from PIL import Image
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 from dynamicvit.core.folder import save_folder
@@ -42,9 +43,9 @@ def tiny_vit(name: str = "vit_tiny_patch16_224", **options: Any) -> VisionTransf
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = timm.create_model(name, **{**TINY, **options})
-    assert isinstance(model, VisionTransformer)
+    assert isinstance(model, VisionTransformer | Eva)
     randomise(model)
-    return model.eval()
+    return cast(VisionTransformer, model.eval())  # what both have serves
 
 
 def randomise(model: torch.nn.Module) -> None:

@@ -70,6 +70,28 @@ def test_a_dense_model_comes_back_the_same(tmp_path: Path) -> None:
     assert torch.equal(by_timm(images), dense(images))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("lvvit_small", {"stem_width": 8, "in_chans": 1}),
+        ("deit_256", {}),
+        ("deit_base_distilled_patch16_224", {}),
+        ("eva02_tiny_patch14_224", {"dynamic_img_size": True}),
+        ("vit_small_patch16_rope_mixed_224", {}),
+        ("vit_small_patch16_dinov3", {}),
+    ],
+)
+def test_every_family_comes_back_the_same(
+    tmp_path: Path, name: str, options: dict[str, Any]
+) -> None:
+    sparse = sparsify(tiny_vit(name, **options), schedule=SCHEDULE)
+    randomise(sparse.scorers)
+    sparse.save_pretrained(tmp_path / "model")
+    images = torch.randn(2, sparse.in_chans, 32, 32)
+    assert torch.equal(load(tmp_path / "model")(images), sparse(images))
+
+
 def test_class_names_travel(saved: Path, tmp_path: Path) -> None:
     assert json.loads((saved / CONFIG).read_text())["label_names"] == NAMES
     loaded = load_folder(saved)
@@ -160,6 +182,9 @@ def test_a_missing_folder_or_file_is_named(saved: Path) -> None:
         (b"{}", "config.json names no architecture"),
         (b'{"architecture": 5}', "config.json names no architecture"),
         (b'{"architecture": "vit_enormous"}', "timm has no architecture 'vit_enormous'"),
+        (b'{"architecture": "../../vit"}', "timm has no architecture '../../vit'"),
+        (b'{"architecture": "local-dir:/tmp"}', "timm has no architecture 'local-dir:/tmp'"),
+        (b'{"architecture": "hf-hub:a/b"}', "timm has no architecture 'hf-hub:a/b'"),
         (
             b"[" * 100_000,
             "config.json is not valid JSON",
@@ -181,6 +206,8 @@ def test_a_damaged_config_is_refused(saved: Path, content: bytes, message: str) 
         {"model_args": {"img_size": 32, "embed_dim": -4}},
         {"model_args": {"img_size": 32, "no_such_option": 1}},
         {"model_args": {"img_size": 32, "num_heads": 0}},
+        {"model_args": {"img_size": 32, "checkpoint_path": "../weights.pth"}},
+        {"model_args": {"img_size": 32, "pretrained": True}},
         {"model_args": None},
         {"pretrained_cfg": None},
     ],
@@ -190,6 +217,18 @@ def test_a_config_that_timm_cannot_build_is_refused(saved: Path, changes: dict[s
     _edit_config(saved, **changes)
     with pytest.raises(ValueError, match=r"config\.json: timm cannot build this model"):
         load_folder(saved)
+
+
+def test_a_config_points_at_no_other_file(saved: Path, tmp_path: Path) -> None:
+    """Weights come from the folder, whatever its config says of others."""
+    expected = load_folder(saved).state_dict()
+    other = {key: torch.zeros_like(value) for key, value in expected.items()}
+    torch.save(other, tmp_path / "other.pth")
+    config = json.loads((saved / CONFIG).read_text())["pretrained_cfg"]
+    elsewhere = {"file": "../other.pth", "url": "file:///other.pth", "hf_hub_id": "../other"}
+    _edit_config(saved, pretrained_cfg=config | elsewhere)
+    for key, value in load_folder(saved).state_dict().items():
+        assert torch.equal(value, expected[key])
 
 
 @pytest.mark.parametrize(

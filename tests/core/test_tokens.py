@@ -224,7 +224,8 @@ def test_the_bias_is_the_papers_attention_mask(
 
 
 def test_a_dropped_token_sees_itself_and_what_is_kept() -> None:
-    bias = attention_bias(torch.tensor([[1.0, 0.0, 0.0]]), num_prefix=1)
+    keep = torch.tensor([[1.0, 0.0, 0.0]], requires_grad=True)
+    bias = attention_bias(keep, num_prefix=1).detach()
     visible = bias[0, 0] == 0.0
     assert visible.tolist() == [
         [True, True, False, False],
@@ -233,3 +234,5 @@ def test_a_dropped_token_sees_itself_and_what_is_kept() -> None:
         [True, True, False, True],
     ]
     assert bias[0, 0][~visible].exp().tolist() == pytest.approx([MIN_KEEP] * 6, rel=1e-5)
+    # With nothing to learn from it, a dropped token is blocked outright.
+    assert (attention_bias(keep.detach(), num_prefix=1)[0, 0][~visible] < -80).all()

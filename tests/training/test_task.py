@@ -1,11 +1,16 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from timm.models.vision_transformer import ParallelThingsBlock
 
+from dynamicvit.backbones.lvvit import LVViT
+from dynamicvit.core.backbone import UnsupportedBackbone
 from dynamicvit.core.model import SparseViT, sparsify
+from dynamicvit.core.scorer import TokenScorer
+from dynamicvit.training.losses import token_kl
 from dynamicvit.training.task import DenseTask, SparseTask, WarmStartTask
 from tests.conftest import tiny_vit
 
@@ -89,12 +94,40 @@ def test_dense_task_is_cross_entropy() -> None:
     torch.testing.assert_close(result["loss"], expected)
 
 
-@pytest.mark.parametrize("pool", ["token", "avg"])
-def test_warm_start_teaches_scorers_to_keep_what_the_teacher_attends_to(pool: str) -> None:
-    options: dict[str, Any] = {"global_pool": pool, "class_token": pool == "token"}
-    student: SparseViT = sparsify(tiny_vit(**options), 0.5)
+def test_an_lvvit_s_tokens_are_compared_as_class_distributions() -> None:
+    teacher = tiny_vit("lvvit_small", stem_width=8)
+    task = SparseTask(sparsify(teacher, 0.5).train(), teacher)
+    result = task(IMAGES, LABELS)
+    assert task.token_loss is token_kl
+    result["loss"].backward()
+    student = cast(LVViT, task.student.backbone)
+    assert student.aux_head.weight.grad is not None
+    # With nothing dropped and the teacher's own weights there is nothing to learn.
+    whole = SparseTask(sparsify(teacher, 1.0).eval(), teacher)
+    for scorer in whole.student.scorers:
+        cast(TokenScorer, scorer).set_keep_prior(1 - 1e-6)
+    same = whole(IMAGES, LABELS)
+    assert same["token"].item() == pytest.approx(0.0, abs=1e-6)
+    assert same["logit_kl"].item() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_tiny_patch16_224", {}),
+        ("vit_tiny_patch16_224", {"global_pool": "avg", "class_token": False}),
+        ("eva02_tiny_patch14_224", {}),
+        ("vit_small_patch16_rope_224", {}),
+    ],
+)
+def test_warm_start_teaches_scorers_to_keep_what_the_teacher_attends_to(
+    name: str, options: dict[str, Any]
+) -> None:
+    student: SparseViT = sparsify(tiny_vit(name, **options), 0.5)
     student.backbone.requires_grad_(False)
-    task = WarmStartTask(student, tiny_vit(**options))
+    teacher = tiny_vit(name, **options)
+    fused = [module.fused_attn for module in teacher.modules() if hasattr(module, "fused_attn")]
+    task = WarmStartTask(student, teacher)
     optimizer = torch.optim.AdamW(student.scorers.parameters(), lr=1e-2)
     losses = []
     for _ in range(60):
@@ -104,3 +137,11 @@ def test_warm_start_teaches_scorers_to_keep_what_the_teacher_attends_to(pool: st
         optimizer.zero_grad()
         losses.append(result["loss"].item())
     assert losses[-1] < 0.5 * losses[0]
+    assert fused == [m.fused_attn for m in teacher.modules() if hasattr(m, "fused_attn")]
+    assert not any(module._forward_pre_hooks for module in teacher.modules())
+
+
+def test_warm_start_refuses_blocks_of_two_attentions() -> None:
+    model = tiny_vit(block_fn=ParallelThingsBlock)
+    with pytest.raises(UnsupportedBackbone, match="warm_start needs one attention a block, Parall"):
+        WarmStartTask(sparsify(model, 0.5), model)

@@ -91,10 +91,11 @@ def key_bias(keep_BN: Tensor) -> Tensor:
     """log(keep), floored at log(1e-6), as an additive attention bias on the keys: [B, N].
 
     Its gradient is 1 / max(keep, 1e-6) even at 0: a dropped token must still learn what it would
-    have contributed.
+    have contributed. Where no gradient is asked for, a dropped token is blocked outright.
     """
     keep = keep_BN.float()
-    floored = keep.detach().clamp(min=MIN_KEEP)
+    floor = MIN_KEEP if keep.requires_grad else torch.finfo(torch.float32).tiny
+    floored = keep.detach().clamp(min=floor)
     return floored.log() + (keep - keep.detach()) / floored
 
 
