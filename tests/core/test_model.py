@@ -2,16 +2,25 @@ from __future__ import annotations
 
 import copy
 import shutil
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
-from dynamicvit import KeepSchedule, SparseOutput, SparseViT, TokenScorer, sparsify
+from dynamicvit import (
+    KeepSchedule,
+    SparseOutput,
+    SparseViT,
+    TokenScorer,
+    count_gmacs,
+    sparsify,
+)
 from tests.conftest import randomise, tiny_vit
 
 THREE = KeepSchedule.from_keep_ratio(0.7, depth=4)
@@ -393,3 +402,34 @@ def test_bad_decisions_are_refused(decisions: Any, error: type[Exception], messa
     sparse = sparsify(DENSE, keep_ratio=0.7)
     with pytest.raises(error, match=message):
         sparse.masked(_images(), decisions=decisions)
+
+
+@torch.no_grad()
+def test_a_fused_model_gives_the_same_logits_and_keeps_the_same_tokens() -> None:
+    sparse = sparsify(tiny_vit(), keep_ratio=0.7)
+    randomise(sparse.scorers)
+    fused = sparse.train().fuse()
+    assert not fused.training
+    images = torch.randn(4, 3, 32, 32)
+    expected, pruned = sparse.eval().pruned(images), fused.pruned(images)
+    torch.testing.assert_close(pruned.logits, expected.logits)
+    for ours, theirs in zip(pruned.keep, expected.keep, strict=True):
+        assert torch.equal(ours, theirs)
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images), expected.logits)
+    torch.testing.assert_close(fused.masked(images).logits, sparse.masked(images).logits)
+
+
+def test_a_fused_model_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="got FusedScorer; of a fused model, save the one it was"):
+        sparsify(tiny_vit(), keep_ratio=0.7).fuse().save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_aligned_models_cost_what_was_asked() -> None:
+    with torch.device("meta"):
+        dense = timm.create_model("deit_small_patch16_224")
+    sparse = sparsify(dense, keep_ratio=0.7, align=16)
+    assert sparse.schedule.counts(196) == (143, 95, 63)
+    asked = count_gmacs(sparsify(dense, keep_ratio=0.7), (3, 224, 224))
+    assert count_gmacs(sparse, (3, 224, 224)) == pytest.approx(asked, rel=0.02)

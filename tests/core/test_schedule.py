@@ -154,3 +154,54 @@ def test_a_block_out_of_range_is_refused() -> None:
 def test_a_schedule_that_keeps_no_token_is_refused() -> None:
     with pytest.raises(ValueError, match=r"at least one of the 9 patch tokens.*keep \(4, 0\)"):
         KeepSchedule((3, 6), (0.5, 0.1)).counts(9)
+
+
+def _deit_cost(tokens: int) -> float:
+    """Multiply-adds of a block of DeiT-S."""
+    return 12 * 384**2 * tokens + 2 * 384 * tokens**2
+
+
+def test_aligned_counts_are_the_nearest_in_cost() -> None:
+    schedule = KeepSchedule.from_keep_ratio(0.7, depth=12)
+    aligned = schedule.aligned(16, 196, 1, 12, _deit_cost)
+    assert aligned.blocks == schedule.blocks
+    assert [count + 1 for count in aligned.counts(196)] == [144, 96, 64]
+    assert schedule.aligned(1, 196, 1, 12, _deit_cost).counts(196) == schedule.counts(196)
+
+
+@given(st.integers(1, 32), st.integers(16, 1024), st.integers(0, 5), st.floats(0.5, 0.95))
+def test_aligned_counts_are_multiples_within_the_cost(
+    multiple: int, num_tokens: int, num_prefix: int, keep_ratio: float
+) -> None:
+    schedule = KeepSchedule.from_keep_ratio(keep_ratio, depth=12)
+    try:
+        aligned = schedule.aligned(multiple, num_tokens, num_prefix, 12, _deit_cost)
+    except ValueError:  # of a few tokens no multiple may come near: refused
+        assert multiple > 1
+        return
+    cost = []
+    for counts in (schedule.counts(num_tokens), aligned.counts(num_tokens)):
+        cost.append(3 * sum(_deit_cost(count + num_prefix) for count in (num_tokens, *counts)))
+    assert cost[1] == pytest.approx(cost[0], rel=0.02)
+    for before, after in zip(schedule.counts(num_tokens), aligned.counts(num_tokens), strict=True):
+        assert (after + num_prefix) % multiple == 0 or after == before
+        assert 1 <= after <= num_tokens
+
+
+@pytest.mark.parametrize(
+    ("multiple", "error", "message"),
+    [
+        (0, ValueError, "align must be 1 or more, got 0"),
+        (-16, ValueError, "align must be 1 or more, got -16"),
+        (1.5, TypeError, "align must be an integer, got 1.5"),
+        (True, TypeError, "align must be an integer, got True"),
+        (128, ValueError, "align must leave the cost within 2%.*got 128"),
+        (1000, ValueError, "align must leave the cost within 2%.*got 1000"),
+    ],
+)
+def test_an_alignment_that_does_not_fit_is_refused(
+    multiple: Any, error: type[Exception], message: str
+) -> None:
+    schedule = KeepSchedule.from_keep_ratio(0.7, depth=12)
+    with pytest.raises(error, match=message):
+        schedule.aligned(multiple, 196, 1, 12, _deit_cost)

@@ -5,9 +5,12 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from dynamicvit import TokenScorer
+from dynamicvit.core.scorer import FusedScorer
 from dynamicvit.core.tokens import gather_tokens, keep_mask, topk_keep
 from tests.conftest import randomise
 
@@ -45,6 +48,28 @@ def test_masking_tokens_scores_the_rest_as_if_they_had_left() -> None:
     torch.testing.assert_close(masked, scorer(gather_tokens(x, index)))
     # which is not what all tokens together give: the global feature does depend on who is there
     assert (masked - gather_tokens(scorer(x), index)).abs().max() > 1e-3
+
+
+@given(seed=st.integers(0, 1000), dim=st.sampled_from([4, 16, 48]), tokens=st.integers(1, 9))
+@torch.no_grad()
+def test_the_fused_form_gives_the_same_scores(seed: int, dim: int, tokens: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scorer = TokenScorer(dim)
+    randomise(scorer)
+    x = torch.randn(2, tokens, dim, generator=generator)
+    keep = (torch.rand(2, tokens, generator=generator) > 0.3).float()
+    fused = FusedScorer(scorer)
+    torch.testing.assert_close(fused(x), scorer(x))
+    torch.testing.assert_close(fused(x, keep), scorer(x, keep))
+
+
+def test_the_fused_form_is_a_copy_of_the_same_type() -> None:
+    scorer = TokenScorer(16).to(torch.bfloat16)
+    fused = FusedScorer(scorer)
+    assert {parameter.dtype for parameter in fused.parameters()} == {torch.bfloat16}
+    count = [sum(p.numel() for p in module.parameters()) for module in (scorer, fused)]
+    assert count[1] < count[0]
+    assert not any(p is q for p in fused.parameters() for q in scorer.parameters())
 
 
 @pytest.mark.parametrize("probability", [0.3, 0.5, 0.9, 1.0])

@@ -18,6 +18,7 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from dynamicvit.core.schedule import KeepSchedule
+from dynamicvit.core.scorer import TokenScorer
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -51,6 +52,12 @@ def save_folder(
             "model must come from timm.create_model, so that it can be built again; "
             f"got {type(backbone).__name__} without an architecture name"
         )
+    for scorer in getattr(model, "scorers", ()):
+        if not isinstance(scorer, TokenScorer):
+            raise TypeError(
+                f"model must hold TokenScorers to be saved, got {type(scorer).__name__}; "
+                "of a fused model, save the one it was made from"
+            )
     num_classes = backbone.num_classes
     names = list(class_names) if class_names is not None else cfg.get("label_names")
     if names is not None and len(names) != num_classes:

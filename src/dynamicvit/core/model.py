@@ -16,7 +16,7 @@ from dynamicvit.core.folder import save_folder
 from dynamicvit.core.hub import push_to_hub
 from dynamicvit.core.predict import ImageSource, Prediction, predict
 from dynamicvit.core.schedule import KeepSchedule
-from dynamicvit.core.scorer import TokenScorer
+from dynamicvit.core.scorer import FusedScorer, TokenScorer
 from dynamicvit.core.tokens import (
     attention_bias,
     gather_tokens,
@@ -345,6 +345,18 @@ class SparseViT(nn.Module):
         except AssertionError as error:
             raise ValueError(f"global_pool does not fit: {error} Got {global_pool!r}") from error
 
+    def fuse(self) -> SparseViT:
+        """A copy for inference, in eval mode, whose scorers take fewer operations.
+
+        Its logits and kept tokens are those of this model, up to rounding. Save this model, not
+        the copy.
+        """
+        fused = copy.deepcopy(self).eval()
+        for stage, scorer in enumerate(fused.scorers):
+            if isinstance(scorer, TokenScorer):
+                fused.scorers[stage] = FusedScorer(scorer).eval()
+        return fused
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.backbone.set_grad_checkpointing(enable)
 
@@ -358,6 +370,7 @@ def sparsify(
     keep_ratio: float | None = None,
     *,
     schedule: KeepSchedule | None = None,
+    align: int | None = None,
 ) -> SparseViT:
     """Turn a trained dense ViT into a SparseViT: its weights, unchanged, plus untrained scorers.
 
@@ -366,6 +379,8 @@ def sparsify(
         keep_ratio: share of tokens each of three evenly spaced stages keeps, in (0, 1]; the paper's
             models use 0.9, 0.8, 0.7 and 0.5. At 1.0 the result returns the dense model's logits.
         schedule: the stages in full, instead of `keep_ratio`.
+        align: round the kept counts, prefix tokens included, to multiples of this, where matrix
+            engines like it (16, for example), at a cost within 2% of what was asked for.
 
     Raises:
         UnsupportedBackbone: if the model is not understood, saying why.
@@ -390,7 +405,24 @@ def sparsify(
     if schedule is None:
         depth = len(cast(adapter.Backbone, model).blocks)
         schedule = KeepSchedule.from_keep_ratio(cast(float, keep_ratio), depth=depth)
+    if align is not None:
+        schedule = _aligned(schedule, cast(adapter.Backbone, model), align)
     return SparseViT(copy.deepcopy(model), schedule)
+
+
+def _aligned(schedule: KeepSchedule, model: adapter.Backbone, align: int) -> KeepSchedule:
+    num_tokens = model.patch_embed.num_patches
+    if num_tokens is None:
+        raise ValueError(f"align needs a model of a fixed input size, got {align}")
+    depth = len(model.blocks)
+    # Every matrix of a block meets every token once; attention, each pair of tokens twice.
+    matrices = [weight.numel() for weight in model.blocks.parameters() if weight.ndim == 2]
+    per_token = sum(matrices) / depth
+
+    def block_cost(tokens: int) -> float:
+        return tokens * per_token + 2 * tokens**2 * model.embed_dim
+
+    return schedule.aligned(align, num_tokens, model.num_prefix_tokens, depth, block_cost)
 
 
 def _check_masked_dtype(x: Tensor) -> None:

@@ -6,6 +6,7 @@ import math
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynamicvit.core.tokens import masked_mean
@@ -73,6 +74,56 @@ class TokenScorer(nn.Module):
         probability = min(probability, 1.0 - 1e-3)
         bias = cast(nn.Linear, self.head[-1]).bias
         bias[0], bias[1] = math.log(probability), math.log1p(-probability)
+
+
+class FusedScorer(nn.Module):
+    """A TokenScorer's inference form: the same scores from fewer and smaller operations.
+
+    The norm's affine part is folded into the layer after it, the layer that would take local and
+    global features side by side is split into one for each (the global one then runs once an
+    image, not once a token), and the last layer gives the difference of its two outputs.
+
+    Args:
+        scorer: a trained TokenScorer; its weights are copied.
+    """
+
+    @torch.no_grad()
+    def __init__(self, scorer: TokenScorer) -> None:
+        super().__init__()
+        first, _, second, _, last = cast(tuple[nn.Linear, ...], tuple(scorer.head))
+        half = first.out_features
+        embed = scorer.embed.weight
+        self.eps = scorer.norm.eps
+        self.embed = _linear(
+            embed * scorer.norm.weight, scorer.embed.bias + embed @ scorer.norm.bias
+        )
+        self.local = _linear(first.weight[:, :half])
+        self.glob = _linear(first.weight[:, half:], first.bias)
+        self.hidden = _linear(second.weight, second.bias)
+        self.score = _linear(last.weight[:1] - last.weight[1:], last.bias[:1] - last.bias[1:])
+
+    def forward(self, x_BNC: Tensor, keep_BN: Tensor | None = None) -> Tensor:
+        """As `TokenScorer.forward`."""
+        x = F.layer_norm(x_BNC, x_BNC.shape[-1:], eps=self.eps)
+        local, glob = F.gelu(self.embed(x)).chunk(2, dim=-1)
+        pooled = self.glob(masked_mean(glob, keep_BN)).unsqueeze(1)
+        hidden = F.gelu(self.hidden(F.gelu(self.local(local) + pooled)))
+        score: Tensor = self.score(hidden).squeeze(-1)
+        return score
+
+
+def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    layer = nn.Linear(
+        weight.shape[1],
+        weight.shape[0],
+        bias is not None,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    layer.weight.copy_(weight)
+    if bias is not None:
+        layer.bias.copy_(bias)
+    return layer
 
 
 class RandomScorer(nn.Module):
