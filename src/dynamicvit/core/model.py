@@ -198,6 +198,7 @@ class SparseViT(nn.Module):
         counts = self.schedule.counts(num_tokens)
         stages: list[tuple[Tensor, Tensor, Tensor]] = []
         present = torch.arange(num_tokens, device=x.device).expand(len(x), -1)
+        prefix = torch.arange(num_prefix, device=x.device).expand(len(x), -1)
         stage = 0
         for index in range(len(model.blocks)):
             if index in self.schedule.blocks:
@@ -206,7 +207,7 @@ class SparseViT(nn.Module):
                 if trace or counts[stage] < patches.shape[1]:
                     score = self.scorers[stage](patches)
                     kept = topk_keep(score, counts[stage])
-                    x = torch.cat([x[:, :num_prefix], gather_tokens(patches, kept)], dim=1)
+                    x = gather_tokens(x, torch.cat([prefix, kept + num_prefix], dim=1))
                     if rope is not None:
                         rope = adapter.gather_rope(rope, kept)
                     if trace:

@@ -7,6 +7,7 @@ A suffix names a tensor's axes: `x_BNC`.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Below this a keep decision counts as 0 in the attention bias. In float32, 1e-6 reproduces the
@@ -34,7 +35,10 @@ def gather_tokens(x_BNC: Tensor, index_BK: Tensor) -> Tensor:
     """Take the tokens at `index_BK`: [B, N, C] and [B, K] → [B, K, C], or [B, N] → [B, K]."""
     if x_BNC.ndim == 2:
         return x_BNC.gather(1, index_BK)
-    return x_BNC.gather(1, index_BK.unsqueeze(-1).expand(-1, -1, x_BNC.shape[-1]))
+    batch, num_tokens, _ = x_BNC.shape
+    # Rows of one table: they are copied whole, where `gather` looks up number after number.
+    rows = index_BK + num_tokens * torch.arange(batch, device=index_BK.device).unsqueeze(1)
+    return F.embedding(rows, x_BNC.flatten(0, 1))
 
 
 def keep_mask(index_BK: Tensor, num_tokens: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -112,7 +116,7 @@ def attention_bias(keep_BN: Tensor, num_prefix: int) -> Tensor:
     Returns:
         [B, 1, P + N, P + N] float32, to be given to timm blocks as `attn_mask`.
     """
-    bias = torch.nn.functional.pad(key_bias(keep_BN), (num_prefix, 0))
+    bias = F.pad(key_bias(keep_BN), (num_prefix, 0))
     size = bias.shape[1]
     itself = torch.eye(size, dtype=torch.bool, device=bias.device)
     return bias[:, None, None, :].expand(-1, 1, size, size).masked_fill(itself, 0.0)
