@@ -21,10 +21,19 @@ SOURCES = {
 # The part of the package that a module lies in → the parts it may import. Every part may import
 # itself. PUBLIC stands for the names that the package itself offers.
 PUBLIC = ""
-LAYER = {"core", "backbones", "checkpoint", "files", "training.evaluate", "__version__"}
+LAYER = {
+    "core",
+    "backbones",
+    "checkpoint",
+    "embedded",
+    "files",
+    "training.evaluate",
+    "__version__",
+}
 ALLOWED: dict[str, set[str]] = {
     "core": set(),
     "files": set(),
+    "embedded": set(),
     "backbones": {"core", "files"},
     "checkpoint": {"core", "backbones", "files"},
     "training": LAYER,

@@ -13,7 +13,8 @@ import dynamicvit.quickstart as quickstart_module
 from dynamicvit.core.folder import save_folder
 from dynamicvit.core.model import SparseViT
 from dynamicvit.deploy.benchmark import compare_speed
-from dynamicvit.quickstart import ASSETS, quickstart, unpack_images
+from dynamicvit.embedded import ASSETS
+from dynamicvit.quickstart import quickstart, unpack_images
 from tests.conftest import tiny_vit
 
 

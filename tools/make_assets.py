@@ -17,7 +17,7 @@ from torchvision.datasets import FashionMNIST
 
 import dynamicvit
 from dynamicvit.core.folder import save_folder
-from dynamicvit.quickstart import ASSETS, SHEET_COLUMNS
+from dynamicvit.embedded import ASSETS, SHEET_COLUMNS
 
 PER_CLASS = {"train": 600, "val": 200}
 

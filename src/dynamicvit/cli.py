@@ -21,6 +21,7 @@ from dynamicvit import __version__
 from dynamicvit.backbones.zoo import models
 from dynamicvit.checkpoint import convert
 from dynamicvit.core.backbone import UnsupportedBackbone
+from dynamicvit.deploy.export import export
 from dynamicvit.deploy.predict import predict
 from dynamicvit.quickstart import quickstart
 from dynamicvit.training.evaluate import evaluate
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
+    "export": export,
     "convert": convert,
     "models": models,
 }

@@ -12,7 +12,6 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from timm.data import resolve_input_data_config
@@ -24,16 +23,13 @@ from dynamicvit.core.folder import save_folder
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.scorer import RandomScorer
 from dynamicvit.deploy.benchmark import Speed, compare_speed, environment
+from dynamicvit.embedded import ASSETS, embedded_images
 from dynamicvit.explain.keep_maps import draw_keep_maps
 from dynamicvit.files import write_text
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.data import ImageData, create_image_loader, open_data
 from dynamicvit.training.evaluate import Evaluation, evaluate_model, input_size, print_evaluations
 from dynamicvit.training.fit import BEST, CONFIG, METRICS, train
-
-ASSETS = Path(__file__).parent / "assets"
-SHEET_COLUMNS = 20  # tiles a row in the contact sheets of ASSETS / "images"
-TILE = 28
 
 
 def quickstart(
@@ -208,15 +204,11 @@ def unpack_images(folder: Path) -> Path:
     """Write the embedded images as an ordinary image folder, `folder/{train,val}/CLASS/*.png`."""
     if (folder / ".complete").exists():
         return folder
-    for sheet_path in sorted((ASSETS / "images").glob("*/*.png")):
-        target = folder / sheet_path.parent.name / sheet_path.stem
-        target.mkdir(parents=True, exist_ok=True)
-        with Image.open(sheet_path) as sheet:
-            rows = sheet.height // TILE
-            for index in range(rows * SHEET_COLUMNS):
-                row, column = divmod(index, SHEET_COLUMNS)
-                box = (column * TILE, row * TILE, (column + 1) * TILE, (row + 1) * TILE)
-                sheet.crop(box).save(target / f"{index:03}.png")
+    for split in ("train", "val"):
+        for name, index, picture in embedded_images(split):
+            target = folder / split / name
+            target.mkdir(parents=True, exist_ok=True)
+            picture.save(target / f"{index:03}.png")
     (folder / ".complete").touch()
     return folder
 

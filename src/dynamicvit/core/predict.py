@@ -88,11 +88,11 @@ def predict(
             f"image must be a path, a PIL image or a sequence of these, got {_type(image)}"
         )
     names = class_names(model)
-    mode, transform = _preprocessing(model)
+    mode, transform = preprocessing(model)
     found: list[list[Prediction]] = []
     for start in range(0, len(sources), _BATCH):
         batch = list(sources.items())[start : start + _BATCH]
-        images = torch.stack([transform(_read(item, mode, label)) for label, item in batch])
+        images = torch.stack([transform(read_image(item, mode, label)) for label, item in batch])
         best = _probabilities(model, images).topk(min(top_k, len(names)))
         found += [
             [
@@ -126,13 +126,12 @@ def class_names(model: Any) -> list[str]:
     return list(map(str, range(count))) if subset is None else _imagenet_names(subset)
 
 
-@cache
-def _imagenet_names(subset: str) -> list[str]:
-    return list(ImageNetInfo(subset).label_descriptions())
+def preprocessing(model: Any) -> tuple[str, Callable[[Image.Image], Tensor]]:
+    """The mode in which to open images, and what makes a [C, H, W] tensor of one.
 
-
-def _preprocessing(model: Any) -> tuple[str, Callable[[Image.Image], Tensor]]:
-    """The mode in which to open images, and what makes a [C, H, W] tensor of one."""
+    Raises:
+        ValueError: if the `pretrained_cfg` cannot be used, or no picture has so many channels.
+    """
     backbone = model if getattr(model, "schedule", None) is None else model.backbone
     try:
         config = resolve_input_data_config(backbone)
@@ -147,8 +146,17 @@ def _preprocessing(model: Any) -> tuple[str, Callable[[Image.Image], Tensor]]:
     return MODES[channels], transform
 
 
-def _read(source: ImageSource, mode: str, label: str) -> Image.Image:
-    """An upright picture with its pixels loaded."""
+def read_image(source: ImageSource, mode: str, label: str) -> Image.Image:
+    """An upright picture with its pixels loaded.
+
+    Args:
+        source: a path, or a PIL image.
+        mode: Pillow's name of the channels, as `preprocessing` gives it.
+        label: what to call a PIL image that has no file name, in an error.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is no such file, or it cannot be read.
+    """
     if isinstance(source, Image.Image):
         label = getattr(source, "filename", "") or label
     else:
@@ -170,6 +178,11 @@ def _read(source: ImageSource, mode: str, label: str) -> Image.Image:
             f"shorter, got {width} × {height} pixels"
         )
     return picture
+
+
+@cache
+def _imagenet_names(subset: str) -> list[str]:
+    return list(ImageNetInfo(subset).label_descriptions())
 
 
 def _upright(image: Image.Image, mode: str) -> Image.Image:

@@ -1,0 +1,252 @@
+"""Whether an engine computes what PyTorch computes, on real images.
+
+Scores of two tokens can lie so close together that rounding decides which one stays. An engine that
+then keeps the other one is right too, but its logits are those of other tokens. So where it kept
+other tokens than PyTorch, two things are asked instead: that by PyTorch's scores no token that left
+leads one that stayed by more than `TIE`, and that the logits are those which PyTorch gives for the
+tokens that the engine kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from timm.data.readers import get_img_extensions
+from torch import Tensor, nn
+
+from dynamicvit.core import backbone as adapter
+from dynamicvit.core.model import SparseViT
+from dynamicvit.core.predict import ImageSource, preprocessing, read_image
+from dynamicvit.core.tokens import gather_tokens, keep_mask
+from dynamicvit.embedded import embedded_images
+
+# Images [B, C, H, W] → logits [B, num_classes] and, of a sparse model, kept tokens.
+Engine = Callable[[Tensor], tuple[Tensor, ...]]
+
+BATCH_SIZES = (1, 4, 16)
+TOLERANCE = 1e-3  # largest difference of a float32 logit
+# Scores closer than this, as a share of the largest absolute score of the image at that stage, may
+# be ordered either way: ten times the error of float32 in a DeiT-S.
+TIE = 2e-5
+# Largest difference of a logit in half precision, as a share of PyTorch's largest absolute logit.
+HALF_TOLERANCE = {"float16": 0.02, "bfloat16": 0.1}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """An engine beside PyTorch in float32, over all images at all batch sizes.
+
+    Attributes:
+        images: how many, each at every batch size.
+        batch_sizes: images a call.
+        max_difference: largest difference of a logit. Where the engine kept other tokens, from what
+            PyTorch gives for these.
+        largest_logit: PyTorch's largest absolute logit, to judge the difference by.
+        top1_agreement: percent of answers with the same likeliest class; where a tie between
+            tokens was decided otherwise, with what PyTorch gives for the engine's tokens.
+        kept_agreement: percent of the tokens that PyTorch keeps, over all stages, that the engine
+            keeps too; None for a dense model.
+        other_tokens: images of which the engine kept other tokens, at any batch size.
+        score_gap: largest lead, by PyTorch's scores, of a token that left over one that stayed, as
+            a share of the largest absolute score.
+    """
+
+    images: int
+    batch_sizes: tuple[int, ...]
+    max_difference: float
+    largest_logit: float
+    top1_agreement: float
+    kept_agreement: float | None
+    other_tokens: int
+    score_gap: float
+
+    def check(self, precision: str) -> None:
+        """Raise ValueError with the figures, unless they are those of a faithful engine.
+
+        In float32: differences within `TOLERANCE`, top-1 agreement 100%, and the same tokens but
+        for ties. In float16 and bfloat16: differences within `HALF_TOLERANCE`. int8 changes the
+        model, so its figures are only reported.
+        """
+        allowed = float("inf")
+        wrong = []
+        if precision == "float32":
+            allowed = TOLERANCE
+            if self.top1_agreement < 100.0:
+                wrong.append(f"top-1 agreement is {self.top1_agreement:.2f}% (must be 100%)")
+            if not self.score_gap <= TIE:
+                wrong.append(
+                    f"kept tokens agree to {self.kept_agreement:.2f}%, with score gaps of up to "
+                    f"{self.score_gap:.2g} (ties: at most {TIE:g})"
+                )
+        elif precision in HALF_TOLERANCE:
+            allowed = HALF_TOLERANCE[precision] * self.largest_logit
+        if not self.max_difference <= allowed:  # NaN is wrong too
+            wrong.append(
+                f"logits differ by up to {self.max_difference:.3g} (at most {allowed:.3g})"
+            )
+        if wrong:
+            sizes = ", ".join(map(str, self.batch_sizes))
+            raise ValueError(
+                f"the export does not do what the model does: {'; '.join(wrong)}; on {self.images} "
+                f"images, batch sizes {sizes}"
+            )
+
+
+def find_images(
+    folder: str | None, count: int, argument: str = "images", fewer: bool = False
+) -> list[ImageSource]:
+    """`count` images from all over a folder and its sub-folders; None means the embedded ones.
+
+    Args:
+        folder: where to look.
+        count: how many to take.
+        argument: what the user calls the folder.
+        fewer: where there are fewer, but one at least, take those.
+
+    Raises:
+        ValueError: naming the argument, if there is no such folder or it has too few.
+    """
+    found: list[ImageSource] = []
+    if folder is None:
+        found.extend(picture for _, _, picture in embedded_images("val"))
+    elif not Path(folder).is_dir():
+        raise ValueError(f"{argument} must be a folder of images, got {folder}")
+    else:
+        kinds = get_img_extensions(as_set=True)
+        files = (path for path in Path(folder).rglob("*") if path.suffix.lower() in kinds)
+        found.extend(sorted(files))
+    if fewer:
+        count = max(1, min(count, len(found)))
+    if len(found) < count:
+        raise ValueError(
+            f"{argument} must hold at least {count} (samples), got {len(found)} images in "
+            f"{folder or 'the package'}"
+        )
+    return [found[index * len(found) // count] for index in range(count)]
+
+
+def load_images(model: nn.Module, sources: Sequence[ImageSource], batch: int) -> Iterator[Tensor]:
+    """[B, C, H, W] batches, prepared as the model's `pretrained_cfg` says.
+
+    Raises:
+        ValueError: if the model takes no images, or one cannot be read.
+    """
+    mode, transform = preprocessing(model)
+    for start in range(0, len(sources), batch):
+        group = sources[start : start + batch]
+        yield torch.stack([transform(read_image(source, mode, "image")) for source in group])
+
+
+@torch.no_grad()
+def compare(
+    model: nn.Module,
+    engine: Engine,
+    sources: Sequence[ImageSource],
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+) -> Agreement:
+    """Run an engine and the model it was made from on the same images.
+
+    Args:
+        model: a SparseViT or dense timm model, float32 on the CPU, in eval mode.
+        engine: what to compare with it.
+        sources: images.
+        batch_sizes: images a call; those larger than `sources` shrink to them.
+
+    Raises:
+        ValueError: if an image cannot be read, or the engine's outputs are not what they should be.
+    """
+    sizes = sorted({min(size, len(sources)) for size in batch_sizes})
+    differences, hits, overlaps, others, gaps, largest = [], [], [], [], [0.0], 0.0
+    for images in load_images(model, sources, sizes[-1]):
+        if isinstance(model, SparseViT):
+            logits, _, keep, _ = model.pruned(images)
+        else:
+            logits, keep = model(images), ()
+        largest = max(largest, float(logits.abs().max()))
+        other = torch.zeros(len(images), dtype=torch.bool)
+        for size in sizes:
+            chunks = [engine(chunk) for chunk in images.split(size)]
+            answer = torch.cat([chunk[0] for chunk in chunks])
+            _expect(answer, logits.shape, "logits")
+            expected, tied = logits, torch.zeros(len(images), dtype=torch.bool)
+            if keep and isinstance(model, SparseViT):
+                counts = [int(stage[0].sum()) for stage in keep]
+                kept = torch.cat([chunk[1] for chunk in chunks])
+                _expect(kept, (len(images), sum(counts)), "kept")
+                _check_positions(kept, keep[0].shape[1])
+                theirs = [keep_mask(stage, keep[0].shape[1]) for stage in kept.split(counts, 1)]
+                common = [(a * b).sum(1) for a, b in zip(keep, theirs, strict=True)]
+                overlap = torch.stack(common).sum(0) / sum(counts)
+                overlaps.append(overlap)
+                different = overlap < 1
+                if different.any():
+                    other |= different
+                    stages = kept[different].split(counts, dim=1)
+                    given, gap = _run_given(model, images[different], stages)
+                    expected = logits.clone()
+                    expected[different] = given
+                    gaps.append(float(gap.max()))
+                    tied = different.clone()
+                    tied[different] = gap <= TIE
+            differences.append((answer - expected).abs().amax(1))
+            right = torch.where(tied[:, None], expected, logits)
+            hits.append(answer.argmax(1) == right.argmax(1))
+        others.append(other)
+    return Agreement(
+        images=len(sources),
+        batch_sizes=tuple(sizes),
+        max_difference=float(torch.cat(differences).max()),
+        largest_logit=largest,
+        top1_agreement=100.0 * float(torch.cat(hits).float().mean()),
+        kept_agreement=100.0 * float(torch.cat(overlaps).mean()) if overlaps else None,
+        other_tokens=int(torch.cat(others).sum()),
+        score_gap=max(gaps),
+    )
+
+
+def _run_given(model: SparseViT, images: Tensor, stages: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The pruned path with given tokens: `stages` holds [B, K] original positions.
+
+    Returns:
+        Logits, and for each image the largest lead, at any stage, of a token that leaves over one
+        that stays, by the scores and as a share of the largest: [B], infinite where a token stays
+        that was not there.
+    """
+    backbone = model.backbone
+    x, rope = adapter.embed(backbone, images)
+    num_prefix = backbone.num_prefix_tokens
+    present = torch.arange(x.shape[1] - num_prefix).expand(len(x), -1)
+    gap = torch.zeros(len(x))
+    chosen = iter(stages)
+    for index in range(len(backbone.blocks)):
+        if index in model.schedule.blocks:
+            keep = next(chosen).sort(dim=1).values
+            patches = x[:, num_prefix:]
+            score = model.scorers[model.schedule.blocks.index(index)](patches)
+            at = torch.searchsorted(present.contiguous(), keep).clamp(max=present.shape[1] - 1)
+            there = (present.gather(1, at) == keep).all(1) & (keep.diff(dim=1) > 0).all(1)
+            left = score.scatter(1, at, float("-inf")).amax(1)
+            lead = left - score.gather(1, at).amin(1)
+            gap = torch.maximum(gap, lead / score.abs().amax(1).clamp(min=1e-12))
+            gap[~there] = float("inf")
+            x = torch.cat([x[:, :num_prefix], gather_tokens(patches, at)], dim=1)
+            rope = None if rope is None else adapter.gather_rope(rope, at)
+            present = keep
+        x = adapter.run_block(backbone, index, x, rope)
+    return model.forward_head(backbone.norm(x)), gap
+
+
+def _expect(tensor: Tensor, shape: Sequence[int], name: str) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(
+            f"the export gives {name} of the wrong shape: expected {list(shape)}, "
+            f"got {list(tensor.shape)}"
+        )
+
+
+def _check_positions(kept: Tensor, num_tokens: int) -> None:
+    if kept.amin() < 0 or kept.amax() >= num_tokens:
+        raise ValueError(f"the export keeps tokens that there are not, got {kept.tolist()[0]}")

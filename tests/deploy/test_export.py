@@ -1,0 +1,462 @@
+from __future__ import annotations
+
+import errno
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dynamicvit import KeepSchedule, SparseViT, cli, sparsify
+from dynamicvit.deploy import export as module
+from dynamicvit.deploy import verify
+from dynamicvit.deploy.export import FORMATS, Exported, export_model, read_metadata
+from dynamicvit.deploy.verify import Agreement, compare, find_images, load_images
+from tests.conftest import randomise, tiny_vit, write_images
+
+NAMES = ["ant", "bee", "cat", "dog", "élan"]
+
+
+def _sparse(ratios: tuple[float, ...] = (0.5,), **options: Any) -> Any:
+    """A stage before each block."""
+    schedule = KeepSchedule(tuple(range(len(ratios))), ratios)
+    sparse = sparsify(tiny_vit(**{"depth": len(ratios), **options}), schedule=schedule)
+    randomise(sparse.scorers)
+    sparse.pretrained_cfg["label_names"] = NAMES
+    return sparse
+
+
+def _two_stages(**options: Any) -> Any:
+    return _sparse((0.7, 0.3), **options)
+
+
+def _positions(keep: tuple[Tensor, ...]) -> Tensor:
+    """What `kept` should be, but for the order within a stage: [B, K1 + K2 + …]."""
+    return torch.cat([mask.nonzero()[:, 1].reshape(len(mask), -1) for mask in keep], dim=1)
+
+
+def _check_onnx(path: Path, sparse: SparseViT, images: Tensor) -> None:
+    """Run by hand, at a batch size not used before."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert [item.name for item in session.get_inputs()] == ["images"]
+    assert [item.name for item in session.get_outputs()] == ["logits", "kept"]
+    logits, kept = session.run(["logits", "kept"], {"images": images.numpy()})
+    expected = sparse.pruned(images)
+    np.testing.assert_allclose(logits, expected.logits, atol=1e-5)
+    counts = [int(mask[0].sum()) for mask in expected.keep]
+    stages = np.split(kept, np.cumsum(counts)[:-1], axis=1)
+    ordered = np.concatenate([np.sort(stage, axis=1) for stage in stages], axis=1)
+    np.testing.assert_array_equal(ordered, _positions(expected.keep))
+
+
+WORKING = [
+    ("onnx", "float32"),
+    ("onnx", "float16"),
+    ("onnx", "int8"),
+    ("openvino", "float32"),
+    ("openvino", "bfloat16"),
+    ("openvino", "int8"),
+    ("torch", "float32"),
+    ("torch", "float16"),
+    ("torch", "bfloat16"),
+    ("aoti", "float32"),  # its half precisions are the same program, and compile for long
+]
+
+
+@pytest.mark.parametrize(("format", "precision"), WORKING)
+def test_exports_do_what_the_model_does(format: str, precision: str, tmp_path: Path) -> None:
+    if format == "openvino" and precision == "bfloat16":
+        import openvino
+
+        if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            pytest.skip("this processor has no bfloat16")
+    photos = None
+    if precision == "int8":
+        photos = str(write_images(tmp_path / "photos", {"train": 10}))
+    path = tmp_path / "new" / f"model{FORMATS[format][0]}"
+    done = export_model(_sparse(), path, format, precision, images=photos, samples=20)
+    assert (done.path, done.format, done.precision) == (str(path), format, precision)
+    agreement = done.agreement
+    assert (agreement.images, agreement.batch_sizes) == (20, (1, 4, 16))
+    assert agreement.kept_agreement is not None
+    assert agreement.kept_agreement > 80
+    if precision == "float32":
+        assert agreement.max_difference < 1e-5
+        assert (agreement.top1_agreement, agreement.kept_agreement) == (100, 100)
+        assert (agreement.other_tokens, agreement.score_gap) == (0, 0)
+    else:  # rounded, and not nothing
+        assert 1e-5 < agreement.max_difference < 0.2 * agreement.largest_logit
+    beside = [path.with_suffix(".bin")] if format == "openvino" else []
+    assert sorted(path.parent.iterdir()) == sorted([path, *beside])
+    size = sum(part.stat().st_size for part in path.parent.iterdir())
+    assert done.megabytes == pytest.approx(size / 1e6)
+
+    metadata = read_metadata(path)
+    assert metadata["class_names"] == NAMES
+    assert metadata["precision"] == precision
+    assert metadata["input_size"] == [3, 32, 32]
+    assert (metadata["mean"], metadata["std"]) == ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
+    assert (metadata["interpolation"], metadata["crop_pct"]) == ("bicubic", 0.9)
+    assert (metadata["blocks"], metadata["ratios"]) == ([0], [0.5])
+    assert metadata["kept_counts"] == [8]
+    assert metadata.get("inference_precision") == (
+        module.OPENVINO_HINTS[precision] if format == "openvino" else None
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"name": "deit_small_distilled_patch16_224"},
+        {"name": "vit_tiny_patch16_224", "global_pool": "avg", "reg_tokens": 3},
+        {"name": "eva02_tiny_patch14_224"},
+        {"name": "lvvit_tiny", "img_size": 64, "patch_size": 16},
+    ],
+    ids=lambda options: options["name"],
+)
+def test_kinds_of_models_as_onnx(options: dict[str, Any], tmp_path: Path) -> None:
+    """Each with two stages, so that positions at the second are those of the first's."""
+    import onnx
+
+    sparse = _two_stages(**options)
+    path = tmp_path / "model.onnx"
+    export_model(sparse, path, samples=5)
+    size = options.get("img_size", 32)
+    with torch.no_grad():
+        _check_onnx(path, sparse, torch.randn(7, 3, size, size))
+
+    model = onnx.load(str(path))
+    assert [(item.domain, item.version) for item in model.opset_import] == [("", 18)]
+    operators = {node.op_type for node in model.graph.node}
+    assert not {"If", "Loop", "Scan", "NonZero", "Unique"} & operators
+    assert not {name for name in operators if name.startswith("Scatter")}
+    assert operators <= OPERATORS
+    assert sum(node.op_type == "TopK" for node in model.graph.node) == 2
+    assert not any(node.metadata_props for node in model.graph.node)
+    assert len(model.functions) == 0
+
+
+# What ONNX Runtime, OpenVINO and TensorRT all run.
+OPERATORS = {
+    *("Add", "Div", "Erf", "Mul", "Neg", "Sigmoid", "Sqrt", "Sub", "Tanh", "Relu", "Softmax"),
+    *("MatMul", "Gemm", "Conv", "LayerNormalization", "BatchNormalization"),
+    *("ReduceMax", "ReduceMean", "TopK", "Gather", "GatherElements", "Slice", "Split"),
+    *("Cast", "Concat", "Constant", "Expand", "Range", "Reshape", "Shape", "Squeeze"),
+    *("Transpose", "Unsqueeze"),
+}
+
+
+def test_dense_models_and_the_command_line(
+    dense_folder: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, results = tmp_path / "dense.pt2", tmp_path / "results.json"
+    cli.main(
+        f"export {dense_folder} {path} --format torch --images {images} --samples 6 "
+        f"--results {results}".split()
+    )
+    assert "100.00%" in capsys.readouterr().out
+    assert read_metadata(path)["class_names"] == ["bright", "dark"]
+    assert "blocks" not in read_metadata(path)
+    report = json.loads(results.read_text())
+    assert report["agreement"]["images"] == 6
+    assert report["agreement"]["batch_sizes"] == [1, 4, 6]
+    assert report["agreement"]["kept_agreement"] is None
+    assert report["environment"]["torch"] == torch.__version__
+    (logits,) = torch.export.load(path).module()(torch.zeros(9, 3, 32, 32))
+    assert logits.shape == (9, 2)
+
+
+# Calls that must fail, before any work is done.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "tflite"}, "format must be one of onnx, openvino, torch, aoti, got 'tflite'"),
+        ({"precision": "int4"}, "precision must be one of .*, got 'int4'"),
+        ({"format": "openvino"}, "output must end in .xml for format 'openvino', got .*model.onnx"),
+        ({"output": "model"}, "output must end in .onnx for format 'onnx', got .*model"),
+        ({"output": "folder.onnx"}, "output must be a file, got the folder .*folder.onnx"),
+        ({"images": "nowhere"}, "images must be a folder of images, got nowhere"),
+        ({"images": "."}, r"images must hold at least 4 \(samples\), got 0 images in \."),
+        ({"samples": 0}, "samples must be 1 or more, got 0"),
+        ({"samples": 1e9}, "samples must be an integer, got 1000000000.0"),
+        ({"samples": 10**9}, "images must hold at least 1000000000 .* got 2000 images in the pack"),
+        ({"opset": 17}, r"opset must lie in 18\.\.23, got 17"),
+        ({"precision": "int8"}, "calibration must be a folder of images for int8, got None"),
+        ({"precision": "int8", "calibration": "."}, "calibration must hold at least 1 "),
+        ({"calibration": "."}, "calibration is for precision int8, got it with 'float32'"),
+        (
+            {"format": "torch", "output": "m.pt2", "precision": "int8"},
+            "precision int8 is for formats onnx and openvino, got 'torch'",
+        ),
+        ({"model": "headless"}, "model must have a classification head, got num_classes=0"),
+    ],
+)
+def test_bad_arguments_are_named(
+    options: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.onnx").mkdir()
+    model = _sparse(num_classes=0) if options.get("model") else _sparse()
+    given: dict[str, Any] = {"output": "model.onnx", "samples": 4, **options, "model": model}
+    with pytest.raises(ValueError, match=message):
+        export_model(**given)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.onnx"]
+
+
+def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import exc
+
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    for format, package in (("onnx", "onnx"), ("openvino", "onnx")):
+        path = tmp_path / f"model{FORMATS[format][0]}"
+        message = re.escape(f"format '{format}' needs {package}: pip install 'dynamicvit[export]'")
+        with pytest.raises(ValueError, match=message):
+            export_model(_sparse(), path, format)
+
+    def compile(*arguments: Any, **options: Any) -> None:
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile)
+    with pytest.raises(ValueError, match=r"format 'aoti' needs a C\+\+ compiler"):
+        export_model(_sparse(), tmp_path / "model.pt2", "aoti")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_precision_that_the_engine_lacks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import openvino
+
+    with pytest.raises(ValueError, match=r"ONNX Runtime .* cannot run precision 'bfloat16' here"):
+        export_model(_sparse(), tmp_path / "model.onnx", "onnx", "bfloat16", samples=1)
+    monkeypatch.setattr(openvino.Core, "get_property", lambda *names: ["FP32", "INT8"])
+    for precision in ("float16", "bfloat16"):
+        message = f"precision '{precision}' is not one .* this processor, which has FP32, INT8"
+        with pytest.raises(ValueError, match=message):
+            export_model(_sparse(), tmp_path / "model.xml", "openvino", precision)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Nothing half-written.
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Exported]:
+    """An export whose program is the model itself, to save time."""
+    opened: list[nn.Module] = []
+
+    def write(program: nn.Module, path: Path, metadata: str) -> None:
+        opened.append(program)
+        path.write_bytes(metadata.encode())
+
+    monkeypatch.setattr(module, "_trace", lambda model, dtype: module._Graph(model.fuse(), dtype))
+    monkeypatch.setattr(module, "_write_torch", write)
+    monkeypatch.setitem(module._ENGINES, "torch", lambda path, precision: opened[-1])
+
+    def run(
+        path: Path,
+        wrong: Callable[..., Any] = lambda *outputs: outputs,
+        model: nn.Module | None = None,
+    ) -> Exported:
+        def engine(path: Path, precision: str) -> Callable[[Tensor], Any]:
+            return lambda images: wrong(*opened[-1](images))
+
+        monkeypatch.setitem(module._ENGINES, "torch", engine)
+        return export_model(model or _sparse(), path, "torch", samples=4)
+
+    return run
+
+
+def test_a_mismatch_leaves_no_file(tmp_path: Path, quick: Callable[..., Exported]) -> None:
+    path = tmp_path / "model.pt2"
+    message = r"logits differ by up to 0.01.* \(at most 0.001\); on 4 images, batch sizes 1, 4"
+    with pytest.raises(ValueError, match=message):
+        quick(path, lambda logits, kept: (logits + 0.01, kept))
+    assert list(tmp_path.iterdir()) == []
+
+    quick(path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"top-1 agreement is .*% \(must be 100%\)"):
+        quick(path, lambda logits, kept: (-logits, kept))
+    with pytest.raises(ValueError, match="cannot run precision 'float32' here: out of luck"):
+        quick(path, lambda logits, kept: _raise(RuntimeError("out of luck")))
+    assert (list(tmp_path.iterdir()), path.read_bytes()) == ([path], before)
+
+
+def _raise(error: Exception) -> Any:
+    raise error
+
+
+def test_the_model_is_left_as_it_was(tmp_path: Path, quick: Callable[..., Exported]) -> None:
+    sparse = _sparse().train().double()
+    before = {name: value.clone() for name, value in sparse.state_dict().items()}
+    quick(tmp_path / "model.pt2", model=sparse)
+    assert sparse.training
+    for name, value in sparse.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("format", ["openvino", "torch"])
+def test_a_full_disk_leaves_no_file(
+    format: str,
+    dense_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import openvino
+
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(Path, "write_bytes", lambda *arguments: _raise(full))
+    monkeypatch.setattr(
+        openvino, "save_model", lambda *arguments, **options: _raise(RuntimeError("iostream error"))
+    )
+    path = tmp_path / "out" / f"model{FORMATS[format][0]}"
+    with pytest.raises(SystemExit):
+        cli.main(["export", str(dense_folder), str(path), "--format", format, "--samples", "1"])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(
+        "dynamicvit export: error: .*No space left on device|"
+        "dynamicvit export: error: cannot write model.xml: iostream error",
+        error,
+    )
+    assert list(path.parent.iterdir()) == []
+
+
+def test_metadata_of_other_files(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no exported model at"):
+        read_metadata(tmp_path / "model.onnx")
+    for name in ("model.onnx", "model.xml", "model.pt2"):
+        (tmp_path / name).write_bytes(b"not a model")
+        with pytest.raises(ValueError, match=f"{name} is not a model that dynamicvit exported"):
+            read_metadata(tmp_path / name)
+
+
+# The comparison.
+
+
+def _agreement(
+    sparse: SparseViT, wrong: Callable[[Tensor, Tensor, Tensor], Any], count: int = 6
+) -> Agreement:
+    graph = module._Graph(sparse, torch.float32)
+    return compare(sparse, lambda images: wrong(images, *graph(images)), find_images(None, count))
+
+
+def _swap(sparse: SparseViT) -> Callable[[Tensor, Tensor, Tensor], Any]:
+    """An engine that keeps the best token that left instead of the worst that stayed, at the last
+    stage, and whose logits are those of the tokens that it keeps."""
+
+    def run(images: Tensor, logits: Tensor, kept: Tensor) -> Any:
+        scores, keep = sparse.pruned(images).scores[-1], sparse.pruned(images).keep[-1]
+        best = scores.masked_fill(keep > 0, float("-inf")).argmax(1)
+        worst = scores.masked_fill(keep == 0, float("inf")).argmin(1)
+        kept = torch.where(kept == worst[:, None], best[:, None], kept)
+        return verify._run_given(sparse, images, [kept])[0], kept
+
+    return run
+
+
+def test_a_faithful_engine_agrees() -> None:
+    agreement = _agreement(_two_stages().eval(), lambda images, *outputs: outputs)
+    assert agreement.max_difference < 1e-6
+    assert (agreement.top1_agreement, agreement.kept_agreement) == (100, 100)
+    assert (agreement.other_tokens, agreement.score_gap) == (0, 0)
+    agreement.check("float32")
+
+
+def test_other_tokens_are_right_only_where_scores_tie(monkeypatch: pytest.MonkeyPatch) -> None:
+    sparse = _sparse().eval()
+    agreement = _agreement(sparse, _swap(sparse))
+    assert agreement.max_difference < 1e-6  # the logits are those of the engine's tokens
+    assert agreement.kept_agreement == pytest.approx(100 * 7 / 8)
+    assert agreement.other_tokens == 6
+    assert agreement.score_gap > verify.TIE
+    with pytest.raises(ValueError, match=r"kept tokens agree to 87.50%, with score gaps of up to"):
+        agreement.check("float32")
+    agreement.check("bfloat16")
+    monkeypatch.setattr(verify, "TIE", 1.0)
+    tied = _agreement(sparse, _swap(sparse))
+    assert tied.top1_agreement == 100
+    tied.check("float32")
+
+
+def test_tokens_that_had_left_are_no_tie(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "TIE", 1e9)
+    sparse = _two_stages().eval()
+
+    def swap_stages(images: Tensor, logits: Tensor, kept: Tensor) -> Any:
+        gone = [next(n for n in range(16) if n not in row[:11]) for row in kept.tolist()]
+        return logits, torch.cat([kept[:, :-1], torch.tensor(gone)[:, None]], dim=1)
+
+    assert _agreement(sparse, swap_stages).score_gap == float("inf")
+    with pytest.raises(ValueError, match="score gaps of up to inf"):
+        _agreement(sparse, swap_stages).check("float32")
+    twice = _agreement(sparse, lambda images, logits, kept: (logits, kept * 0))
+    assert twice.score_gap == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda images, logits, kept: (logits * float("nan"), kept), "logits differ by up to nan"),
+        (
+            lambda images, logits, kept: (logits[:, :3], kept),
+            r"logits of the wrong shape: .*\[6, 3",
+        ),
+        (lambda images, logits, kept: (logits, kept[:, :3]), r"kept of the wrong shape: .*\[6, 3"),
+        (lambda images, logits, kept: (logits, kept + 16), "keeps tokens that there are not"),
+    ],
+)
+def test_nonsense_is_refused(wrong: Callable[..., Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _agreement(_sparse().eval(), wrong).check("float32")
+
+
+@pytest.mark.parametrize(
+    ("precision", "difference", "passes"),
+    [
+        ("float32", 9e-4, True),
+        ("float32", 1.1e-3, False),
+        ("float16", 0.039, True),
+        ("float16", 0.041, False),
+        ("bfloat16", 0.19, True),
+        ("bfloat16", 0.21, False),
+        ("int8", 1.0, True),
+    ],
+)
+def test_tolerances(precision: str, difference: float, passes: bool) -> None:
+    agreement = Agreement(1, (1,), difference, 2.0, 100.0, 100.0, 0, 0.0)
+    if passes:
+        agreement.check(precision)
+    else:
+        with pytest.raises(ValueError, match="does not do what the model does"):
+            agreement.check(precision)
+    if precision != "int8":
+        with pytest.raises(ValueError, match="nan"):
+            replace(agreement, max_difference=float("nan")).check(precision)
+
+
+def test_images_come_from_all_over_a_folder(images: Path) -> None:
+    (images / "notes.txt").write_text("no image")
+    chosen = find_images(str(images), 4)
+    assert [str(Path(str(path)).relative_to(images)) for path in chosen] == [
+        "train/bright/00.png",
+        "train/bright/06.png",
+        "train/dark/04.png",
+        "val/bright/02.png",
+    ]
+    assert len(find_images(str(images), 100, fewer=True)) == 24
+    assert isinstance(find_images(None, 1)[0], Image.Image)
+    batches = list(load_images(_sparse(), chosen, 3))
+    assert [tuple(batch.shape) for batch in batches] == [(3, 3, 32, 32), (1, 3, 32, 32)]
