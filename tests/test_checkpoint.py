@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import pickle
@@ -44,11 +45,23 @@ def test_every_form_of_the_released_weights_is_read(
     wrapped = {"model": weights, "epoch": 3, "args": [1, "a"]}
     torch.save(wrapped, tmp_path / "wrapped.pth")
     torch.save(weights, tmp_path / "bare.pth")
-    averaged = {**wrapped, "model": {"old": torch.zeros(1)}, "model_ema": weights}
+    averaged = {"model_ema": weights, "args": argparse.Namespace(lr=1e-3), "epoch": 3}
     torch.save(averaged, tmp_path / "averaged.pth")
+    # What the authors evaluate goes before the average, in a file and in a dict.
+    both = {"model": weights, "model_ema": {"other": torch.zeros(1)}}
+    torch.save(both, tmp_path / "both.pth")
+    parallel = {f"module.{key}": value for key, value in weights.items()}
     save_file(weights, tmp_path / "weights.safetensors")
-    files = ["wrapped.pth", "bare.pth", "averaged.pth", "weights.safetensors"]
-    forms: list[Any] = [wrapped, tmp_path / files[0], *(str(tmp_path / name) for name in files)]
+    files = ["wrapped.pth", "bare.pth", "averaged.pth", "both.pth", "weights.safetensors"]
+    forms: list[Any] = [
+        averaged,
+        both,
+        parallel,
+        {"model": parallel},
+        wrapped,
+        tmp_path / files[0],
+        *(str(tmp_path / name) for name in files),
+    ]
     for form in forms:
         assert torch.equal(from_released(form, num_heads=2)(IMAGES), logits)
 
@@ -102,7 +115,7 @@ def _dense(name: str = "deit_small_patch16_224", **options: Any) -> Any:
         ("vit_small_patch16_224", {"init_values": 0.1, "qkv_bias": False}),
         ("vit_small_patch16_224", {"reg_tokens": 4}),
         ("vit_small_patch16_224", {"reg_tokens": 4, "no_embed_class": True}),
-        ("vit_small_patch16_224", {"pre_norm": True, "mlp_ratio": 3}),
+        ("vit_small_patch16_224", {"embed_dim": 176, "num_heads": 2, "mlp_ratio": 4.46}),
         ("deit_256", {}),
         ("lvvit_small", {"stem_width": 16, "in_chans": 1}),
         ("lvvit_tiny", {"embed_dim": 240, "num_heads": 4, "img_size": 48}),
@@ -125,8 +138,12 @@ def test_an_architecture_may_be_named_where_sizes_do_not_tell(name: str) -> None
     sparse = from_released(dense.state_dict(), architecture=name)
     images = torch.randn(1, 3, 56, 56)
     torch.testing.assert_close(sparse.backbone(images), dense.eval()(images))
-    with pytest.raises(ValueError, match="architecture 'no_such_model'"):
-        from_released(dense.state_dict(), architecture="no_such_model")
+    for wrong in ("no_such_model", 3):
+        message = f"architecture must be the name of a timm model, got {wrong!r}"
+        with pytest.raises(ValueError, match=message):
+            from_released(dense.state_dict(), architecture=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"architecture {name!r} does not fit state_dict"):
+        from_released(dense.state_dict(), num_heads=5, architecture=name)
     with pytest.raises(UnsupportedBackbone, match="ResNet is not supported"):
         from_released(dense.state_dict(), architecture="resnet18")
 
@@ -140,11 +157,43 @@ def test_position_embeddings_are_resampled_for_another_size(name: str) -> None:
     images = torch.randn(1, 3, 96, 64)
     torch.testing.assert_close(sparse.backbone(images), dense(images))
     assert sparse(images).shape == (1, 5)
-    for size in (100, 0, -16, (64,), (64, 64, 64)):
-        with pytest.raises(ValueError, match=r"img_size must be .*16×16, got"):
+    for size in (100, 0, -16, (64,), (64, 64, 64), "96", 96.0, (64.0, 64.0)):
+        with pytest.raises((ValueError, TypeError), match=r"img_size must be .*, got"):
             from_released(_dense(name).state_dict(), img_size=size)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"pos_embed \(1, 25, 128\) is not a square grid and 1"):
         from_released(dense.state_dict())
+
+
+@torch.no_grad()
+def test_a_grid_that_is_not_square_can_be_said() -> None:
+    """Weights of 4×9 patches look like those of 6×6."""
+    dense = _dense(img_size=(64, 144))
+    images = torch.randn(1, 3, 64, 144)
+    sparse = from_released(dense.state_dict(), img_size=(64, 144))
+    assert torch.equal(sparse.backbone(images), dense(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("vit_small_patch16_224", {"pre_norm": True}, "architecture must be given for weights"),
+        (
+            "vit_small_patch16_224",
+            {"global_pool": "avg", "class_token": False, "fc_norm": False},
+            "architecture must be given for weights",
+        ),
+        (
+            "vit_small_patch16_224",
+            {"embed_dim": 1280, "depth": 1, "num_heads": 16},
+            "num_heads must be given for weights of width 1280, got None",
+        ),
+    ],
+)
+def test_weights_that_could_be_of_several_models_are_refused(
+    name: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_released(_dense(name, **options).state_dict())
 
 
 @torch.no_grad()
@@ -162,17 +211,24 @@ def test_convert_writes_what_the_file_holds(
 
     images = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(run("dense.safetensors")(images), dense(images))
-    assert "dense lvvit_small, 5 classes" in capsys.readouterr().out
+    assert "dense, 5 classes, 4 blocks of width 128" in capsys.readouterr().out
     made = run("dense.safetensors", "--keep_ratio", "0.5", "--img_size", "96")
     assert made.schedule.counts(36) == (18, 9, 4)
-    assert "sparse (its scorers untrained) lvvit_small" in capsys.readouterr().out
+    assert "sparse, scorers untrained, 5 classes" in capsys.readouterr().out
     made = run("sparse.safetensors", "--num_heads", "2", "--keep_ratio", "0.9")
     released = from_released(weights, KeepSchedule.from_keep_ratio(0.9, depth=12), num_heads=2)
     assert torch.equal(made(IMAGES), released(IMAGES))
-    assert "sparse deit_small_patch16_224, 10 classes" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        cli.main(["convert", str(tmp_path / "nowhere.pth"), str(tmp_path / "out")])
-    assert "no weights file at" in capsys.readouterr().err
+    assert "from deit_small_patch16_224: 2 heads, 224×224 pixels, mean" in capsys.readouterr().out
+    for arguments, message in (
+        (["nowhere.pth", "new"], "no weights file at"),
+        (["dense.safetensors", "new", "--keep_ratio", "0"], "keep_ratio must lie in (0, 1], got 0"),
+        (["dense.safetensors", "new", "--num_heads", "3"], "num_heads must divide the width 128"),
+        (["dense.safetensors", "new", "--architecture", "resnet50"], "ResNet is not supported"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(["convert", *(str(tmp_path / name) for name in arguments[:2]), *arguments[2:]])
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "new").exists()
 
 
 def _without(*keys: str) -> Callable[[Weights], Any]:
@@ -191,7 +247,7 @@ def _with(**changes: Any) -> Callable[[Weights], Any]:
             r"it has no \['patch_embed\.proj\.weight', 'pos_embed', 'head\.weight'",
         ),
         (_without("cls_token", "pos_embed"), r"it has no \['pos_embed'\]"),
-        (_without("cls_token"), r"pos_embed \(1, 197, 32\) is not a square grid and 0 tokens"),
+        (_without("cls_token"), "architecture must be given for weights that are not"),
         (_without("norm.bias"), r"does not fit the model: missing norm\.bias$"),
         (_with(extra=torch.zeros(1)), r"does not fit the model: unexpected extra$"),
         (_with(norm__bias=torch.zeros(7)), r"norm\.bias has shape \(7,\), expected \(32,\)"),

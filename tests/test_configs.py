@@ -68,11 +68,11 @@ def test_a_config_holds_the_recipe_and_costs_what_was_published(name: str) -> No
 @pytest.mark.filterwarnings("ignore::UserWarning:timm")
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_a_config_trains(name: str, tmp_path: Path) -> None:
-    """Two steps of one image at full size, from fresh weights, since none can be downloaded."""
-    images = write_images(tmp_path / "images", {"train": 2, "val": 1}, ("only",))
-    few = {"batch_size": 1, "epochs": 1, "workers": 0, "freeze_epochs": 0, "warmup_epochs": 0}
-    fresh = {"pretrained": False, "model_kwargs": {"num_classes": 1}, "mixup": 0, "cutmix": 0}
+    """Two steps of two images at full size, from fresh weights, since none can be downloaded."""
+    images = write_images(tmp_path / "images", {"train": 2, "val": 1})
+    few = {"batch_size": 2, "epochs": 1, "workers": 0, "freeze_epochs": 0, "warmup_epochs": 0}
+    fresh = {"pretrained": False, "model_kwargs": {"num_classes": 2}}
     paths = {"data": str(images), "output": str(tmp_path / "run")}
     evaluation = train(TrainConfig(**(_read(name) | few | fresh | paths)))
-    assert evaluation.images == 1
+    assert evaluation.images == 2
     assert len(evaluation.tokens) == 4

@@ -13,6 +13,7 @@ from dynamicvit import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "benchmarks" / "results"
 RESULT = json.loads((ROOT / "benchmarks" / "results" / "quickstart.json").read_text())
 
 
@@ -37,12 +38,16 @@ def test_the_quickstart_s_result_holds_what_it_promises() -> None:
     assert max(speed["speed_up"] for speed in RESULT["speed"]) >= 1.40
 
 
-def test_the_embedded_model_s_accuracy_is_that_of_its_log() -> None:
+def test_the_embedded_model_s_accuracy_is_what_was_measured() -> None:
+    [measured] = json.loads((RESULTS / "embedded_model.json").read_text()).values()
+    assert measured["images"] == 10_000
+    assert measured["top1"] >= 88.0
+    assert f"{measured['top1']:.2f}%" in README
     log = (ROOT / "configs" / "fashion_mnist_dense_2.log.jsonl").read_text().splitlines()
-    last = json.loads(log[-1])
-    assert (last["kind"], last["images"]) == ("validation", 10_000)
-    assert last["top1"] >= 88.0
-    assert f"{last['top1']:.2f}%" in README
+    epochs = [line for line in map(json.loads, log) if line["kind"] == "validation"]
+    assert {line["images"] for line in epochs} == {10_000}
+    # The run validated in bfloat16, the model is kept in float16.
+    assert max(line["top1"] for line in epochs) == pytest.approx(measured["top1"], abs=0.1)
 
 
 @pytest.mark.parametrize(

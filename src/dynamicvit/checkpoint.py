@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from dynamicvit.backbones.lvvit import from_official
 from dynamicvit.core import backbone as adapter
-from dynamicvit.core.backbone import Backbone
+from dynamicvit.core.backbone import Backbone, UnsupportedBackbone
 from dynamicvit.core.folder import CONFIG, WEIGHTS, save_folder
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.schedule import KeepSchedule
@@ -151,7 +152,7 @@ def load_strictly(
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read a state dict from a safetensors or torch file, without running code from it.
 
-    The weights may lie under `state_dict_ema`, `model_ema`, `state_dict` or `model`, in this order.
+    The weights may lie under one of the names in `_WRAPPERS`.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -161,23 +162,34 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"no weights file at {path}")
     try:
-        weights: Any = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        weights: Any = load_file(path) if path.suffix == ".safetensors" else _load_torch(path)
     except Exception as error:  # foreign bytes make the readers raise nearly anything
         raise ValueError(
             f"{path} is damaged, not a weights file, or holds other objects than tensors, "
             f"which could run code and are refused"
         ) from error
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(weights, dict) and isinstance(weights.get(key), dict):
-            weights = weights[key]
-            break
+    weights = _unwrap(weights)
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
         raise ValueError(f"{path} holds no state dict")
     return weights
+
+
+# Where files hold their weights, by precedence: what the DynamicViT authors evaluate, then timm's.
+_WRAPPERS = ("model", "state_dict_ema", "model_ema", "state_dict")
+
+
+def _unwrap(weights: Any) -> Any:
+    if isinstance(weights, dict):
+        for key in _WRAPPERS:
+            if isinstance(weights.get(key), dict):
+                return weights[key]
+    return weights
+
+
+def _load_torch(path: Path) -> Any:
+    # Training scripts put their options beside the weights; a Namespace only holds values.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def from_released(
@@ -190,7 +202,9 @@ def from_released(
 ) -> SparseViT:
     """A SparseViT from released weights: DynamicViT's, official DeiT's or LV-ViT's, or timm's.
 
-    Architecture sizes, class count and input size are read from the weights.
+    Architecture sizes, class count and input size are read from the weights. What weights cannot
+    tell (activation, epsilon of the norms, order inside a block, preprocessing) is DeiT's or
+    LV-ViT's, unless `architecture` names another.
 
     Args:
         state_dict: the state dict, or one that holds it under `model`, or a file of it. Scorer keys
@@ -198,11 +212,11 @@ def from_released(
             weights) the scorers are new, untrained ones.
         schedule: the stages; by default the family's at keep ratio 0.7.
         num_heads: attention heads, which weights do not tell; by default width // 64, and 4 for
-            LV-ViT-T.
+            LV-ViT-T. To be given for widths above 1024, where there is no such custom.
         img_size: input height and width in pixels, if other than that of the weights: position
-            embeddings are resampled.
-        architecture: the timm model that the weights belong to, where sizes alone do not tell (a
-            ViT with other preprocessing than DeiT's, rotary embeddings, …).
+            embeddings are resampled. Weights tell of a square grid; one of as many patches that is
+            not square is taken to be their own.
+        architecture: the timm model that the weights belong to.
 
     Returns:
         The model, float32, in eval mode.
@@ -215,7 +229,7 @@ def from_released(
     Source: arXiv 2106.02034 (DynamicViT), 2012.12877 (DeiT), 2104.10858 (LV-ViT).
     """
     source, dense, scorers = _read_released(state_dict)
-    backbone = _build(dense, source, num_heads, architecture)
+    backbone = _build(dense, source, num_heads, img_size, architecture)
     if schedule is None:
         depth = len(cast(Backbone, backbone).blocks)
         schedule = KeepSchedule.from_keep_ratio(0.7, depth=depth)
@@ -255,24 +269,33 @@ def convert(
         FileNotFoundError, TypeError, ValueError: naming what is wrong with the file, each key.
     """
     source, dense, scorers = _read_released(file)
-    model: nn.Module
+    backbone: Any = _build(dense, source, num_heads, img_size, architecture)
+    load_strictly(backbone, dense, source)
+    model: nn.Module = backbone.eval()
     if scorers or keep_ratio is not None:
-        depth = len({key.split(".")[1] for key in dense if key.startswith("blocks.")})
-        schedule = KeepSchedule.from_keep_ratio(keep_ratio or 0.7, depth=depth)
-        model = from_released(
-            file, schedule, num_heads, img_size=img_size, architecture=architecture
-        )
-    else:
-        model = _build(dense, source, num_heads, architecture).eval()
-        load_strictly(model, dense, source)
-        _resize(model, img_size)
+        ratio = 0.7 if keep_ratio is None else keep_ratio
+        schedule = KeepSchedule.from_keep_ratio(ratio, depth=len(backbone.blocks))
+        model = SparseViT(backbone, schedule).eval()
+        if scorers:
+            weights = {f"backbone.{key}": value for key, value in dense.items()} | scorers
+            load_strictly(model, weights, source, _released_name)
+    _resize(backbone, img_size)
     save_folder(model, output)
-    kind = "dense" if not isinstance(model, SparseViT) else "sparse"
-    if isinstance(model, SparseViT) and not scorers:
-        kind = "sparse (its scorers untrained)"
-    name = cast(Any, model).pretrained_cfg["architecture"]
-    print(f"{output}: {kind} {name}, {model.num_classes} classes")
+    kind = "dense" if model is backbone else "sparse" if scorers else "sparse, scorers untrained"
+    config = timm.data.resolve_input_data_config(backbone)
+    print(
+        f"{output}: {kind}, {backbone.num_classes} classes, {len(backbone.blocks)} blocks of width "
+        f"{backbone.embed_dim}. Weights do not tell these, taken from "
+        f"{backbone.pretrained_cfg['architecture']}: {_num_heads(backbone)} heads, "
+        f"{config['input_size'][1]}×{config['input_size'][2]} pixels, mean {config['mean']}, "
+        f"std {config['std']}, crop {config['crop_pct']}, {config['interpolation']}. If they are "
+        "others, give --num_heads, --img_size or --architecture."
+    )
     return model
+
+
+def _num_heads(model: Any) -> int:
+    return next(m.num_heads for m in model.blocks.modules() if hasattr(m, "num_heads"))
 
 
 def _read_released(released: Any) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
@@ -282,8 +305,9 @@ def _read_released(released: Any) -> tuple[str, dict[str, Tensor], dict[str, Ten
         source, released = str(released), read_weights(released)
     if not isinstance(released, dict):
         raise TypeError(f"state_dict must be a dict or a path, got {type(released).__name__}")
-    if isinstance(released.get("model"), dict):
-        released = released["model"]
+    released = _unwrap(released)
+    if released and all(str(key).startswith("module.") for key in released):  # saved under DDP
+        released = {key.removeprefix("module."): value for key, value in released.items()}
     not_tensors = [
         str(key)
         for key, value in released.items()
@@ -314,14 +338,25 @@ _SIZES = {
 
 
 def _build(
-    weights: dict[str, Tensor], source: str, num_heads: int | None, architecture: str | None
+    weights: dict[str, Tensor],
+    source: str,
+    num_heads: int | None,
+    img_size: int | tuple[int, int] | None,
+    architecture: str | None,
 ) -> nn.Module:
     """A dense model, untrained, of the sizes that the weights have."""
+    if architecture is not None and not (
+        isinstance(architecture, str) and timm.is_model(architecture)
+    ):
+        raise ValueError(f"architecture must be the name of a timm model, got {architecture!r}")
+    if num_heads is not None and (not isinstance(num_heads, int) or isinstance(num_heads, bool)):
+        raise TypeError(f"num_heads must be an integer, got {num_heads!r}")
     needed = _SIZES if architecture is None else {}
     missing = [key for key in needed if key not in weights]
     if missing:
         raise ValueError(f"{source} is not of a DeiT, LV-ViT or plain ViT: it has no {missing}")
-    for key, axes in _SIZES.items():
+    optional = {"reg_token": 3, "patch_embed.backbone.0.conv.weight": 4}
+    for key, axes in (_SIZES | optional).items():
         shape = weights[key].shape if key in weights else (1,) * axes
         if len(shape) != axes or 0 in shape:
             raise ValueError(f"{source}: {key} must have {axes} axes, got {tuple(shape)}")
@@ -330,15 +365,20 @@ def _build(
         sizes["num_classes"] = len(weights["head.weight"])
     if architecture is None:
         architecture = _infer(weights, sizes, num_heads)
-    elif num_heads is not None:
-        sizes["num_heads"] = num_heads
+    else:
+        if num_heads is not None:
+            sizes["num_heads"] = num_heads
+        if "patch_embed.proj.weight" in weights and "lvvit" not in architecture:
+            sizes["in_chans"] = weights["patch_embed.proj.weight"].shape[1]
     try:
         with torch.device("meta"):
             model: Any = timm.create_model(architecture, **sizes)
         adapter.check_backbone(model)
-        sizes["img_size"] = _image_size(weights, model, source)
+        sizes["img_size"] = _image_size(weights, model, source, img_size)
         return timm.create_model(architecture, **sizes)
-    except (RuntimeError, AssertionError) as error:
+    except UnsupportedBackbone:
+        raise
+    except (RuntimeError, AssertionError, TypeError, AttributeError) as error:
         raise ValueError(f"architecture {architecture!r} does not fit {source}: {error}") from error
 
 
@@ -349,16 +389,20 @@ def _infer(weights: dict[str, Tensor], sizes: dict[str, Any], num_heads: int | N
     while f"blocks.{depth}.norm1.weight" in weights:
         depth += 1
     lvvit = "patch_embed.backbone.0.conv.weight" in weights
+    if num_heads is None and width > 1024:
+        raise ValueError(f"num_heads must be given for weights of width {width}, got None")
     heads = num_heads if num_heads is not None else 4 if width == 240 else max(1, width // 64)
-    if not isinstance(heads, int) or isinstance(heads, bool):
-        raise TypeError(f"num_heads must be an integer, got {heads!r}")
     if heads < 1 or width % heads:
         raise ValueError(f"num_heads must divide the width {width}, got {heads}")
+    hidden = len(weights["blocks.0.mlp.fc1.weight"])
     sizes |= {
         "embed_dim": width,
         "depth": depth,
         "num_heads": heads,
-        "mlp_ratio": len(weights["blocks.0.mlp.fc1.weight"]) / width,
+        # timm rounds width times ratio down, which must not lose one to floating point.
+        "mlp_ratio": hidden / width
+        if int(width * (hidden / width)) == hidden
+        else (hidden + 0.5) / width,
         "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
     }
     if lvvit:
@@ -371,13 +415,13 @@ def _infer(weights: dict[str, Tensor], sizes: dict[str, Any], num_heads: int | N
         sizes["reg_tokens"] = weights["reg_token"].shape[1]
     if "blocks.0.ls1.gamma" in weights:
         sizes["init_values"] = 1e-5
-    if "norm_pre.weight" in weights:
-        sizes["pre_norm"] = True
     if "fc_norm.weight" in weights:
         sizes["global_pool"] = "avg"
+    if "norm_pre.weight" in weights or not {"cls_token", "fc_norm.weight"} & weights.keys():
+        # CLIP and SigLIP: with one or another activation and epsilon.
+        raise ValueError("architecture must be given for weights that are not DeiT's or LV-ViT's")
     if "cls_token" not in weights:
-        sizes |= {"class_token": False, "global_pool": "avg"}
-        sizes["fc_norm"] = "fc_norm.weight" in weights
+        sizes["class_token"] = False
     if "dist_token" in weights:
         return "deit_small_distilled_patch16_224"
     prefix = sizes.get("reg_tokens", 0) + ("cls_token" in weights)
@@ -390,8 +434,12 @@ def _infer(weights: dict[str, Tensor], sizes: dict[str, Any], num_heads: int | N
     return names.get(width, "deit_small_patch16_224")
 
 
-def _image_size(weights: dict[str, Tensor], model: Any, source: str) -> tuple[int, int]:
+def _image_size(
+    weights: dict[str, Tensor], model: Any, source: str, asked: int | tuple[int, int] | None
+) -> tuple[int, int]:
     """(height, width) in pixels that the position embeddings are for."""
+    patch = model.patch_embed.feat_ratio(as_scalar=False)
+    size = _check_size(asked, patch)
     embedding = model.pos_embed
     if embedding is None or "pos_embed" not in weights:
         height, width = model.patch_embed.img_size
@@ -399,13 +447,14 @@ def _image_size(weights: dict[str, Tensor], model: Any, source: str) -> tuple[in
     prefix = embedding.shape[1] - model.patch_embed.num_patches
     shape = tuple(weights["pos_embed"].shape)
     positions = shape[1] - prefix
+    if size is not None and positions == math.prod(size) // math.prod(patch):
+        return size
     if positions == model.patch_embed.num_patches:  # a grid that need not be square
         height, width = model.patch_embed.img_size
         return height, width
     if not _is_square(positions):
         raise ValueError(f"{source}: pos_embed {shape} is not a square grid and {prefix} tokens")
-    height, width = model.patch_embed.feat_ratio(as_scalar=False)
-    return height * math.isqrt(positions), width * math.isqrt(positions)
+    return patch[0] * math.isqrt(positions), patch[1] * math.isqrt(positions)
 
 
 def _is_square(number: int) -> bool:
@@ -414,15 +463,23 @@ def _is_square(number: int) -> bool:
 
 def _resize(model: Any, img_size: int | tuple[int, int] | None) -> None:
     """Change the input size of a timm model, position embeddings resampled by timm."""
+    size = _check_size(img_size, model.patch_embed.feat_ratio(as_scalar=False))
+    if size is not None and size != tuple(model.patch_embed.img_size):
+        model.set_input_size(size)
+
+
+def _check_size(img_size: Any, patch: tuple[int, int]) -> tuple[int, int] | None:
+    """(height, width), refused unless they are whole numbers of patches."""
     if img_size is None:
-        return
-    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    step = model.patch_embed.feat_ratio(as_scalar=False)
-    if len(size) != 2 or any(s < 1 or s % p for s, p in zip(size, step, strict=True)):
+        return None
+    size = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if not isinstance(size, tuple | list) or not all(isinstance(side, int) for side in size):
+        raise TypeError(f"img_size must be one or two integers, got {img_size!r}")
+    if len(size) != 2 or any(s < 1 or s % p for s, p in zip(size, patch, strict=True)):
         raise ValueError(
-            f"img_size must be multiples of the patch size {step[0]}×{step[1]}, got {img_size!r}"
+            f"img_size must be multiples of the patch size {patch[0]}×{patch[1]}, got {img_size!r}"
         )
-    model.set_input_size(size)
+    return size[0], size[1]
 
 
 _SCORER_PARTS = {"in_conv.0": "norm", "in_conv.1": "embed", "out_conv": "head"}

@@ -6,6 +6,7 @@ docstrings; each function lives where its subject lives.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import inspect
 import os
@@ -68,7 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for parameter, kind in configs.items():
             fields = [item.name for item in dataclasses.fields(kind)]
             values[parameter] = kind(**{field: values.pop(field) for field in fields})
-        function(*[values.pop(name) for name in _positional_only(function)], **values)
+        function(
+            *[values.pop(name) for name in _positional_only(function) if name in values], **values
+        )
     except USER_ERRORS as error:
         if os.environ.get("DYNAMICVIT_TRACEBACK"):
             raise
@@ -100,7 +103,10 @@ def _build_parser(
         elif required and kind == list[str]:
             parser.add_argument(parameter.name, nargs="+", help=helps[parameter.name])
         elif parameter.kind is parameter.POSITIONAL_ONLY:
-            optional = {} if required else {"nargs": "?", "default": parameter.default}
+            # No default here: it would go before a config file's value.
+            optional: dict[str, Any] = (
+                {} if required else {"nargs": "?", "default": argparse.SUPPRESS}
+            )
             parser.add_argument(parameter.name, type=kind, help=helps[parameter.name], **optional)
     skip: set[str | int] = {*configs, *(action.dest for action in parser._actions)}
     parser.add_function_arguments(function, skip=skip)

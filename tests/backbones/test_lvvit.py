@@ -121,7 +121,8 @@ def test_official_weights_of_an_unknown_depth_are_refused() -> None:
     ("options", "message"),
     [
         ({"global_pool": "avg"}, "global_pool of an LV-ViT is 'token', got 'avg'"),
-        ({"patch_size": 15}, "patch_size must be even, got 15"),
+        ({"patch_size": 15}, "patch_size must be an even integer, got 15"),
+        ({"patch_size": (16, 16)}, r"patch_size must be an even integer, got \(16, 16\)"),
     ],
 )
 def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> None:
@@ -129,6 +130,13 @@ def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> 
         timm.create_model("lvvit_small", **(SMALL | options))
     with pytest.raises(ValueError, match="global_pool of an LV-ViT is 'token', got 'avg'"):
         _small().reset_classifier(5, "avg")
+
+
+def test_features_are_those_of_timm() -> None:
+    features = timm.create_model("lvvit_small", features_only=True, **SMALL)(
+        torch.randn(1, 3, 64, 64)
+    )
+    assert features[-1].shape == (1, 32, 4, 4)
 
 
 def test_other_image_channels() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from dynamicvit import SparseViT, UnsupportedBackbone, cli, sparsify
@@ -59,9 +63,11 @@ QUICK = {
 
 def _small(name: str) -> Any:
     """A few narrow blocks and a 4×4 grid, every parameter moved away from its initial value."""
-    patch = zoo.build_on_meta(name).patch_embed.feat_ratio(as_scalar=False)
+    full = zoo.build_on_meta(name)
+    patch = full.patch_embed.feat_ratio(as_scalar=False)
     options: dict[str, Any] = {"img_size": (4 * patch[0], 4 * patch[1]), "num_classes": 7}
-    width = 768 if name == "vit_base_mci_224" else 48  # its stem ends in the tokens themselves
+    # Some stems end in the tokens themselves.
+    width = full.embed_dim if isinstance(full.patch_embed.proj, nn.Identity) else 48
     if name.endswith("sapiens2"):
         options["num_kv_heads"] = 1
     with torch.random.fork_rng(devices=[]):
@@ -108,12 +114,25 @@ def test_a_plain_transformer_is_pruned_rightly_or_refused(name: str) -> None:
     _near(sparse(images), pruned.logits)
 
 
+def test_every_module_of_timm_s_that_builds_on_these_is_asked() -> None:
+    """A module that has VisionTransformer or Eva in it may build models of that class."""
+    others = {"naflexvit"}  # takes VisionTransformer's arguments, and is another class
+    for module in pkgutil.iter_modules(timm.models.__path__):
+        if module.name.startswith("_"):
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # some are only kept under old names
+            names = vars(importlib.import_module(f"timm.models.{module.name}"))
+        if {"VisionTransformer", "Eva"} & names.keys():
+            assert module.name in {*zoo.MODULES, *others}
+
+
 def test_nearly_all_plain_transformers_of_timm_are_supported() -> None:
     table, _, refused = DOCS.read_text().partition("## Not supported")
     listed = re.findall(r"^\| (\w+) \| \d", table, re.MULTILINE)
     no = dict(re.findall(r"^\| (\w+) \| (\w+) \|", refused, re.MULTILINE)[1:])
     assert sorted([*listed, *no]) == NAMES, "run `make zoo` to write docs/models.md again"
-    assert set(no.values()) <= set(REFUSED)
+    assert set(no.values()) <= set(REFUSED), "all of VisionTransformer and Eva are supported"
     assert f"{len(listed)} of {len(NAMES)} are supported" in table
 
 
@@ -213,7 +232,11 @@ def test_sparse_models_have_names_in_timm_s_registry(name: str) -> None:
     assert bare(images).shape == (2, 32)
     assert isinstance(bare, SparseViT)
     assert bare.schedule.ratios[0] == 0.7
-    assert timm.data.resolve_input_data_config(sparse.backbone)["input_size"] == (3, 64, 64)
+    assert timm.data.resolve_input_data_config(sparse)["input_size"] == (3, 64, 64)
+    sparse.set_input_size((32, 64))
+    assert timm.data.resolve_input_data_config(sparse)["input_size"] == (3, 32, 64)
+    groups = param_groups_layer_decay(sparse, layer_decay=0.5)
+    assert len({group["lr_scale"] for group in groups}) == 4 + 1  # blocks, and the stem
 
 
 def test_sparse_names_refuse_what_they_cannot_do() -> None:
@@ -228,6 +251,12 @@ def test_models_are_listed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     assert cli.main(["models", "*deit_256", "--keep_ratio", "0.8", "--output", str(output)]) == 0
     assert "1 models; not supported: 0" in capsys.readouterr().out
     assert "| deit_256 | 224×224 | 196 → 156 → 125 → 100 |" in output.read_text()
+    config = tmp_path / "models.yaml"
+    config.write_text("filter: 'test_vit'\nkeep_ratio: 0.1\n")
+    assert cli.main(["models", "--config", str(config)]) == 0
+    found = capsys.readouterr().out
+    assert "not supported: 1" in found
+    assert "test_vit: ratios must leave at least one" in found
     with pytest.raises(SystemExit):
         cli.main(["models", "resnet*"])
     assert "filter must match a plain transformer" in capsys.readouterr().err

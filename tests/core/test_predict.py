@@ -93,14 +93,40 @@ def test_more_images_than_one_batch() -> None:
 
 
 @pytest.mark.parametrize("in_chans", [1, 3, 4])
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
 def test_a_picture_of_any_mode_suits_any_model(in_chans: int, mode: str, tmp_path: Path) -> None:
     picture = _picture().convert("I").convert("I;16") if mode == "I;16" else _picture()
     picture = picture.convert(mode)
-    suffix = {"CMYK": "jpg", "F": "tiff"}.get(mode, "png")
+    suffix = "jpg" if mode == "CMYK" else "png"
     picture.save(tmp_path / f"picture.{suffix}")
     found = _sparse(in_chans=in_chans).predict(tmp_path / f"picture.{suffix}")
     assert sum(item.probability for item in found) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_sixteen_bits_are_scaled_and_not_cut_off(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 255, 32 * 32).astype(np.uint8).reshape(32, 32)
+    Image.fromarray(ramp).save(tmp_path / "8.png")
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    Image.fromarray(ramp.astype(np.int32) * 257).save(tmp_path / "16.tiff")
+    sparse = _sparse()
+    for name in ("16.png", "16.tiff"):
+        _same(sparse.predict(tmp_path / name), sparse.predict(tmp_path / "8.png"))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (np.full((32, 32), 0.5, np.float32), "floating point"),
+        (np.full((32, 32), 1 << 20, np.int32), "32 bits"),
+        (np.full((32, 32), -1, np.int32), "32 bits"),
+    ],
+)
+def test_pixels_whose_white_is_not_known_are_refused(
+    pixels: np.ndarray, message: str, tmp_path: Path
+) -> None:
+    Image.fromarray(pixels).save(tmp_path / "picture.tiff")
+    with pytest.raises(ValueError, match=rf"cannot read image .*picture\.tiff: .*{message}"):
+        _sparse().predict(tmp_path / "picture.tiff")
 
 
 def test_transparent_palettes_are_read_without_a_warning(tmp_path: Path) -> None:

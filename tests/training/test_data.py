@@ -3,10 +3,11 @@ from __future__ import annotations
 import gc
 import io
 import json
+import re
 import struct
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,12 @@ def test_the_paper_s_augmentation_takes_every_magnitude(images: Path) -> None:
         assert operation(image).size == (32, 32)
 
 
-def _write_shards(images: Path, root: Path) -> None:
+def _write_shards(
+    images: Path,
+    root: Path,
+    labels: dict[str, bytes] | None = None,
+    renamed: tuple[str, str] = ("", ""),
+) -> None:
     """The image folder as one WebDataset shard a split, with the index that timm reads."""
     root.mkdir()
     splits = {}
@@ -213,9 +219,10 @@ def _write_shards(images: Path, root: Path) -> None:
         shard = f"tiny-{split}-0000.tar"
         with tarfile.open(root / shard, "w") as tar:
             for index, file in enumerate(files):
-                label = str(CLASSES.index(file.parent.name)).encode()
+                kind = file.parent.name
+                label = labels[kind] if labels else str(CLASSES.index(kind)).encode()
                 for suffix, content in (("png", file.read_bytes()), ("cls", label)):
-                    info = tarfile.TarInfo(f"{index:04}.{suffix}")
+                    info = tarfile.TarInfo(f"{index:04}.{suffix}".replace(*renamed))
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
         splits[split] = {
@@ -281,7 +288,9 @@ def test_what_cannot_be_read_in_shards_is_named_or_counted(
     shard = root / "tiny-validation-0000.tar"
     for training in (False, True):
         data = open_data("wds/tiny", "val", data_dir=str(root), training=training)
-        with pytest.raises(DataError, match=f"cannot read image 000[25] of {shard}: "):
+        with pytest.raises(
+            DataError, match=f"cannot read the image of sample 000[25] of {shard}: "
+        ):
             _batches(data, workers)
         data = open_data(
             "wds/tiny", "val", data_dir=str(root), training=training, skip_unreadable=True
@@ -296,31 +305,85 @@ def test_what_cannot_be_read_in_shards_is_named_or_counted(
 
 
 @shard_files
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("missing", "cannot read a shard: .*No such file.*tiny-validation-0000.tar"),
-        ("truncated", "cannot read a shard: unexpected end of data.*tiny-validation-0000.tar"),
-        ("foreign", "cannot read a shard: .*tiny-validation-0000.tar"),
-        ("unlabelled", "sample 0003 of .*tiny-validation-0000.tar has no label: 'cls'"),
+        (lambda c: c[: c.index(b"0005.png") + 600], "cannot read shard {}: unexpected end of data"),
+        # A tar file cut off between two of its files, or inside a header, ends without an error.
+        (lambda c: c[: c.index(b"0005.png")], "shard {} must hold 8 samples, .*, got 5"),
+        (lambda c: c[: c.index(b"0005.png") + 100], "shard {} must hold 8 samples, .*, got 5"),
+        (lambda c: b"\0" * len(c), "shard {} must hold 8 samples, as its index says, got 0"),
+        (lambda c: b"not a tar file" * 100, "cannot read shard {}: "),
+        (None, "cannot read shard {}: No such file or directory"),
+        (("0006.", "0005."), "cannot read shard {}: 0005.png: duplicate"),
+        (("0003.cls", "0003.txt"), "sample 0003 of {} has no class index, got None"),
+        (("0003.png", "0003.tif"), "sample 0003 of {} has no image"),
     ],
 )
-def test_a_damaged_shard_is_named(images: Path, tmp_path: Path, damage: str, message: str) -> None:
+def test_a_damaged_shard_is_named(
+    images: Path,
+    tmp_path: Path,
+    damage: Callable[[bytes], bytes] | tuple[str, str] | None,
+    message: str,
+    workers: int,
+) -> None:
+    root = tmp_path / "shards"
+    _write_shards(images, root, renamed=damage if isinstance(damage, tuple) else ("", ""))
+    shard = root / "tiny-validation-0000.tar"
+    if damage is None:
+        shard.unlink()
+    elif not isinstance(damage, tuple):
+        shard.write_bytes(damage(shard.read_bytes()))
+    data = open_data("wds/tiny", "val", data_dir=str(root), skip_unreadable=True)
+    with pytest.raises(DataError, match=message.format(re.escape(str(shard)))):
+        _batches(data, workers)
+
+
+@shard_files
+@pytest.mark.parametrize("label", [b"cat", b"", b"1.5", b"-1"])
+def test_a_label_that_is_no_class_index_is_named(
+    images: Path, tmp_path: Path, label: bytes
+) -> None:
+    root = tmp_path / "shards"
+    _write_shards(images, root, labels={"bright": label, "dark": b"1"})
+    data = open_data("wds/tiny", "val", data_dir=str(root), skip_unreadable=True)
+    with pytest.raises(DataError, match=rf"sample 0000 of .* has no class index, got {label!r}"):
+        _batches(data)
+
+
+@shard_files
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_without_a_readable_image_ends(images: Path, tmp_path: Path, workers: int) -> None:
+    for file in images.glob("*/*/*.png"):
+        file.write_text("not an image")
     root = tmp_path / "shards"
     _write_shards(images, root)
-    shard = root / "tiny-validation-0000.tar"
-    content = shard.read_bytes()
-    if damage == "missing":
-        shard.unlink()
-    elif damage == "truncated":
-        shard.write_bytes(content[: content.index(b"0005.png") + 600])
-    elif damage == "foreign":
-        shard.write_bytes(b"not a tar file" * 100)
-    else:
-        shard.write_bytes(content.replace(b"0003.cls", b"0003.txt"))
-    data = open_data("wds/tiny", "val", data_dir=str(root), skip_unreadable=True)
+    data = open_data("wds/tiny", "train", data_dir=str(root), training=True, skip_unreadable=True)
+    with pytest.raises(DataError, match=r"no image in .*tiny-train-0000\.tar can be read"):
+        _batches(data, workers)
+
+
+@pytest.mark.parametrize(
+    ("data", "index", "message"),
+    [
+        ("wds", {}, "data must name a data set after wds/, got 'wds'"),
+        ("wds/", {}, "data must name a data set after wds/, got 'wds/'"),
+        ("wds/tiny", None, "has no _info.json, the index of WebDataset shards"),
+        ("wds/tiny", [], "cannot open 'wds/tiny'"),
+        ("wds/tiny", {"splits": {}}, "cannot open 'wds/tiny'.*split validation not found"),
+        ("wds/tiny", {"splits": {"validation": {"num_samples": "x"}}}, "cannot open 'wds/tiny'"),
+    ],
+)
+def test_an_index_that_does_not_fit_is_refused(
+    tmp_path: Path, data: str, index: Any, message: str
+) -> None:
+    if index is not None:
+        (tmp_path / "_info.json").write_text(json.dumps(index))
     with pytest.raises(DataError, match=message):
-        _batches(data)
+        open_data(data, "val", data_dir=str(tmp_path))
+    with pytest.raises(DataError, match="no data folder at"):
+        open_data("wds/tiny", "val", data_dir=str(tmp_path / "nowhere"))
 
 
 def test_hugging_face_data_sets_are_trained_on(

@@ -111,6 +111,22 @@ def test_an_lvvit_s_tokens_are_compared_as_class_distributions() -> None:
     assert same["logit_kl"].item() == pytest.approx(0.0, abs=1e-6)
 
 
+def test_statistics_stay_those_of_the_trained_model() -> None:
+    teacher = tiny_vit("lvvit_small", stem_width=8)
+    for task_class in (SparseTask, WarmStartTask):
+        task = task_class(sparsify(teacher, 0.5), teacher).train()
+        before = {k: v.clone() for k, v in task.student.state_dict().items() if "running" in k}
+        assert before
+        task(IMAGES, LABELS)
+        for key, value in before.items():
+            assert torch.equal(task.student.state_dict()[key], value)
+
+
+def test_a_teacher_of_another_kind_is_refused() -> None:
+    with pytest.raises(TypeError, match="of the student's kind, VisionTransformer, got LVViT"):
+        SparseTask(sparsify(tiny_vit(), 0.5), tiny_vit("lvvit_small", stem_width=8))
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [

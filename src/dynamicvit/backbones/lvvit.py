@@ -50,10 +50,11 @@ class LVViT(VisionTransformer):
         in_chans: int = 3,
         **kwargs: Any,
     ) -> None:
-        if kwargs.get("global_pool", "token") != "token":
+        # "" is for timm's features_only, which takes no head.
+        if kwargs.get("global_pool", "token") not in ("token", ""):
             raise ValueError(f"global_pool of an LV-ViT is 'token', got {kwargs['global_pool']!r}")
-        if patch_size % _STEM_STRIDE:
-            raise ValueError(f"patch_size must be even, got {patch_size!r}")
+        if not isinstance(patch_size, int) or patch_size % _STEM_STRIDE:
+            raise ValueError(f"patch_size must be an even integer, got {patch_size!r}")
         conv: Any = partial(ConvNormAct, device=kwargs.get("device"), dtype=kwargs.get("dtype"))
         stem = nn.Sequential(
             conv(in_chans, stem_width, 7, stride=_STEM_STRIDE),
@@ -85,7 +86,7 @@ class LVViT(VisionTransformer):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace both heads."""
-        if global_pool not in (None, "token"):
+        if global_pool not in (None, "token", ""):
             raise ValueError(f"global_pool of an LV-ViT is 'token', got {global_pool!r}")
         super().reset_classifier(num_classes)
         self._reset_aux_head()

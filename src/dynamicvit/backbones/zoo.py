@@ -16,7 +16,7 @@ from dynamicvit.core.model import SparseViT
 from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.files import write_text
 
-# timm's modules of plain transformers, and ours. Others hold no VisionTransformer or Eva.
+# timm's modules that build on VisionTransformer or Eva, or on something near; and ours.
 MODULES = (
     "beit",
     "deit",
@@ -26,6 +26,7 @@ MODULES = (
     "vision_transformer_hybrid",
     "vision_transformer_relpos",
     "vision_transformer_sam",
+    "vitamin",
 )
 
 
@@ -78,10 +79,14 @@ def check(name: str, keep_ratio: float = 0.7) -> Support:
         check_backbone(model)
     except UnsupportedBackbone as error:
         return Support(name, family, str(error).partition(" is not supported: ")[2])
-    config = timm.data.resolve_model_data_config(model)
+    config = timm.data.resolve_input_data_config(model)
     size = config["input_size"]
     schedule = KeepSchedule.from_keep_ratio(keep_ratio, depth=len(model.blocks))
     patches = model.patch_embed.num_patches
+    try:
+        sparse = SparseViT(model, schedule)
+    except ValueError as error:  # too few patches for this ratio
+        return Support(name, family, str(error))
     return Support(
         name,
         family,
@@ -90,7 +95,7 @@ def check(name: str, keep_ratio: float = 0.7) -> Support:
         (patches, *schedule.counts(patches)),
         sum(parameter.numel() for parameter in model.parameters()) / 1e6,
         count_gmacs(model, size),
-        count_gmacs(SparseViT(model, schedule), size),
+        count_gmacs(sparse, size),
     )
 
 
@@ -142,7 +147,7 @@ def models(
     for item in refused:
         console.print(f"  {item.name}: {item.reason}")
     if output:
-        write_text(Path(output), _markdown(header, found))
+        write_text(Path(output), _markdown(filter, header, found))
     return found
 
 
@@ -158,14 +163,14 @@ def _row(item: Support) -> tuple[str, ...]:
     )
 
 
-def _markdown(header: tuple[str, ...], found: list[Support]) -> str:
+def _markdown(filter: str, header: tuple[str, ...], found: list[Support]) -> str:
     supported = [item for item in found if item.reason is None]
     refused = [item for item in found if item.reason is not None]
     lines = [
         "# Models",
         "",
-        f"Written by `dynamicvit models --output docs/models.md` with timm {timm.__version__}: "
-        f"every plain transformer in timm's registry and this project's. {len(supported)} of "
+        f"Written by `dynamicvit models '{filter}'` with timm {timm.__version__}: the plain "
+        f"transformers of that name in timm's registry and this project's. {len(supported)} of "
         f"{len(found)} are supported. GMACs are billions of multiply-adds for one image.",
         "",
         "| " + " | ".join(header) + " |",

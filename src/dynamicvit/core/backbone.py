@@ -56,8 +56,8 @@ def check_backbone(model: nn.Module) -> None:
             bias in name for name, _ in model.named_parameters() for bias in biases
         ):
             raise refuse(
-                "its attention adds a position bias for the whole grid, which cannot leave with "
-                "the tokens"
+                "its attention adds a position bias for the whole grid, which is not gathered "
+                "with the tokens"
             )
         raise refuse("it is not built on timm's VisionTransformer or Eva")
     family: Any = VisionTransformer if isinstance(model, VisionTransformer) else Eva
@@ -75,6 +75,8 @@ def check_backbone(model: nn.Module) -> None:
     for block in model.blocks:
         if type(block) not in _BLOCKS:
             raise refuse(f"its blocks are {type(block).__name__}")
+        if any(isinstance(module, nn.Conv1d | nn.Conv2d) for module in block.modules()):
+            raise refuse("its blocks hold convolutions, which need every token in its place")
     check_pooling(model.global_pool)
 
 

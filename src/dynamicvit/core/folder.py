@@ -59,6 +59,8 @@ def save_folder(
                 "of a fused model, save the one it was made from"
             )
     num_classes = backbone.num_classes
+    if isinstance(class_names, str):
+        raise TypeError(f"class_names must be a sequence of names, got {class_names!r}")
     names = list(class_names) if class_names is not None else cfg.get("label_names")
     if names is not None and len(names) != num_classes:
         if class_names is not None:

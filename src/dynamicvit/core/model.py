@@ -327,6 +327,14 @@ class SparseViT(nn.Module):
         return self.backbone.global_pool
 
     @property
+    def patch_embed(self) -> nn.Module:
+        return self.backbone.patch_embed
+
+    @property
+    def _traits(self) -> dict[str, Any]:  # where timm looks up the input size
+        return getattr(self.backbone, "_traits", {})
+
+    @property
     def pretrained_cfg(self) -> dict[str, Any]:
         return getattr(self.backbone, "pretrained_cfg", {})
 
@@ -360,6 +368,18 @@ class SparseViT(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.backbone.set_grad_checkpointing(enable)
+
+    def set_input_size(self, img_size: tuple[int, int]) -> None:
+        """Change the input height and width in pixels; timm resamples position embeddings."""
+        self.backbone.set_input_size(img_size=img_size)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """How timm's optimisers find layers, for a learning rate that decays with depth."""
+        tokens = "cls_token|dist_token|reg_token|pos_embed|patch_embed|norm_pre|rope"
+        return {
+            "stem": rf"^backbone\.(?:{tokens})",
+            "blocks": [(r"^backbone\.blocks\.(\d+)", None), (r".*", (99999,))],
+        }
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay should leave alone."""

@@ -90,8 +90,7 @@ def open_data(
     mode = MODES.get(in_chans)
     if mode is None:
         raise DataError(f"in_chans must be 1, 3 or 4 to open image files, got {in_chans}")
-    prefix = data.split("/", 1)[0].lower()
-    if prefix in _FACTORIES and not Path(data).exists():
+    if data.partition("/")[0].lower() in _FACTORIES and not Path(data).exists():
         dataset = _open_named(
             data,
             split,
@@ -278,7 +277,10 @@ def _open_folder(folder: Path, mode: str) -> ImageDataset:
 def _open_named(
     data: str, split: str, data_dir: str | None, *, skip_unreadable: bool, **options: Any
 ) -> Any:
-    prefix = data.split("/", 1)[0].lower()
+    prefix, _, name = data.partition("/")
+    prefix = prefix.lower()
+    if not name:
+        raise DataError(f"data must name a data set after {prefix}/, got {data!r}")
     package, extra = EXTRAS.get(prefix, ("torch", ""))
     if importlib.util.find_spec(package) is None:
         raise DataError(f"{data!r} needs {package}: pip install 'dynamicvit[{extra}]'")
@@ -292,14 +294,29 @@ def _open_named(
             # An extra, and the module needs this one.
             from dynamicvit.training.shards import Shards  # noqa: PLC0415
 
-            name = data.split("/", 1)[1]
+            _check_index(str(data_dir), split)
             reader = Shards(
                 name=name, root=data_dir, split=split, skip_unreadable=skip_unreadable, **options
             )
             return IterableImageDataset(data_dir, reader=reader)
         return create_dataset(data, root=data_dir, split=split, **options)
-    except (AssertionError, RuntimeError, OSError, ValueError, KeyError, ImportError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # each source stumbles in its own way
         raise DataError(f"cannot open {data!r} in {data_dir!r}: {error}") from error
+
+
+def _check_index(folder: str, split: str) -> None:
+    """Raise DataError unless a folder of WebDataset shards has the index that says what they hold.
+
+    timm goes on without, and finds no split in it.
+    """
+    if "://" in folder or "tar" in split:  # on another machine, or files named one by one
+        return
+    if not Path(folder).is_dir():
+        raise DataError(f"no data folder at {folder}")
+    if not any((Path(folder) / name).is_file() for name in ("_info.json", "info.json")):
+        raise DataError(f"{folder} has no _info.json, the index of WebDataset shards")
 
 
 def _class_names(dataset: Any) -> list[str] | None:

@@ -255,9 +255,11 @@ def _set_drop_path(model: Backbone, rate: float) -> None:
     """Stochastic depth rising linearly over the blocks, as timm builds it."""
     rates = np.linspace(0.0, rate, len(model.blocks))
     for block, block_rate in zip(model.blocks, rates, strict=True):
-        for name in ("drop_path1", "drop_path2"):
-            if hasattr(block, name):
-                setattr(block, name, DropPath(float(block_rate)))
+        names = [n for n in ("drop_path", "drop_path1", "drop_path2") if hasattr(block, n)]
+        if not names:
+            raise ValueError(f"drop_path must be 0 for blocks {type(block).__name__}, got {rate}")
+        for name in names:
+            setattr(block, name, DropPath(float(block_rate)))
 
 
 def _create_loaders(

@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dynamicvit.backbones.lvvit import LVViT
 from dynamicvit.core.backbone import Backbone, UnsupportedBackbone, masked_head
@@ -46,6 +47,9 @@ class _WithTeacher(nn.Module):
 
     def __init__(self, student: SparseViT, teacher: Backbone) -> None:
         super().__init__()
+        if isinstance(student.backbone, LVViT) != isinstance(teacher, LVViT):
+            kinds = type(student.backbone).__name__, type(teacher).__name__
+            raise TypeError(f"teacher must be of the student's kind, {kinds[0]}, got {kinds[1]}")
         if student.num_classes != teacher.num_classes:
             raise ValueError(
                 f"teacher must have the student's {student.num_classes} classes, "
@@ -57,6 +61,11 @@ class _WithTeacher(nn.Module):
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
         self.teacher.eval()
+        # Statistics stay those of the trained model (an LV-ViT's stem has some): a frozen backbone
+        # would not be frozen else, and fine-tuning sees few images.
+        for module in self.student.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
         return self
 
 
