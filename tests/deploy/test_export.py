@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import re
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +98,8 @@ def test_exports_do_what_the_model_does(format: str, precision: str, tmp_path: P
         assert 1e-5 < agreement.max_difference < 0.2 * agreement.largest_logit
     beside = [path.with_suffix(".bin")] if format == "openvino" else []
     assert sorted(path.parent.iterdir()) == sorted([path, *beside])
+    if format != "aoti":  # nobody's source paths travel along, but the compiler's do
+        assert b"site-packages" not in path.read_bytes()
     size = sum(part.stat().st_size for part in path.parent.iterdir())
     assert done.megabytes == pytest.approx(size / 1e6)
 
@@ -116,7 +119,6 @@ def test_exports_do_what_the_model_does(format: str, precision: str, tmp_path: P
 @pytest.mark.parametrize(
     "options",
     [
-        {"name": "deit_small_distilled_patch16_224"},
         {"name": "vit_tiny_patch16_224", "global_pool": "avg", "reg_tokens": 3},
         {"name": "eva02_tiny_patch14_224"},
         {"name": "lvvit_tiny", "img_size": 64, "patch_size": 16},
@@ -319,9 +321,13 @@ def test_a_full_disk_leaves_no_file(
 
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(Path, "write_bytes", lambda *arguments: _raise(full))
-    monkeypatch.setattr(
-        openvino, "save_model", lambda *arguments, **options: _raise(RuntimeError("iostream error"))
-    )
+    if format == "openvino":  # its own writer, here without what comes before
+        graph = types.SimpleNamespace(set_rt_info=lambda *arguments: None)
+        program = types.SimpleNamespace(save=lambda *arguments, **options: None)
+        monkeypatch.setattr(module, "_to_onnx", lambda *arguments: program)
+        monkeypatch.setattr(openvino, "convert_model", lambda path: graph)
+        failed = RuntimeError("iostream error")
+        monkeypatch.setattr(openvino, "save_model", lambda *arguments, **options: _raise(failed))
     path = tmp_path / "out" / f"model{FORMATS[format][0]}"
     with pytest.raises(SystemExit):
         cli.main(["export", str(dense_folder), str(path), "--format", format, "--samples", "1"])

@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from timm.data import resolve_input_data_config
 from torch import Tensor, nn
 
@@ -210,7 +210,10 @@ def export_model(
             target.unlink(missing_ok=True)
         for part in reversed(parts):
             os.replace(part, target.with_name(part.name))
-    return Exported(str(target), format, precision, _engine_name(format), megabytes, agreement)
+    engine_name = _engine_name(format)
+    if (format, precision) == ("onnx", "float16"):
+        engine_name += ", which computes in float32 on a CPU"
+    return Exported(str(target), format, precision, engine_name, megabytes, agreement)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -249,7 +252,9 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def print_exported(exported: Sequence[Exported]) -> None:
     """Print a table of exports, one row a file."""
-    table = Table("file", "MB", "largest difference", "top-1 same", "tokens same")
+    table = Table(
+        Column("file", overflow="fold"), "MB", "largest difference", "top-1 same", "tokens same"
+    )
     console = Console()
     for item in exported:
         found = item.agreement
@@ -298,7 +303,10 @@ def _trace(model: nn.Module, dtype: torch.dtype) -> torch.export.ExportedProgram
     example = torch.zeros(_EXAMPLE, *input_size(model))
     shapes = {"images": {0: torch.export.Dim("batch", min=1)}}
     with _quiet():
-        return torch.export.export(graph, (example,), dynamic_shapes=shapes, strict=True)
+        program = torch.export.export(graph, (example,), dynamic_shapes=shapes, strict=True)
+    for node in program.graph.nodes:  # where on this machine the source files lie
+        node.meta.pop("stack_trace", None)
+    return program
 
 
 def _describe(model: nn.Module, names: list[str], format: str, precision: str) -> dict[str, Any]:
@@ -340,7 +348,7 @@ def _write_onnx(
     if calibration is not None:
         model = calibration.quantize(model, _scorer_nodes(model))
     for node in model.graph.node:
-        del node.metadata_props[:]  # where in whose source files the node came from
+        del node.metadata_props[:]  # where in the source it came from
     onnx.helper.set_model_props(model, {KEY: metadata})
     path.write_bytes(model.SerializeToString())
 

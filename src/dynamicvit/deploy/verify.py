@@ -195,12 +195,13 @@ def compare(
             right = torch.where(tied[:, None], expected, logits)
             hits.append(answer.argmax(1) == right.argmax(1))
         others.append(other)
+    same_class = torch.cat(hits)
     return Agreement(
         images=len(sources),
         batch_sizes=tuple(sizes),
         max_difference=float(torch.cat(differences).max()),
         largest_logit=largest,
-        top1_agreement=100.0 * float(torch.cat(hits).float().mean()),
+        top1_agreement=100.0 * int(same_class.sum()) / len(same_class),
         kept_agreement=100.0 * float(torch.cat(overlaps).mean()) if overlaps else None,
         other_tokens=int(torch.cat(others).sum()),
         score_gap=max(gaps),
