@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from timm.data.readers import get_img_extensions
 from torch import Tensor, nn
 
 from dynamicvit.core import backbone as adapter
-from dynamicvit.core.model import SparseViT
+from dynamicvit.core.model import SparseOutput, SparseViT
 from dynamicvit.core.predict import ImageSource, preprocessing, read_image
 from dynamicvit.core.tokens import gather_tokens, keep_mask
 from dynamicvit.embedded import embedded_images
@@ -159,53 +160,70 @@ def compare(
         ValueError: if an image cannot be read, or the engine's outputs are not what they should be.
     """
     sizes = sorted({min(size, len(sources)) for size in batch_sizes})
-    differences, hits, overlaps, others, gaps, largest = [], [], [], [], [0.0], 0.0
+    largest = 0.0
+    verdicts: dict[int, list[_Verdict]] = {size: [] for size in sizes}
     for images in load_images(model, sources, sizes[-1]):
-        if isinstance(model, SparseViT):
-            logits, _, keep, _ = model.pruned(images)
-        else:
-            logits, keep = model(images), ()
+        expected = model.pruned(images) if isinstance(model, SparseViT) else model(images)
+        logits = expected.logits if isinstance(expected, SparseOutput) else expected
         largest = max(largest, float(logits.abs().max()))
-        other = torch.zeros(len(images), dtype=torch.bool)
         for size in sizes:
-            chunks = [engine(chunk) for chunk in images.split(size)]
-            answer = torch.cat([chunk[0] for chunk in chunks])
-            _expect(answer, logits.shape, "logits")
-            expected, tied = logits, torch.zeros(len(images), dtype=torch.bool)
-            if keep and isinstance(model, SparseViT):
-                counts = [int(stage[0].sum()) for stage in keep]
-                kept = torch.cat([chunk[1] for chunk in chunks])
-                _expect(kept, (len(images), sum(counts)), "kept")
-                _check_positions(kept, keep[0].shape[1])
-                theirs = [keep_mask(stage, keep[0].shape[1]) for stage in kept.split(counts, 1)]
-                common = [(a * b).sum(1) for a, b in zip(keep, theirs, strict=True)]
-                overlap = torch.stack(common).sum(0) / sum(counts)
-                overlaps.append(overlap)
-                different = overlap < 1
-                if different.any():
-                    other |= different
-                    stages = kept[different].split(counts, dim=1)
-                    given, gap = _run_given(model, images[different], stages)
-                    expected = logits.clone()
-                    expected[different] = given
-                    gaps.append(float(gap.max()))
-                    tied = different.clone()
-                    tied[different] = gap <= TIE
-            differences.append((answer - expected).abs().amax(1))
-            right = torch.where(tied[:, None], expected, logits)
-            hits.append(answer.argmax(1) == right.argmax(1))
-        others.append(other)
-    same_class = torch.cat(hits)
+            answers = zip(*(engine(chunk) for chunk in images.split(size)), strict=True)
+            outputs = [torch.cat(answer) for answer in answers]
+            _expect(outputs[0], logits.shape, "logits")
+            if isinstance(model, SparseViT):
+                verdict = _judge(model, images, expected, outputs[0], outputs[1])
+            else:
+                kept, gap = torch.ones(len(images)), torch.zeros(len(images))
+                verdict = _compare_logits(outputs[0], logits, logits, kept, gap)
+            verdicts[size].append(verdict)
+    columns = [map(torch.cat, zip(*rows, strict=True)) for rows in verdicts.values()]
+    every = _Verdict(*map(torch.stack, zip(*columns, strict=True)))  # each [batch sizes, images]
     return Agreement(
         images=len(sources),
         batch_sizes=tuple(sizes),
-        max_difference=float(torch.cat(differences).max()),
+        max_difference=float(every.difference.max()),
         largest_logit=largest,
-        top1_agreement=100.0 * int(same_class.sum()) / len(same_class),
-        kept_agreement=100.0 * float(torch.cat(overlaps).mean()) if overlaps else None,
-        other_tokens=int(torch.cat(others).sum()),
-        score_gap=max(gaps),
+        top1_agreement=100.0 * int(every.same_class.sum()) / every.same_class.numel(),
+        kept_agreement=100.0 * float(every.kept.mean()) if isinstance(model, SparseViT) else None,
+        other_tokens=int((every.kept < 1).any(0).sum()),
+        score_gap=float(every.gap.max()),
     )
+
+
+class _Verdict(NamedTuple):
+    """For each image of a batch: [B]."""
+
+    difference: Tensor  # largest, of a logit
+    same_class: Tensor
+    kept: Tensor  # share of PyTorch's tokens that the engine kept too
+    gap: Tensor  # as in Agreement.score_gap
+
+
+def _judge(
+    model: SparseViT, images: Tensor, expected: SparseOutput, logits: Tensor, kept: Tensor
+) -> _Verdict:
+    num_tokens = expected.keep[0].shape[1]
+    counts = [int(keep[0].sum()) for keep in expected.keep]
+    _expect(kept, (len(images), sum(counts)), "kept")
+    if kept.amin() < 0 or kept.amax() >= num_tokens:
+        raise ValueError(f"the export keeps tokens that there are not, got {kept[0].tolist()}")
+    pairs = zip(expected.keep, kept.split(counts, dim=1), strict=True)
+    common = [(keep * keep_mask(stage, num_tokens)).sum(1) for keep, stage in pairs]
+    share = torch.stack(common).sum(0) / sum(counts)
+    given, gap = expected.logits.clone(), torch.zeros(len(images))
+    other = share < 1
+    if other.any():
+        stages = kept[other].split(counts, dim=1)
+        given[other], gap[other] = _run_given(model, images[other], stages)
+    right = torch.where((gap <= TIE)[:, None], given, expected.logits)
+    return _compare_logits(logits, given, right, share, gap)
+
+
+def _compare_logits(
+    logits: Tensor, given: Tensor, right: Tensor, kept: Tensor, gap: Tensor
+) -> _Verdict:
+    difference = (logits - given).abs().amax(1)
+    return _Verdict(difference, logits.argmax(1) == right.argmax(1), kept, gap)
 
 
 def _run_given(model: SparseViT, images: Tensor, stages: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -246,8 +264,3 @@ def _expect(tensor: Tensor, shape: Sequence[int], name: str) -> None:
             f"the export gives {name} of the wrong shape: expected {list(shape)}, "
             f"got {list(tensor.shape)}"
         )
-
-
-def _check_positions(kept: Tensor, num_tokens: int) -> None:
-    if kept.amin() < 0 or kept.amax() >= num_tokens:
-        raise ValueError(f"the export keeps tokens that there are not, got {kept.tolist()[0]}")
