@@ -18,7 +18,7 @@ import timm
 import torch
 
 from dynamicvit import SparseViT, sparsify
-from dynamicvit.deploy.benchmark import environment
+from dynamicvit.environment import environment
 from dynamicvit.deploy.export import FORMATS, export_model, print_exported
 from dynamicvit.files import write_text
 

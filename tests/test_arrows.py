@@ -22,6 +22,7 @@ SOURCES = {
 # itself. PUBLIC stands for the names that the package itself offers.
 PUBLIC = ""
 LAYER = {
+    "environment",
     "core",
     "backbones",
     "checkpoint",
@@ -32,6 +33,7 @@ LAYER = {
 }
 ALLOWED: dict[str, set[str]] = {
     "core": set(),
+    "environment": set(),
     "files": set(),
     "embedded": set(),
     "backbones": {"core", "files"},

@@ -22,6 +22,7 @@ from dynamicvit import __version__
 from dynamicvit.backbones.zoo import models
 from dynamicvit.checkpoint import convert
 from dynamicvit.core.backbone import UnsupportedBackbone
+from dynamicvit.deploy.benchmark import benchmark
 from dynamicvit.deploy.export import export
 from dynamicvit.deploy.predict import predict
 from dynamicvit.quickstart import quickstart
@@ -34,6 +35,7 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "evaluate": evaluate,
     "predict": predict,
     "export": export,
+    "benchmark": benchmark,
     "convert": convert,
     "models": models,
 }

@@ -22,8 +22,9 @@ from dynamicvit.checkpoint import load_model
 from dynamicvit.core.folder import save_folder
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.scorer import RandomScorer
-from dynamicvit.deploy.benchmark import Speed, compare_speed, environment
+from dynamicvit.deploy.benchmark import Speed, compare_speed
 from dynamicvit.embedded import ASSETS, embedded_images
+from dynamicvit.environment import environment
 from dynamicvit.explain.keep_maps import draw_keep_maps
 from dynamicvit.files import write_text
 from dynamicvit.training.config import TrainConfig

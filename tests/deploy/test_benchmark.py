@@ -1,9 +1,18 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
 
-from dynamicvit.deploy.benchmark import compare_speed, environment
+from dynamicvit import SparseViT, cli, sparsify
+from dynamicvit.deploy import engines
+from dynamicvit.deploy.benchmark import benchmark, compare_speed, interleave, stage_times
+from dynamicvit.environment import environment
+from tests.conftest import randomise, tiny_vit
 
 
 class _Work(nn.Module):
@@ -47,3 +56,109 @@ def test_environment_says_what_a_number_was_measured_on() -> None:
     assert found["torch"] == torch.__version__
     assert found["processor"]
     assert found["threads"] == torch.get_num_threads()
+
+
+def _sparse(**options: Any) -> SparseViT:
+    sparse = sparsify(tiny_vit(**options), keep_ratio=0.7)
+    randomise(sparse.scorers)
+    return sparse
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    _sparse().save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+QUIET = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+@QUIET
+@pytest.mark.parametrize(
+    ("engine", "precision"),
+    [(engine, precision) for engine, (_, known) in engines.ENGINES.items() for precision in known],
+)
+@torch.no_grad()
+def test_each_engine_computes_the_model(engine: str, precision: str) -> None:
+    sparse = _sparse()
+    images = torch.randn(3, 3, 32, 32)
+    # In bfloat16 near-tied tokens of so small a model change places.
+    for model in (sparse.backbone, sparse)[: 2 if precision == "float32" else 1]:
+        expected = model(images)
+        logits = engines.build(model, engine, precision)(images)
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        error = (torch.as_tensor(logits).float() - expected).norm() / expected.norm()
+        assert error < (1e-4 if precision == "float32" else 0.1)
+
+
+def test_attention_can_be_plain_or_fused() -> None:
+    dense = tiny_vit()
+    for fused in (True, False):
+        run = engines.build(dense, "eager", "float32", fused_attention=fused)
+        torch.testing.assert_close(run(torch.ones(1, 3, 32, 32)), dense(torch.ones(1, 3, 32, 32)))
+    assert all(m.fused_attn for m in dense.modules() if hasattr(m, "fused_attn")), "a copy is run"
+
+
+def test_rounds_alternate() -> None:
+    calls: list[str] = []
+    first, second = (lambda _, name=name: calls.append(name) for name in "ab")
+    times = interleave(first, second, torch.zeros(1), seconds=0)
+    assert len(times) == 7
+    assert "".join(calls) == "ab" + "abba" * 3 + "ab"
+
+
+def test_stages_add_up() -> None:
+    sparse = _sparse()
+    found = stage_times(sparse, torch.randn(2, 3, 32, 32), rounds=2)
+    assert [*found] == [
+        *("embed", "blocks 0–0", "scorer 1", "blocks 1–1", "scorer 2", "blocks 2–2", "scorer 3"),
+        *("blocks 3–3", "norm and head", "other"),
+    ]
+    assert all(value > 0 for value in found.values())
+
+
+def test_benchmark_writes_what_it_measured(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, plot = tmp_path / "speed.json", tmp_path / "speed.svg"
+    arguments = ["benchmark", folder, "--engines", "[eager]", "--batch_sizes", "[1,2]"]
+    arguments += ["--seconds", "0", "--output", str(output), "--plot", str(plot)]
+    assert cli.main(arguments) == 0
+    result = json.loads(output.read_text())
+    assert [(m["precision"], m["batch_size"]) for m in result["measurements"]] == [
+        *(("float32", 1), ("float32", 2), ("bfloat16", 1), ("bfloat16", 2)),
+    ]
+    for item in result["measurements"]:
+        assert item["efficiency"] == pytest.approx(item["speed_up"] / result["ideal_speed_up"])
+        assert {item["dense_attention"], item["sparse_attention"]} <= {"fused", "plain"}
+        assert item["dense_ms"][0] <= item["dense_ms"][1]
+    assert result["tokens"] == [16, 11, 7, 5]
+    assert result["environment"]["torch"] == torch.__version__
+    assert plot.read_text().startswith("<?xml")
+    assert "the ideal speed-up, by GMACs, is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engines": ["tensorrt"]}, "engines must be of eager, compile, onnx, openvino, got 'tens"),
+        ({"precisions": ["int4"]}, "precisions must be of float32, bfloat16, float16, got 'int4'"),
+        ({"engines": ["onnx"], "precisions": ["bfloat16"]}, "'onnx' does not compute in bfloat16"),
+        ({"batch_sizes": [0]}, r"batch_sizes must be 1 or more, got \[0\]"),
+        ({"batch_sizes": []}, r"batch_sizes must be 1 or more, got \[\]"),
+        ({"seconds": -1.0}, "seconds must be 0 or more, got -1.0"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    options: dict[str, Any], message: str, folder: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        benchmark(folder, **options)
+
+
+def test_an_engine_that_is_not_installed_names_the_extra(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "installed", lambda engine: engine in ("eager", "compile"))
+    with pytest.raises(ValueError, match=r"'onnx' needs the extra: pip install 'dynamicvit\[exp"):
+        benchmark(folder, engines=["onnx"])

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-import platform
+import importlib.util
+import io
+import json
 import statistics
-import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
+
+from dynamicvit.checkpoint import load_model
+from dynamicvit.core.macs import count_gmacs
+from dynamicvit.core.model import SparseViT, sparsify
+from dynamicvit.deploy.engines import ENGINES, Engine, build, check_engine, installed
+from dynamicvit.environment import environment
+from dynamicvit.files import write_bytes, write_text
+from dynamicvit.training.evaluate import input_size, token_counts
 
 
 @dataclass(frozen=True)
@@ -88,19 +99,295 @@ def compare_speed(
     return results
 
 
-def environment() -> dict[str, Any]:
-    """Hardware, versions and date, to stand beside every measured number."""
-    return {
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "system": platform.system(),
-        "commit": _commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+@dataclass(frozen=True)
+class Measurement:
+    """Dense against pruned in one engine and precision, at one batch size.
+
+    Attributes:
+        engine, precision, batch_size: what was run.
+        dense, sparse: images a second, medians over the rounds.
+        speed_up: median over rounds of dense time / pruned time.
+        spread: the lower and upper quartile of those ratios.
+        efficiency: speed-up divided by the ratio of GMACs; 1 where time follows operations.
+        dense_ms, sparse_ms: milliseconds a call, median and 95th percentile.
+        dense_attention, sparse_attention: "fused" or "plain", whichever was found faster for each;
+            None where the engine decides.
+        peak_mb: most memory that dense and pruned took (10⁶ bytes), on a GPU; None on a CPU, where
+            torch does not tell.
+    """
+
+    engine: str
+    precision: str
+    batch_size: int
+    dense: float
+    sparse: float
+    speed_up: float
+    spread: tuple[float, float]
+    efficiency: float
+    dense_ms: tuple[float, float]
+    sparse_ms: tuple[float, float]
+    dense_attention: str | None
+    sparse_attention: str | None
+    peak_mb: tuple[float, float] | None
+
+
+def benchmark(
+    model: str,
+    /,
+    keep_ratio: float = 0.7,
+    align: int | None = None,
+    engines: list[str] | None = None,
+    precisions: list[str] | None = None,
+    batch_sizes: list[int] | None = None,
+    pretrained: bool = True,
+    img_size: int | None = None,
+    seconds: float = 4.0,
+    output: str | None = None,
+    plot: str | None = None,
+) -> dict[str, Any]:
+    """Time a pruned model against its dense one on this machine: a table, JSON and a plot.
+
+    Both run in the same engine and precision, in turn, on the same random images; the dense model
+    has fused attention or not, whichever is faster.
+
+    Args:
+        model: model folder, hub id or timm name; a dense one is made sparse, its scorers untrained
+            (they take as long as trained ones).
+        keep_ratio: for a dense model.
+        align: for a dense model, round kept counts to multiples of this.
+        engines: eager, compile, onnx (ONNX Runtime), openvino; by default all that are installed.
+        precisions: float32, bfloat16, float16; by default the first two, where the engine has them.
+        batch_sizes: images a call; by default 1, 8 and 32.
+        pretrained: for a timm name, load timm's weights (they do not change the time).
+        img_size: input height and width in pixels, if other than the model's.
+        seconds: spent on each measurement, at least; at least 7 rounds are run.
+        output: JSON file to write.
+        plot: PNG or SVG file to write, speed-up against batch size (extra "plot").
+
+    Raises:
+        ValueError, FileNotFoundError: naming what is wrong with an option or the model.
+    """
+    sizes = [1, 8, 32] if batch_sizes is None else batch_sizes
+    if not sizes or any(size < 1 for size in sizes):
+        raise ValueError(f"batch_sizes must be 1 or more, got {batch_sizes}")
+    if not seconds >= 0:
+        raise ValueError(f"seconds must be 0 or more, got {seconds}")
+    wanted = precisions or ["float32", "bfloat16"]
+    pairs = [
+        (engine, precision)
+        for engine in engines or filter(installed, ENGINES)
+        for precision in wanted
+        # What was asked for by name and cannot be had is an error, below.
+        if (engines and precisions) or precision in ENGINES.get(engine, ((), wanted))[1]
+    ]
+    for engine, precision in pairs or [("eager", precision) for precision in wanted]:
+        check_engine(engine, precision)
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("plot needs the extra: pip install 'dynamicvit[plot]'")
+    options: dict[str, Any] = {} if pretrained else {"pretrained": False}
+    if img_size is not None and timm.is_model(model):
+        options["img_size"] = img_size
+    loaded = load_model(model, **options)
+    sparse = (
+        loaded
+        if isinstance(loaded, SparseViT)
+        else sparsify(loaded, keep_ratio=keep_ratio, align=align)
+    )
+    sparse.eval()
+    size = input_size(sparse)
+    gmacs = {
+        "dense": count_gmacs(sparse.backbone, size),
+        "sparse": count_gmacs(sparse, size),
     }
+    ideal = gmacs["dense"] / gmacs["sparse"]
+    measurements: list[Measurement] = []
+    console = Console()
+    for engine, precision in pairs:
+        console.print(f"{engine}, {precision}", style="dim")
+        candidates = [_candidates(part, engine, precision) for part in (sparse.backbone, sparse)]
+        for batch_size in sizes:
+            images = torch.randn(batch_size, *size)
+            measurements.append(_measure(candidates, engine, precision, images, seconds, ideal))
+    result: dict[str, Any] = {
+        "model": model,
+        "input_size": size,
+        "tokens": token_counts(sparse),
+        "gmacs": gmacs,
+        "ideal_speed_up": ideal,
+        "measurements": [asdict(item) for item in measurements],
+        "stages_ms": stage_times(sparse, torch.randn(max(sizes), *size)),
+        "environment": environment(),
+    }
+    _print(console, measurements, ideal)
+    if output:
+        write_text(Path(output), json.dumps(result, indent=2) + "\n")
+    if plot:
+        _plot(result, Path(plot))
+    return result
+
+
+def _candidates(model: nn.Module, engine: str, precision: str) -> dict[str | None, Engine]:
+    if engine not in ("eager", "compile"):
+        return {None: build(model, engine, precision)}
+    return {
+        name: build(model, engine, precision, fused_attention=name == "fused")
+        for name in ("fused", "plain")
+    }
+
+
+def _measure(
+    candidates: list[dict[str | None, Engine]],
+    engine: str,
+    precision: str,
+    images: Tensor,
+    seconds: float,
+    ideal: float,
+) -> Measurement:
+    chosen = [_fastest(options, images) for options in candidates]
+    (_, dense), (_, sparse) = chosen
+    times = interleave(dense, sparse, images, seconds)
+    ratios = [a / b for a, b in times]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    dense_ms, sparse_ms = (
+        (1e3 * statistics.median(column), 1e3 * statistics.quantiles(column, n=20)[-1])
+        for column in zip(*times, strict=True)
+    )
+    speed_up = statistics.median(ratios)
+    return Measurement(
+        engine=engine,
+        precision=precision,
+        batch_size=len(images),
+        dense=1e3 * len(images) / dense_ms[0],
+        sparse=1e3 * len(images) / sparse_ms[0],
+        speed_up=speed_up,
+        spread=(low, high),
+        efficiency=speed_up / ideal,
+        dense_ms=dense_ms,
+        sparse_ms=sparse_ms,
+        dense_attention=chosen[0][0],
+        sparse_attention=chosen[1][0],
+        peak_mb=None,
+    )
+
+
+def _fastest(options: dict[str | None, Engine], images: Tensor) -> tuple[str | None, Engine]:
+    """Of several forms of a model the one with the lowest median of a few calls."""
+    for call in options.values():
+        call(images)  # compile, allocate
+    if len(options) == 1:
+        return next(iter(options.items()))
+    times: dict[str | None, list[float]] = {name: [] for name in options}
+    for _ in range(7):
+        for name, call in options.items():
+            times[name].append(_time(call, images))
+    best = min(times, key=lambda name: statistics.median(times[name]))
+    return best, options[best]
+
+
+def interleave(
+    first: Engine, second: Engine, images: Tensor, seconds: float
+) -> list[tuple[float, float]]:
+    """Seconds of a call of each, in rounds A B B A …, so that a drifting machine favours none."""
+    pair = (first, second)
+    times: list[tuple[float, float]] = []
+    for call in pair:
+        call(images)
+    start = time.perf_counter()
+    while len(times) < 7 or time.perf_counter() - start < seconds:
+        order = (0, 1) if len(times) % 2 == 0 else (1, 0)
+        took = {index: _time(pair[index], images) for index in order}
+        times.append((took[0], took[1]))
+    return times
+
+
+def _time(call: Engine, images: Tensor) -> float:
+    _wait(images.device)
+    start = time.perf_counter()
+    call(images)
+    _wait(images.device)
+    return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def stage_times(model: SparseViT, images: Tensor, rounds: int = 5) -> dict[str, float]:
+    """Where time goes, eager and in float32: milliseconds of the embedding, of each stage's scorer
+    and blocks, and of norm and head; medians over rounds. The rest is selection and gathering."""
+    fused = model.fuse()
+    backbone = fused.backbone
+    edges = (0, *fused.schedule.blocks, len(backbone.blocks))
+    parts: dict[str, list[nn.Module]] = {"embed": [backbone.patch_embed]}
+    for stage, (start, end) in enumerate(pairwise(edges)):
+        if stage:
+            parts[f"scorer {stage}"] = [fused.scorers[stage - 1]]
+        parts[f"blocks {start}–{end - 1}"] = list(backbone.blocks[start:end])
+    parts["norm and head"] = [backbone.norm, backbone.head]
+    spent: dict[str, float] = {}
+    started: list[float] = []
+
+    def before(*_: Any) -> None:
+        _wait(images.device)
+        started.append(time.perf_counter())
+
+    totals: dict[str, list[float]] = {name: [] for name in (*parts, "other")}
+    for name, modules in parts.items():
+
+        def after(*_: Any, name: str = name) -> None:
+            _wait(images.device)
+            spent[name] = spent.get(name, 0.0) + time.perf_counter() - started.pop()
+
+        for module in modules:
+            module.register_forward_pre_hook(before)
+            module.register_forward_hook(after)
+    fused(images)
+    for _ in range(rounds):
+        spent.clear()
+        whole = _time(fused, images)
+        for name in parts:
+            totals[name].append(spent.get(name, 0.0))
+        totals["other"].append(whole - sum(spent.values()))
+    return {name: 1e3 * statistics.median(values) for name, values in totals.items()}
+
+
+def _print(console: Console, measurements: list[Measurement], ideal: float) -> None:
+    table = Table(
+        "engine", "precision", "batch", "dense", "sparse", "p50 ms", "speed-up", "efficiency"
+    )
+    for item in measurements:
+        table.add_row(
+            item.engine,
+            item.precision,
+            str(item.batch_size),
+            f"{item.dense:.1f}",
+            f"{item.sparse:.1f}",
+            f"{item.dense_ms[0]:.1f} → {item.sparse_ms[0]:.1f}",
+            f"{item.speed_up:.2f}× ({item.spread[0]:.2f}–{item.spread[1]:.2f})",
+            f"{item.efficiency:.2f}",
+        )
+    console.print(table)
+    console.print(f"images/s; the ideal speed-up, by GMACs, is {ideal:.2f}×")
+
+
+def _plot(result: dict[str, Any], path: Path) -> None:
+    from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for item in result["measurements"]:
+        key = item["engine"], item["precision"]
+        lines.setdefault(key, []).append((item["batch_size"], item["speed_up"]))
+    for (engine, precision), points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=f"{engine}, {precision}")
+    axes.axhline(result["ideal_speed_up"], color="black", linestyle="--", label="ideal, by GMACs")
+    axes.axhline(1.0, color="grey", linewidth=1)
+    batches = sorted({item["batch_size"] for item in result["measurements"]})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.set(xlabel="batch size", ylabel="speed-up over dense", title=str(result["model"]))
+    axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix.removeprefix(".") or "png", dpi=150)
+    write_bytes(path, buffer.getvalue())
 
 
 def _seconds(model: nn.Module, images: Tensor, precision: str, calls: int = 1) -> float:
@@ -118,31 +405,3 @@ def _seconds(model: nn.Module, images: Tensor, precision: str, calls: int = 1) -
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _commit() -> str | None:
-    """The commit of the checkout this package runs from; None where there is none."""
-    here = Path(__file__)
-    try:
-        # Fails for a package installed inside somebody else's checkout, whose commit is not ours.
-        _git("ls-files", "--error-unmatch", here.name, cwd=here.parent)
-        return _git("describe", "--always", "--dirty", cwd=here.parent)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _git(*arguments: str, cwd: Path) -> str:
-    result = subprocess.run(
-        ["git", *arguments], cwd=cwd, capture_output=True, text=True, check=True
-    )
-    return result.stdout.strip()
-
-
-def _processor() -> str:
-    """The processor's name where the system tells, its architecture elsewhere."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

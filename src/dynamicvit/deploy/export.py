@@ -29,8 +29,8 @@ from dynamicvit import __version__
 from dynamicvit.checkpoint import load_model
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.predict import ImageSource, class_names, preprocessing
-from dynamicvit.deploy.benchmark import environment
 from dynamicvit.deploy.verify import Agreement, Engine, compare, find_images, load_images
+from dynamicvit.environment import environment
 from dynamicvit.files import write_text
 from dynamicvit.training.evaluate import backbone_of, input_size, token_counts
 
@@ -189,14 +189,19 @@ def export_model(
         path = Path(temporary) / target.name
         # An OpenVINO graph is in float32, whatever it computes in.
         program = _trace(reference, PRECISIONS["float32" if format == "openvino" else precision])
-        if format in ("onnx", "openvino"):
-            write = _write_onnx if format == "onnx" else _write_openvino
-            calibrate = _Calibration(reference, calibrating) if calibrating else None
-            write(program, path, metadata, opset, calibrate)
-        elif format == "torch":
-            _write_torch(program, path, metadata)
-        else:
-            _write_aoti(program, path, metadata)
+        calibrate = _Calibration(reference, calibrating) if calibrating else None
+        try:
+            match format:
+                case "onnx":
+                    _write_onnx(program, path, metadata, opset, calibrate)
+                case "openvino":
+                    _write_openvino(program, path, metadata, opset, calibrate)
+                case "torch":
+                    _write_torch(program, path, metadata)
+                case "aoti":
+                    _write_aoti(program, path, metadata)
+        except OSError as error:
+            raise OSError(f"cannot write {target}: {error}") from error
         try:
             engine = _ENGINES[format](path, precision)
         except Exception as error:  # each engine has its own
@@ -379,7 +384,7 @@ def _write_openvino(
     try:
         openvino.save_model(model, path, compress_to_fp16=half)
     except RuntimeError as error:
-        raise OSError(f"cannot write {path.name}: {error}") from error
+        raise OSError(str(error)) from error
 
 
 def _write_torch(program: torch.export.ExportedProgram, path: Path, metadata: str) -> None:
