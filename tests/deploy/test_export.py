@@ -332,11 +332,8 @@ def test_a_full_disk_leaves_no_file(
     with pytest.raises(SystemExit):
         cli.main(["export", str(dense_folder), str(path), "--format", format, "--samples", "1"])
     error = capsys.readouterr().err.splitlines()[-1]
-    assert re.fullmatch(
-        "dynamicvit export: error: .*No space left on device|"
-        "dynamicvit export: error: cannot write model.xml: iostream error",
-        error,
-    )
+    reason = "iostream error" if format == "openvino" else f"{full}"
+    assert error == f"dynamicvit export: error: cannot write {path}: {reason}"
     assert list(path.parent.iterdir()) == []
 
 
@@ -434,10 +431,10 @@ def test_nonsense_is_refused(wrong: Callable[..., Any], message: str) -> None:
     [
         ("float32", 9e-4, True),
         ("float32", 1.1e-3, False),
-        ("float16", 0.039, True),
-        ("float16", 0.041, False),
-        ("bfloat16", 0.19, True),
-        ("bfloat16", 0.21, False),
+        ("float16", 0.019, True),
+        ("float16", 0.021, False),
+        ("bfloat16", 0.099, True),
+        ("bfloat16", 0.101, False),
         ("int8", 1.0, True),
     ],
 )
