@@ -18,8 +18,8 @@ import timm
 import torch
 
 from dynamicvit import SparseViT, sparsify
-from dynamicvit.environment import environment
 from dynamicvit.deploy.export import FORMATS, export_model, print_exported
+from dynamicvit.environment import environment
 from dynamicvit.files import write_text
 
 EXPORTS = [
