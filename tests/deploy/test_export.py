@@ -262,9 +262,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Exported]:
         opened.append(program)
         path.write_bytes(metadata.encode())
 
-    monkeypatch.setattr(module, "_trace", lambda model, dtype: module._Graph(model.fuse(), dtype))
+    monkeypatch.setattr(module, "trace", lambda model, dtype: module._Graph(model.fuse(), dtype))
     monkeypatch.setattr(module, "_write_torch", write)
-    monkeypatch.setitem(module._ENGINES, "torch", lambda path, precision: opened[-1])
+    monkeypatch.setitem(module.LOADERS, "torch", lambda path, precision: opened[-1])
 
     def run(
         path: Path,
@@ -274,7 +274,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Exported]:
         def engine(path: Path, precision: str) -> Callable[[Tensor], Any]:
             return lambda images: wrong(*opened[-1](images))
 
-        monkeypatch.setitem(module._ENGINES, "torch", engine)
+        monkeypatch.setitem(module.LOADERS, "torch", engine)
         return export_model(model or _sparse(), path, "torch", samples=4)
 
     return run

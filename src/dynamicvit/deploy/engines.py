@@ -90,10 +90,10 @@ def _load(model: nn.Module, engine: str, precision: str) -> Engine:
     """By way of a file, which does not stay."""
     suffix, _ = export.FORMATS[engine]
     reference = copy.deepcopy(model).cpu().float().eval()
-    program = export._trace(reference, torch.float32)
+    program = export.trace(reference, torch.float32)
     metadata = json.dumps({"precision": precision})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"model{suffix}"
-        write = export._write_onnx if engine == "onnx" else export._write_openvino
+        write = export.write_onnx if engine == "onnx" else export.write_openvino
         write(program, path, metadata, 18, None)
-        return export._ENGINES[engine](path, precision)
+        return export.LOADERS[engine](path, precision)

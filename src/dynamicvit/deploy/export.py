@@ -188,14 +188,14 @@ def export_model(
     ) as temporary:
         path = Path(temporary) / target.name
         # An OpenVINO graph is in float32, whatever it computes in.
-        program = _trace(reference, PRECISIONS["float32" if format == "openvino" else precision])
+        program = trace(reference, PRECISIONS["float32" if format == "openvino" else precision])
         calibrate = _Calibration(reference, calibrating) if calibrating else None
         try:
             match format:
                 case "onnx":
-                    _write_onnx(program, path, metadata, opset, calibrate)
+                    write_onnx(program, path, metadata, opset, calibrate)
                 case "openvino":
-                    _write_openvino(program, path, metadata, opset, calibrate)
+                    write_openvino(program, path, metadata, opset, calibrate)
                 case "torch":
                     _write_torch(program, path, metadata)
                 case "aoti":
@@ -203,7 +203,7 @@ def export_model(
         except OSError as error:
             raise OSError(f"cannot write {target}: {error}") from error
         try:
-            engine = _ENGINES[format](path, precision)
+            engine = LOADERS[format](path, precision)
         except Exception as error:  # each engine has its own
             raise _cannot_run(format, precision, error) from error
         agreement = compare(reference, _Named(engine, format, precision), sources)
@@ -302,7 +302,7 @@ class _Graph(nn.Module):
         return self.model.forward_head(x).float(), kept
 
 
-def _trace(model: nn.Module, dtype: torch.dtype) -> torch.export.ExportedProgram:
+def trace(model: nn.Module, dtype: torch.dtype) -> torch.export.ExportedProgram:
     inner = model.fuse() if isinstance(model, SparseViT) else copy.deepcopy(model)
     graph = _Graph(inner, dtype).eval().requires_grad_(False)
     example = torch.zeros(_EXAMPLE, *input_size(model))
@@ -340,7 +340,7 @@ def _describe(model: nn.Module, names: list[str], format: str, precision: str) -
 # in memory.
 
 
-def _write_onnx(
+def write_onnx(
     program: torch.export.ExportedProgram,
     path: Path,
     metadata: str,
@@ -358,7 +358,7 @@ def _write_onnx(
     path.write_bytes(model.SerializeToString())
 
 
-def _write_openvino(
+def write_openvino(
     program: torch.export.ExportedProgram,
     path: Path,
     metadata: str,
@@ -489,7 +489,7 @@ def _open_aoti(path: Path, precision: str) -> Engine:
     return lambda images: tuple(package(images))
 
 
-_ENGINES = {
+LOADERS = {
     "onnx": _open_onnx,
     "openvino": _open_openvino,
     "torch": _open_torch,
