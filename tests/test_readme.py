@@ -58,3 +58,24 @@ def test_commands_parse(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, name, *arguments = shlex.split(line, comments=True)
     parser, _ = cli._build_parser(name, cli.COMMANDS[name])
     parser.parse_args(arguments)
+
+
+def test_the_speeds_are_those_measured() -> None:
+    rows = re.findall(
+        r"^\| [^|]+ \| `(\w+\.json)` \| (\w+) \| (\w+) \| (\d+) \| (\S+) → (\S+) \| (\S+)× [^|]+ \|",
+        (ROOT / "docs" / "speed.md").read_text(),
+        re.MULTILINE,
+    )
+    assert len(rows) >= 20
+    for file, engine, precision, batch, *numbers in rows:
+        result = json.loads((RESULTS / file).read_text())
+        [found] = [
+            item
+            for item in result["measurements"]
+            if (item["engine"], item["precision"], item["batch_size"])
+            == (engine, precision, int(batch))
+        ]
+        expected = (f"{found['dense']:.1f}", f"{found['sparse']:.1f}", f"{found['speed_up']:.2f}")
+        assert tuple(numbers) == expected
+        assert result["environment"]["commit"]
+        assert found["speed_up"] > 1.0

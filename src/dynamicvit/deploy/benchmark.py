@@ -279,7 +279,7 @@ def _fastest(options: dict[str | None, Engine], images: Tensor) -> tuple[str | N
     times: dict[str | None, list[float]] = {name: [] for name in options}
     for _ in range(7):
         for name, call in options.items():
-            times[name].append(_time(call, images))
+            times[name].append(time_call(call, images))
     best = min(times, key=lambda name: statistics.median(times[name]))
     return best, options[best]
 
@@ -295,12 +295,12 @@ def interleave(
     start = time.perf_counter()
     while len(times) < 7 or time.perf_counter() - start < seconds:
         order = (0, 1) if len(times) % 2 == 0 else (1, 0)
-        took = {index: _time(pair[index], images) for index in order}
+        took = {index: time_call(pair[index], images) for index in order}
         times.append((took[0], took[1]))
     return times
 
 
-def _time(call: Engine, images: Tensor) -> float:
+def time_call(call: Engine, images: Tensor) -> float:
     _wait(images.device)
     start = time.perf_counter()
     call(images)
@@ -341,7 +341,7 @@ def stage_times(model: SparseViT, images: Tensor, rounds: int = 5) -> dict[str, 
     fused(images)
     for _ in range(rounds):
         spent.clear()
-        whole = _time(fused, images)
+        whole = time_call(fused, images)
         for name in parts:
             totals[name].append(spent.get(name, 0.0))
         totals["other"].append(whole - sum(spent.values()))

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dynamicvit import SparseViT, optimize, sparsify
+from dynamicvit.deploy import optimize as module
+from tests.conftest import randomise, tiny_vit
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def _sparse() -> SparseViT:
+    sparse = sparsify(tiny_vit(), keep_ratio=0.7)
+    randomise(sparse.scorers)
+    return sparse
+
+
+@torch.no_grad()
+def test_the_fastest_within_the_tolerance_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    sparse = _sparse()
+    took = iter(range(1000))
+    # The later a candidate is, the faster it claims to be; the last are bfloat16's.
+    monkeypatch.setattr(module, "time_call", lambda call, images: 1.0 / (1 + next(took)))
+    found = optimize(sparse.train(), IMAGES, engines=["eager"], rounds=1)
+    assert sparse.training
+    assert (found.chosen.engine, found.chosen.precision) == ("eager", "float32")
+    assert found.chosen.attention == "plain"
+    assert found.speed_up == pytest.approx(2.0)
+    torch.testing.assert_close(found(IMAGES), sparse.eval()(IMAGES), atol=1e-4, rtol=1e-3)
+    half = [item for item in found.candidates if item.precision == "bfloat16"]
+    assert len(half) == 2
+    for item in half:
+        assert item.reason == "its error is above 0.001"
+        assert item.error > 1e-3
+    loose = optimize(sparse, IMAGES, tolerance=10.0, engines=["eager"], rounds=1)
+    assert loose.chosen.precision == "bfloat16"
+    assert "eager, bfloat16, plain attention: " in str(loose)
+    assert loose(IMAGES).dtype == torch.float32
+
+
+@torch.no_grad()
+def test_engines_of_files_are_candidates() -> None:
+    dense = tiny_vit()
+    found = optimize(dense, IMAGES, engines=["openvino", "onnx"], rounds=1)
+    names = {(item.engine, item.precision) for item in found.candidates if not item.reason}
+    assert {("onnx", "float32"), ("openvino", "float32"), ("eager", "float32")} <= names
+    refused = [item.reason for item in found.candidates if item.engine == "onnx" and item.reason]
+    assert refused == ["engine 'onnx' does not compute in bfloat16 here"]
+    torch.testing.assert_close(found(IMAGES), dense(IMAGES), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("example", "options", "message"),
+    [
+        (torch.zeros(3, 32, 32), {}, r"example must be images \[B, C, H, W\], got \(3, 32, 32\)"),
+        ([1], {}, r"example must be images \[B, C, H, W\], got list"),
+        (torch.zeros(0, 3, 32, 32), {}, r"example must be images .*, got \(0, 3, 32, 32\)"),
+        (IMAGES, {"tolerance": -1.0}, "tolerance must be 0 or more, got -1.0"),
+        (IMAGES, {"rounds": 0}, "rounds must be 1 or more, got 0"),
+        (IMAGES, {"engines": ["tensorrt"]}, "engines must be of eager, .*, got 'tensorrt'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    example: Tensor, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        optimize(_sparse(), example, **options)
