@@ -11,8 +11,11 @@ results: demo  ## the quickstart's numbers and picture, as README shows them
 	cp quickstart/metrics.json benchmarks/results/quickstart.json
 	cp quickstart/keep_maps.png docs/keep_maps.png
 
+# The engines' tests run in a process of their own: their libraries keep threads of their own running,
+# and the loader processes of other tests are forked.
 test: lint  ## lint, types, tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests/deploy
+	$(BIN)/python -m pytest --ignore tests/deploy
 
 zoo: .venv/installed  ## every plain transformer of timm's: the table in docs, and its test
 	$(BIN)/dynamicvit models --output docs/models.md
