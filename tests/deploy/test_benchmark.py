@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import nn
 from dynamicvit import SparseViT, cli, sparsify
 from dynamicvit.deploy import engines
 from dynamicvit.deploy.benchmark import benchmark, compare_speed, interleave, stage_times
+from dynamicvit.deploy.memory import peak_memory
 from dynamicvit.environment import environment
 from tests.conftest import randomise, tiny_vit
 
@@ -107,6 +110,30 @@ def test_rounds_alternate() -> None:
     assert "".join(calls) == "ab" + "abba" * 3 + "ab"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the system does not tell")
+def test_memory_is_that_of_a_process_with_the_model_alone() -> None:
+    models = tiny_vit(), tiny_vit(embed_dim=768)
+    small, large = (peak_memory(model, "eager", "float32", (2, 3, 32, 32)) for model in models)
+    size = sum(parameter.numel() for parameter in models[1].parameters()) * 4 / 1e6
+    assert small is not None
+    assert large is not None
+    assert size < large - small < 3 * size
+
+
+def test_memory_of_a_model_that_another_process_cannot_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    script = types.ModuleType("script")
+    exec(
+        "from timm.models import VisionTransformer\nclass Mine(VisionTransformer): pass",
+        vars(script),
+    )
+    monkeypatch.setitem(sys.modules, "script", script)
+    model = tiny_vit()
+    model.__class__ = script.Mine
+    assert peak_memory(model, "eager", "float32", (2, 3, 32, 32)) is None
+
+
 def test_stages_add_up() -> None:
     sparse = _sparse()
     found = stage_times(sparse, torch.randn(2, 3, 32, 32), rounds=2)
@@ -132,6 +159,7 @@ def test_benchmark_writes_what_it_measured(
         assert item["efficiency"] == pytest.approx(item["speed_up"] / result["ideal_speed_up"])
         assert {item["dense_attention"], item["sparse_attention"]} <= {"fused", "plain"}
         assert item["dense_ms"][0] <= item["dense_ms"][1]
+        assert (item["peak_mb"] is None) == (item["batch_size"] == 1)
     assert result["tokens"] == [16, 11, 7, 5]
     assert result["environment"]["torch"] == torch.__version__
     assert plot.read_text().startswith("<?xml")

@@ -16,10 +16,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dynamicvit import KeepSchedule, SparseViT, cli, sparsify
+from dynamicvit.checkpoint import load_model
 from dynamicvit.deploy import export as module
 from dynamicvit.deploy import verify
 from dynamicvit.deploy.export import FORMATS, Exported, export_model, read_metadata
-from dynamicvit.deploy.verify import Agreement, compare, find_images, load_images
+from dynamicvit.deploy.verify import (
+    Agreement,
+    Found,
+    compare,
+    find_images,
+    find_labels,
+    load_images,
+)
 from tests.conftest import randomise, tiny_vit, write_images
 
 NAMES = ["ant", "bee", "cat", "dog", "élan"]
@@ -173,6 +181,13 @@ def test_dense_models_and_the_command_line(
     assert report["agreement"]["batch_sizes"] == [1, 4, 6]
     assert report["agreement"]["kept_agreement"] is None
     assert report["environment"]["torch"] == torch.__version__
+    # The folders are named as the classes are: what the model does is what evaluation says.
+    cli.main(f"evaluate {dense_folder} --data {images} --split train --output {results}".split())
+    top1 = json.loads(results.read_text())[str(dense_folder)]["top1"]
+    done = export_model(
+        load_model(str(dense_folder)), path, "torch", images=str(images / "train"), samples=16
+    )
+    assert done.agreement.accuracy == (top1, top1)
     (logits,) = torch.export.load(path).module()(torch.zeros(9, 3, 32, 32))
     assert logits.shape == (9, 2)
 
@@ -352,8 +367,14 @@ def test_metadata_of_other_files(tmp_path: Path) -> None:
 def _agreement(
     sparse: SparseViT, wrong: Callable[[Tensor, Tensor, Tensor], Any], count: int = 6
 ) -> Agreement:
+    return _compare(sparse, wrong, find_images(None, count))
+
+
+def _compare(
+    sparse: SparseViT, wrong: Callable[[Tensor, Tensor, Tensor], Any], found: list[Found]
+) -> Agreement:
     graph = module._Graph(sparse, torch.float32)
-    return compare(sparse, lambda images: wrong(images, *graph(images)), find_images(None, count))
+    return compare(sparse, lambda images: wrong(images, *graph(images)), found)
 
 
 def _swap(sparse: SparseViT) -> Callable[[Tensor, Tensor, Tensor], Any]:
@@ -439,7 +460,7 @@ def test_nonsense_is_refused(wrong: Callable[..., Any], message: str) -> None:
     ],
 )
 def test_tolerances(precision: str, difference: float, passes: bool) -> None:
-    agreement = Agreement(1, (1,), difference, 2.0, 100.0, 100.0, 0, 0.0)
+    agreement = Agreement(1, (1,), difference, 2.0, 100.0, 100.0, 0, 0.0, None)
     if passes:
         agreement.check(precision)
     else:
@@ -450,16 +471,38 @@ def test_tolerances(precision: str, difference: float, passes: bool) -> None:
             replace(agreement, max_difference=float("nan")).check(precision)
 
 
+def test_accuracy_is_of_classes_that_are_known() -> None:
+    picture = Image.new("RGB", (8, 8))
+
+    def find(*folders: str) -> list[int] | None:
+        found = find_labels([Found(picture, folder) for folder in folders], ["bee", "ant"])
+        return None if found is None else found.tolist()
+
+    assert find("ant", "bee", "ant") == [1, 0, 1]
+    assert find("bee") == [0]
+    assert find("n02000002", "n01000001") == [1, 0]  # ImageNet's synsets, in order
+    assert find("n02000002") is None
+    assert find("ant", "cat") is None
+    assert find("train", "val") is None
+    sparse = _sparse().eval()
+    names = ["3 Dress", "4 Coat", "5 Sandal", "6 Shirt", "8 Bag"]
+    sparse.pretrained_cfg["label_names"] = names
+    found = [item for item in find_images(None, 2000) if item.folder in names][::50]
+    accuracy = _compare(sparse, lambda images, logits, kept: (-logits, kept), found).accuracy
+    assert accuracy is not None
+    assert accuracy[0] != accuracy[1]
+
+
 def test_images_come_from_all_over_a_folder(images: Path) -> None:
     (images / "notes.txt").write_text("no image")
     chosen = find_images(str(images), 4)
-    assert [str(Path(str(path)).relative_to(images)) for path in chosen] == [
+    assert [str(Path(str(item.source)).relative_to(images)) for item in chosen] == [
         "train/bright/00.png",
         "train/bright/06.png",
         "train/dark/04.png",
         "val/bright/02.png",
     ]
     assert len(find_images(str(images), 100, fewer=True)) == 24
-    assert isinstance(find_images(None, 1)[0], Image.Image)
+    assert isinstance(find_images(None, 1)[0].source, Image.Image)
     batches = list(load_images(_sparse(), chosen, 3))
     assert [tuple(batch.shape) for batch in batches] == [(3, 3, 32, 32), (1, 3, 32, 32)]

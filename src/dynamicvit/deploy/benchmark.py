@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from dynamicvit.checkpoint import load_model
 from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseViT, sparsify
 from dynamicvit.deploy.engines import ENGINES, Engine, build, check_engine, installed
+from dynamicvit.deploy.memory import peak_memory
 from dynamicvit.environment import environment
 from dynamicvit.files import write_bytes, write_text
 from dynamicvit.training.evaluate import input_size, token_counts
@@ -112,8 +113,9 @@ class Measurement:
         dense_ms, sparse_ms: milliseconds a call, median and 95th percentile.
         dense_attention, sparse_attention: "fused" or "plain", whichever was found faster for each;
             None where the engine decides.
-        peak_mb: most memory that dense and pruned took (10⁶ bytes), on a GPU; None on a CPU, where
-            torch does not tell.
+        peak_mb: most memory that dense and pruned took (10⁶ bytes): on a CPU that of a process with
+            nothing but the model (`dynamicvit.deploy.memory`), at the largest batch size alone;
+            None where it was not measured.
     """
 
     engine: str
@@ -207,7 +209,10 @@ def benchmark(
         candidates = [_candidates(part, engine, precision) for part in (sparse.backbone, sparse)]
         for batch_size in sizes:
             images = torch.randn(batch_size, *size)
-            measurements.append(_measure(candidates, engine, precision, images, seconds, ideal))
+            found = _measure(candidates, engine, precision, images, seconds, ideal)
+            if batch_size == max(sizes):
+                found = replace(found, peak_mb=_peaks(sparse, found, tuple(images.shape)))
+            measurements.append(found)
     result: dict[str, Any] = {
         "model": model,
         "input_size": size,
@@ -224,6 +229,18 @@ def benchmark(
     if plot:
         _plot(result, Path(plot))
     return result
+
+
+def _peaks(
+    sparse: SparseViT, found: Measurement, shape: tuple[int, ...]
+) -> tuple[float, float] | None:
+    """Of dense and pruned, with the attention that was found faster for each."""
+    models = ((sparse.backbone, found.dense_attention), (sparse, found.sparse_attention))
+    dense, pruned = (
+        peak_memory(model, found.engine, found.precision, shape, attention != "plain")
+        for model, attention in models
+    )
+    return None if dense is None or pruned is None else (dense, pruned)
 
 
 def _candidates(model: nn.Module, engine: str, precision: str) -> dict[str | None, Engine]:
@@ -350,7 +367,8 @@ def stage_times(model: SparseViT, images: Tensor, rounds: int = 5) -> dict[str, 
 
 def _print(console: Console, measurements: list[Measurement], ideal: float) -> None:
     table = Table(
-        "engine", "precision", "batch", "dense", "sparse", "p50 ms", "speed-up", "efficiency"
+        *("engine", "precision", "batch", "dense", "sparse", "p50 ms", "speed-up", "efficiency"),
+        "peak MB",
     )
     for item in measurements:
         table.add_row(
@@ -362,6 +380,7 @@ def _print(console: Console, measurements: list[Measurement], ideal: float) -> N
             f"{item.dense_ms[0]:.1f} → {item.sparse_ms[0]:.1f}",
             f"{item.speed_up:.2f}× ({item.spread[0]:.2f}–{item.spread[1]:.2f})",
             f"{item.efficiency:.2f}",
+            "{:.0f} → {:.0f}".format(*item.peak_mb) if item.peak_mb else "",
         )
     console.print(table)
     console.print(f"images/s; the ideal speed-up, by GMACs, is {ideal:.2f}×")

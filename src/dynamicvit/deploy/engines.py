@@ -61,22 +61,58 @@ def build(model: nn.Module, engine: str, precision: str, fused_attention: bool =
     """
     device = next(model.parameters()).device
     check_engine(engine, precision, device.type)
-    if engine in ("onnx", "openvino"):
-        return _load(model, engine, precision)
-    dtype = PRECISIONS[precision]
+    if engine not in _FILES:
+        return _call(_convert(model, precision, fused_attention), engine, precision)
+    with tempfile.TemporaryDirectory() as folder:  # the file does not stay
+        return load(save(model, engine, precision, Path(folder)), engine, precision)
+
+
+def save(
+    model: nn.Module, engine: str, precision: str, folder: Path, fused_attention: bool = True
+) -> Path:
+    """Write what `load` makes an engine of, for another process. Arguments as for `build`."""
+    if engine not in _FILES:
+        path = folder / "model.pt"
+        torch.save(_convert(model, precision, fused_attention), path)
+        return path
+    path = folder / f"model{export.FORMATS[engine][0]}"
+    reference = copy.deepcopy(model).cpu().float().eval()
+    program = export.trace(reference, torch.float32)
+    metadata = json.dumps({"precision": precision})
+    write = export.write_onnx if engine == "onnx" else export.write_openvino
+    write(program, path, metadata, 18, None)
+    return path
+
+
+def load(path: Path, engine: str, precision: str) -> Engine:
+    """What `save` wrote, as `build` would give it. Runs the file's code: for files of `save`."""
+    if engine in _FILES:
+        return export.LOADERS[engine](path, precision)
+    return _call(torch.load(path, weights_only=False), engine, precision)
+
+
+_FILES = ("onnx", "openvino")
+
+
+def _convert(model: nn.Module, precision: str, fused_attention: bool) -> nn.Module:
     copied = model.fuse() if isinstance(model, SparseViT) else copy.deepcopy(model)
-    copied = copied.to(dtype).eval()
+    copied = copied.to(PRECISIONS[precision]).eval()
     module: Any
     for module in copied.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = fused_attention
-    call: Engine = copied
+    return copied
+
+
+def _call(model: nn.Module, engine: str, precision: str) -> Engine:
+    dtype = PRECISIONS[precision]
+    call: Engine = model
     if engine == "compile":
         # Weights become constants of the program, laid out as its kernels like them.
         options: dict[str, Any] = {"triton.cudagraphs": True}
-        if device.type == "cpu":
+        if next(model.parameters()).device.type == "cpu":
             options = {"freezing": True}
-        call = torch.compile(copied, fullgraph=True, dynamic=False, options=options)
+        call = torch.compile(model, fullgraph=True, dynamic=False, options=options)
 
     @torch.inference_mode()
     def run(images: Tensor) -> Tensor:
@@ -84,16 +120,3 @@ def build(model: nn.Module, engine: str, precision: str, fused_attention: bool =
         return logits
 
     return run
-
-
-def _load(model: nn.Module, engine: str, precision: str) -> Engine:
-    """By way of a file, which does not stay."""
-    suffix, _ = export.FORMATS[engine]
-    reference = copy.deepcopy(model).cpu().float().eval()
-    program = export.trace(reference, torch.float32)
-    metadata = json.dumps({"precision": precision})
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"model{suffix}"
-        write = export.write_onnx if engine == "onnx" else export.write_openvino
-        write(program, path, metadata, 18, None)
-        return export.LOADERS[engine](path, precision)

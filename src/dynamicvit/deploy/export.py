@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from dynamicvit import __version__
 from dynamicvit.checkpoint import load_model
 from dynamicvit.core.model import SparseViT
-from dynamicvit.core.predict import ImageSource, class_names, preprocessing
-from dynamicvit.deploy.verify import Agreement, Engine, compare, find_images, load_images
+from dynamicvit.core.predict import class_names, preprocessing
+from dynamicvit.deploy.verify import Agreement, Engine, Found, compare, find_images, load_images
 from dynamicvit.environment import environment
 from dynamicvit.files import write_text
 from dynamicvit.training.evaluate import backbone_of, input_size, token_counts
@@ -99,7 +99,8 @@ def export(
             compiled for this machine's processor).
         precision: float32, float16, bfloat16 or int8 (onnx and openvino).
         images: folder of images on which the file is compared with PyTorch; by default 28 px
-            pictures that the package carries.
+            pictures that the package carries. If they lie in folders of their classes, accuracy
+            is reported too, of the model and of the file.
         calibration: for int8: folder of images to measure value ranges on; by default `images`.
         samples: how many images to compare on.
         opset: of ONNX.
@@ -168,8 +169,8 @@ def export_model(
     _check_options(target, format, precision, calibration, samples, opset)
     names = class_names(model)
     preprocessing(model)  # refuses a model that takes no pictures
-    sources = find_images(images, samples)
-    calibrating: list[ImageSource] = []
+    found = find_images(images, samples)
+    calibrating: list[Found] = []
     if precision == "int8":
         folder = images if calibration is None else calibration
         if folder is None:
@@ -206,7 +207,7 @@ def export_model(
             engine = LOADERS[format](path, precision)
         except Exception as error:  # each engine has its own
             raise _cannot_run(format, precision, error) from error
-        agreement = compare(reference, _Named(engine, format, precision), sources)
+        agreement = compare(reference, _Named(engine, format, precision), found)
         agreement.check(precision)
         del engine  # some systems do not move open files
         parts = [path, *path.parent.glob(path.stem + ".bin")]
@@ -258,7 +259,12 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 def print_exported(exported: Sequence[Exported]) -> None:
     """Print a table of exports, one row a file."""
     table = Table(
-        Column("file", overflow="fold"), "MB", "largest difference", "top-1 same", "tokens same"
+        Column("file", overflow="fold"),
+        "MB",
+        "largest difference",
+        "top-1 same",
+        "tokens same",
+        "accuracy",
     )
     console = Console()
     for item in exported:
@@ -270,6 +276,7 @@ def print_exported(exported: Sequence[Exported]) -> None:
             f"{found.max_difference:.2g} of {found.largest_logit:.2g}",
             f"{found.top1_agreement:.2f}%",
             kept,
+            "" if found.accuracy is None else "{:.2f}% → {:.2f}%".format(*found.accuracy),
         )
     console.print(table)
     for item in exported:
@@ -422,22 +429,22 @@ def _to_onnx(program: torch.export.ExportedProgram, opset: int) -> Any:
 class _Calibration:
     """Static quantisation to int8 by NNCF, with ranges measured on images."""
 
-    def __init__(self, model: nn.Module, sources: Sequence[ImageSource]) -> None:
+    def __init__(self, model: nn.Module, images: Sequence[Found]) -> None:
         self.model = model
-        self.sources = sources
+        self.images = images
 
     def quantize(self, model: Any, leave: list[str]) -> Any:
         """An ONNX or OpenVINO model, quantised but for the nodes of these names."""
         import nncf  # noqa: PLC0415
 
         nncf.set_log_level(logging.ERROR)
-        images = ({"images": batch.numpy()} for batch in load_images(self.model, self.sources, 1))
+        images = ({"images": batch.numpy()} for batch in load_images(self.model, self.images, 1))
         with _quiet():
             return nncf.quantize(
                 model,
                 nncf.Dataset(list(images)),
                 model_type=nncf.ModelType.TRANSFORMER,
-                subset_size=len(self.sources),
+                subset_size=len(self.images),
                 ignored_scope=nncf.IgnoredScope(names=leave),
             )
 

@@ -9,6 +9,7 @@ tokens that the engine kept.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from dynamicvit.core import backbone as adapter
 from dynamicvit.core.model import SparseOutput, SparseViT
-from dynamicvit.core.predict import ImageSource, preprocessing, read_image
+from dynamicvit.core.predict import ImageSource, class_names, preprocessing, read_image
 from dynamicvit.core.tokens import gather_tokens, keep_mask
 from dynamicvit.embedded import embedded_images
 
@@ -53,6 +54,8 @@ class Agreement:
         other_tokens: images of which the engine kept other tokens, at any batch size.
         score_gap: largest lead, by PyTorch's scores, of a token that left over one that stayed, as
             a share of the largest absolute score.
+        accuracy: percent of the images whose class PyTorch and the engine name rightly; None where
+            it is not known (`find_labels`).
     """
 
     images: int
@@ -63,6 +66,7 @@ class Agreement:
     kept_agreement: float | None
     other_tokens: int
     score_gap: float
+    accuracy: tuple[float, float] | None
 
     def check(self, precision: str) -> None:
         """Raise ValueError with the figures, unless they are those of a faithful engine.
@@ -96,9 +100,16 @@ class Agreement:
             )
 
 
+class Found(NamedTuple):
+    """An image, and the name of the folder that it lies in."""
+
+    source: ImageSource
+    folder: str
+
+
 def find_images(
     folder: str | None, count: int, argument: str = "images", fewer: bool = False
-) -> list[ImageSource]:
+) -> list[Found]:
     """`count` images from all over a folder and its sub-folders; None means the embedded ones.
 
     Args:
@@ -110,15 +121,15 @@ def find_images(
     Raises:
         ValueError: naming the argument, if there is no such folder or it has too few.
     """
-    found: list[ImageSource] = []
+    found: list[Found] = []
     if folder is None:
-        found.extend(picture for _, _, picture in embedded_images("val"))
+        found.extend(Found(picture, name) for name, _, picture in embedded_images("val"))
     elif not Path(folder).is_dir():
         raise ValueError(f"{argument} must be a folder of images, got {folder}")
     else:
         kinds = get_img_extensions(as_set=True)
         files = (path for path in Path(folder).rglob("*") if path.suffix.lower() in kinds)
-        found.extend(sorted(files))
+        found.extend(Found(path, path.parent.name) for path in sorted(files))
     if fewer:
         count = max(1, min(count, len(found)))
     if len(found) < count:
@@ -129,23 +140,37 @@ def find_images(
     return [found[index * len(found) // count] for index in range(count)]
 
 
-def load_images(model: nn.Module, sources: Sequence[ImageSource], batch: int) -> Iterator[Tensor]:
+def find_labels(images: Sequence[Found], class_names: Sequence[str]) -> Tensor | None:
+    """The class index of each image, by its folder's name: [images]; or None.
+
+    The folders must have names of classes or, as many as there are classes, of ImageNet's synsets.
+    """
+    folders = sorted({image.folder for image in images})
+    if set(folders) <= set(class_names):
+        return torch.tensor([class_names.index(image.folder) for image in images])
+    synsets = all(re.fullmatch(r"n\d{8}", name) for name in folders)
+    if synsets and len(folders) == len(class_names):
+        return torch.tensor([folders.index(image.folder) for image in images])
+    return None
+
+
+def load_images(model: nn.Module, images: Sequence[Found], batch: int) -> Iterator[Tensor]:
     """[B, C, H, W] batches, prepared as the model's `pretrained_cfg` says.
 
     Raises:
         ValueError: if the model takes no images, or one cannot be read.
     """
     mode, transform = preprocessing(model)
-    for start in range(0, len(sources), batch):
-        group = sources[start : start + batch]
-        yield torch.stack([transform(read_image(source, mode, "image")) for source in group])
+    for start in range(0, len(images), batch):
+        group = images[start : start + batch]
+        yield torch.stack([transform(read_image(image.source, mode, "image")) for image in group])
 
 
 @torch.no_grad()
 def compare(
     model: nn.Module,
     engine: Engine,
-    sources: Sequence[ImageSource],
+    found: Sequence[Found],
     batch_sizes: Sequence[int] = BATCH_SIZES,
 ) -> Agreement:
     """Run an engine and the model it was made from on the same images.
@@ -153,19 +178,21 @@ def compare(
     Args:
         model: a SparseViT or dense timm model, float32 on the CPU, in eval mode.
         engine: what to compare with it.
-        sources: images.
-        batch_sizes: images a call; those larger than `sources` shrink to them.
+        found: images.
+        batch_sizes: images a call; those larger than the number of images shrink to it.
 
     Raises:
         ValueError: if an image cannot be read, or the engine's outputs are not what they should be.
     """
-    sizes = sorted({min(size, len(sources)) for size in batch_sizes})
+    sizes = sorted({min(size, len(found)) for size in batch_sizes})
     largest = 0.0
+    classes: list[Tensor] = []  # as PyTorch names them
     verdicts: dict[int, list[_Verdict]] = {size: [] for size in sizes}
-    for images in load_images(model, sources, sizes[-1]):
+    for images in load_images(model, found, sizes[-1]):
         expected = model.pruned(images) if isinstance(model, SparseViT) else model(images)
         logits = expected.logits if isinstance(expected, SparseOutput) else expected
         largest = max(largest, float(logits.abs().max()))
+        classes.append(logits.argmax(1))
         for size in sizes:
             answers = zip(*(engine(chunk) for chunk in images.split(size)), strict=True)
             outputs = [torch.cat(answer) for answer in answers]
@@ -178,8 +205,16 @@ def compare(
             verdicts[size].append(verdict)
     columns = [map(torch.cat, zip(*rows, strict=True)) for rows in verdicts.values()]
     every = _Verdict(*map(torch.stack, zip(*columns, strict=True)))  # each [batch sizes, images]
+    labels = find_labels(found, class_names(model))
+    accuracy = None
+    if labels is not None:
+        right = [
+            100.0 * float((named == labels).float().mean())
+            for named in (torch.cat(classes), every.named)
+        ]
+        accuracy = right[0], right[1]
     return Agreement(
-        images=len(sources),
+        images=len(found),
         batch_sizes=tuple(sizes),
         max_difference=float(every.difference.max()),
         largest_logit=largest,
@@ -187,6 +222,7 @@ def compare(
         kept_agreement=100.0 * float(every.kept.mean()) if isinstance(model, SparseViT) else None,
         other_tokens=int((every.kept < 1).any(0).sum()),
         score_gap=float(every.gap.max()),
+        accuracy=accuracy,
     )
 
 
@@ -194,6 +230,7 @@ class _Verdict(NamedTuple):
     """For each image of a batch: [B]."""
 
     difference: Tensor  # largest, of a logit
+    named: Tensor  # the engine's likeliest class
     same_class: Tensor
     kept: Tensor  # share of PyTorch's tokens that the engine kept too
     gap: Tensor  # as in Agreement.score_gap
@@ -223,7 +260,8 @@ def _compare_logits(
     logits: Tensor, given: Tensor, right: Tensor, kept: Tensor, gap: Tensor
 ) -> _Verdict:
     difference = (logits - given).abs().amax(1)
-    return _Verdict(difference, logits.argmax(1) == right.argmax(1), kept, gap)
+    named = logits.argmax(1)
+    return _Verdict(difference, named, named == right.argmax(1), kept, gap)
 
 
 def _run_given(model: SparseViT, images: Tensor, stages: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,63 @@
+"""Memory that a model takes on a CPU, measured in a process that does nothing else."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dynamicvit.deploy.engines import ENGINES, load, save
+
+
+def peak_memory(
+    model: nn.Module,
+    engine: str,
+    precision: str,
+    shape: tuple[int, ...],
+    fused_attention: bool = True,
+) -> float | None:
+    """The most memory that a process which runs the model has resident, beyond what it has after
+    its imports: weights, activations and what the engine takes for itself (a compiler, too).
+
+    Args:
+        model, engine, precision, fused_attention: as for `dynamicvit.deploy.engines.build`.
+        shape: of the images, [B, C, H, W].
+
+    Returns:
+        10⁶ bytes; None where the system does not tell (Linux does), or the process cannot read the
+        model (of a class that lives in the caller's script).
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = save(model, engine, precision, Path(folder), fused_attention)
+        numbers = map(str, (torch.get_num_threads(), *shape))
+        command = [sys.executable, "-m", __name__, str(path), engine, precision, *numbers]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return float(done.stdout) if done.returncode == 0 else None
+
+
+def _main() -> None:
+    path, engine, precision, threads, *shape = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    images = torch.zeros([int(size) for size in shape])
+
+    def most_resident() -> float:
+        status = Path("/proc/self/status").read_text()
+        line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / 1e6
+
+    for package in ENGINES[engine][0]:
+        importlib.import_module(package)
+    before = most_resident()
+    run = load(Path(path), engine, precision)
+    for _ in range(2):
+        run(images)
+    print(most_resident() - before)
+
+
+if __name__ == "__main__":
+    _main()
