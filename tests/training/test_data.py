@@ -7,6 +7,7 @@ import re
 import struct
 import sys
 import tarfile
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,14 @@ def _batches(data: Any, workers: int = 0, batch_size: int = 8, **options: Any) -
         device=torch.device("cpu"),
         **options,
     )
-    return list(loader)
+    try:
+        return list(loader)
+    except Exception as error:
+        # An error of a loader process refers to itself by its traceback. So the loader's iterator
+        # would end in a garbage collection, which closes its queues while their threads do too:
+        # then files that were opened in between are closed. Without its frames it ends here.
+        traceback.clear_frames(error.__traceback__)
+        raise
 
 
 @pytest.mark.parametrize("split", ["val", "valid", "validation", "eval", "test"])
