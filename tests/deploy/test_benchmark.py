@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,20 @@ def test_attention_can_be_plain_or_fused() -> None:
 
 def test_rounds_alternate() -> None:
     calls: list[str] = []
-    first, second = (lambda _, name=name: calls.append(name) for name in "ab")
-    times = interleave(first, second, torch.zeros(1), seconds=0)
-    assert len(times) == 7
+    seen: list[float] = []
+
+    def call(name: str) -> Callable[[torch.Tensor], None]:
+        def run(images: torch.Tensor) -> None:
+            calls.append(name)
+            seen.append(float(images))
+
+        return run
+
+    batches = [torch.tensor(0.0), torch.tensor(1.0)]
+    times = interleave([call("a"), call("b")], batches, seconds=0)
+    assert [len(took) for took in times] == [2] * 7
     assert "".join(calls) == "ab" + "abba" * 3 + "ab"
+    assert seen == [0, 0, *([0, 0, 1, 1] * 3), 0, 0], "each round has the next batch, for both"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system does not tell")
@@ -175,6 +186,9 @@ def test_benchmark_writes_what_it_measured(
         ({"batch_sizes": [0]}, r"batch_sizes must be 1 or more, got \[0\]"),
         ({"batch_sizes": []}, r"batch_sizes must be 1 or more, got \[\]"),
         ({"seconds": -1.0}, "seconds must be 0 or more, got -1.0"),
+        ({"device": "gpu"}, "device must be cpu, cuda or cuda:NUMBER, got 'gpu'"),
+        ({"device": "mps"}, "device must be cpu, cuda or cuda:NUMBER, got 'mps'"),
+        ({"device": "cuda:99"}, r"device must be there, torch finds \d+ GPUs, got 'cuda:99'"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(
@@ -182,6 +196,42 @@ def test_what_cannot_be_measured_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         benchmark(folder, **options)
+
+
+def test_engines_of_the_cpu_are_refused_on_a_gpu() -> None:
+    with pytest.raises(ValueError, match="'onnx' computes on the CPU here, got device 'cuda'"):
+        engines.check_engine("onnx", "float32", "cuda")
+    engines.check_engine("compile", "float16", "cuda")
+    with pytest.raises(ValueError, match="'compile' does not compute in float16 here"):
+        engines.check_engine("compile", "float16")
+
+
+def test_without_a_name_the_device_is_a_gpu_if_there_is_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for found, expected in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=found: found)
+        assert engines.find_device(None).type == expected
+    assert engines.find_device("cuda:1").index == 1
+
+
+def test_more_shapes_are_compiled_than_torch_compiles_one_function_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All models of a class share the code that torch counts compilations of."""
+    compile = torch.compile
+
+    def only_trace(model: Any, fullgraph: bool, dynamic: bool, options: dict[str, Any]) -> Any:
+        return compile(model, fullgraph=fullgraph, dynamic=dynamic, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", only_trace)
+    sparse = _sparse()
+    for fused in (True, False):
+        run = engines.build(sparse, "compile", "float32", fused)
+        for batch in range(1, 6):
+            images = torch.randn(batch, 3, 32, 32)
+            torch.testing.assert_close(run(images), sparse(images), atol=1e-4, rtol=1e-4)
 
 
 def test_an_engine_that_is_not_installed_names_the_extra(

@@ -23,7 +23,16 @@ from torch import Tensor, nn
 from dynamicvit.checkpoint import load_model
 from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseViT, sparsify
-from dynamicvit.deploy.engines import ENGINES, Engine, build, check_engine, installed
+from dynamicvit.deploy.engines import (
+    ENGINES,
+    PRECISIONS,
+    TORCH_ENGINES,
+    Engine,
+    build,
+    check_engine,
+    find_device,
+    installed,
+)
 from dynamicvit.deploy.memory import peak_memory
 from dynamicvit.environment import environment
 from dynamicvit.files import write_bytes, write_text
@@ -113,9 +122,9 @@ class Measurement:
         dense_ms, sparse_ms: milliseconds a call, median and 95th percentile.
         dense_attention, sparse_attention: "fused" or "plain", whichever was found faster for each;
             None where the engine decides.
-        peak_mb: most memory that dense and pruned took (10⁶ bytes): on a CPU that of a process with
-            nothing but the model (`dynamicvit.deploy.memory`), at the largest batch size alone;
-            None where it was not measured.
+        peak_mb: most memory that dense and pruned took (10⁶ bytes). On a CPU that of a process with
+            nothing but the model (`dynamicvit.deploy.memory`), at the largest batch size alone; on
+            a GPU weights, images and what a call takes. None where it was not measured.
     """
 
     engine: str
@@ -143,6 +152,7 @@ def benchmark(
     batch_sizes: list[int] | None = None,
     pretrained: bool = True,
     img_size: int | None = None,
+    device: str | None = None,
     seconds: float = 4.0,
     output: str | None = None,
     plot: str | None = None,
@@ -158,10 +168,12 @@ def benchmark(
         keep_ratio: for a dense model.
         align: for a dense model, round kept counts to multiples of this.
         engines: eager, compile, onnx (ONNX Runtime), openvino; by default all that are installed.
+            The last two compute on the CPU alone.
         precisions: float32, bfloat16, float16; by default the first two, where the engine has them.
         batch_sizes: images a call; by default 1, 8 and 32.
         pretrained: for a timm name, load timm's weights (they do not change the time).
         img_size: input height and width in pixels, if other than the model's.
+        device: cpu, cuda or cuda:NUMBER; by default a GPU if there is one.
         seconds: spent on each measurement, at least; at least 7 rounds are run.
         output: JSON file to write.
         plot: PNG or SVG file to write, speed-up against batch size (extra "plot").
@@ -174,16 +186,18 @@ def benchmark(
         raise ValueError(f"batch_sizes must be 1 or more, got {batch_sizes}")
     if not seconds >= 0:
         raise ValueError(f"seconds must be 0 or more, got {seconds}")
+    place = find_device(device)
+    gpu = place.type == "cuda"
     wanted = precisions or ["float32", "bfloat16"]
     pairs = [
         (engine, precision)
-        for engine in engines or filter(installed, ENGINES)
+        for engine in engines or (TORCH_ENGINES if gpu else filter(installed, ENGINES))
         for precision in wanted
         # What was asked for by name and cannot be had is an error, below.
-        if (engines and precisions) or precision in ENGINES.get(engine, ((), wanted))[1]
+        if gpu or (engines and precisions) or precision in ENGINES.get(engine, ((), wanted))[1]
     ]
     for engine, precision in pairs or [("eager", precision) for precision in wanted]:
-        check_engine(engine, precision)
+        check_engine(engine, precision, place.type)
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("plot needs the extra: pip install 'dynamicvit[plot]'")
     options: dict[str, Any] = {} if pretrained else {"pretrained": False}
@@ -195,7 +209,21 @@ def benchmark(
         if isinstance(loaded, SparseViT)
         else sparsify(loaded, keep_ratio=keep_ratio, align=align)
     )
-    sparse.eval()
+    with torch.cuda.device(place) if gpu else nullcontext():
+        result = {"model": model, **_run(sparse.eval().to(place), pairs, sizes, seconds)}
+    _print(Console(), result)
+    if output:
+        write_text(Path(output), json.dumps(result, indent=2) + "\n")
+    if plot:
+        _plot(result, Path(plot))
+    return result
+
+
+def _run(
+    sparse: SparseViT, pairs: list[tuple[str, str]], batch_sizes: list[int], seconds: float
+) -> dict[str, Any]:
+    """What `benchmark` returns, but for the model's name; on the model's device."""
+    device = next(sparse.parameters()).device
     size = input_size(sparse)
     gmacs = {
         "dense": count_gmacs(sparse.backbone, size),
@@ -203,32 +231,40 @@ def benchmark(
     }
     ideal = gmacs["dense"] / gmacs["sparse"]
     measurements: list[Measurement] = []
-    console = Console()
+    models = [sparse.backbone, sparse]
     for engine, precision in pairs:
-        console.print(f"{engine}, {precision}", style="dim")
-        candidates = [_candidates(part, engine, precision) for part in (sparse.backbone, sparse)]
-        for batch_size in sizes:
-            images = torch.randn(batch_size, *size)
-            found = _measure(candidates, engine, precision, images, seconds, ideal)
-            if batch_size == max(sizes):
-                found = replace(found, peak_mb=_peaks(sparse, found, tuple(images.shape)))
+        Console().print(f"{engine}, {precision}", style="dim")
+        candidates = [_candidates(model, engine, precision) for model in models]
+        weights = [weight_bytes(model, precision) for model in models]
+        for batch_size in batch_sizes:
+            batches = random_batches(batch_size, size, precision, device)
+            found = _measure(candidates, weights, engine, precision, batches, seconds, ideal)
+            if device.type == "cpu" and batch_size == max(batch_sizes):
+                found = replace(found, peak_mb=_peaks(sparse, found, tuple(batches[0].shape)))
             measurements.append(found)
-    result: dict[str, Any] = {
-        "model": model,
+    return {
+        "device": str(device),
         "input_size": size,
         "tokens": token_counts(sparse),
         "gmacs": gmacs,
         "ideal_speed_up": ideal,
         "measurements": [asdict(item) for item in measurements],
-        "stages_ms": stage_times(sparse, torch.randn(max(sizes), *size)),
+        "stages_ms": stage_times(sparse, torch.randn(max(batch_sizes), *size, device=device)),
         "environment": environment(),
     }
-    _print(console, measurements, ideal)
-    if output:
-        write_text(Path(output), json.dumps(result, indent=2) + "\n")
-    if plot:
-        _plot(result, Path(plot))
-    return result
+
+
+def random_batches(
+    batch_size: int, size: tuple[int, int, int], precision: str, device: torch.device
+) -> list[Tensor]:
+    """Random images to time calls on, [B, C, H, W] each.
+
+    On a GPU several batches, in the precision of the computation; on a CPU one, in float32.
+    """
+    if device.type == "cpu":
+        return [torch.randn(batch_size, *size)]
+    dtype = PRECISIONS[precision]
+    return [torch.randn(batch_size, *size, device=device, dtype=dtype) for _ in range(4)]
 
 
 def _peaks(
@@ -254,15 +290,23 @@ def _candidates(model: nn.Module, engine: str, precision: str) -> dict[str | Non
 
 def _measure(
     candidates: list[dict[str | None, Engine]],
+    weights: list[int],
     engine: str,
     precision: str,
-    images: Tensor,
+    batches: list[Tensor],
     seconds: float,
     ideal: float,
 ) -> Measurement:
+    """`candidates` and `weights` (bytes) of dense and pruned."""
+    images = batches[0]
+    peaks = None
+    if images.is_cuda:
+        peaks = [
+            {name: size + peak_bytes(call, images) for name, call in options.items()}
+            for options, size in zip(candidates, weights, strict=True)
+        ]
     chosen = [_fastest(options, images) for options in candidates]
-    (_, dense), (_, sparse) = chosen
-    times = interleave(dense, sparse, images, seconds)
+    times = interleave([call for _, call in chosen], batches, seconds)
     ratios = [a / b for a, b in times]
     low, _, high = statistics.quantiles(ratios, n=4)
     dense_ms, sparse_ms = (
@@ -283,8 +327,29 @@ def _measure(
         sparse_ms=sparse_ms,
         dense_attention=chosen[0][0],
         sparse_attention=chosen[1][0],
-        peak_mb=None,
+        peak_mb=peaks and (peaks[0][chosen[0][0]] / 1e6, peaks[1][chosen[1][0]] / 1e6),
     )
+
+
+def weight_bytes(model: nn.Module, precision: str) -> int:
+    """Bytes of a model's parameters and buffers in a precision."""
+    count = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    return count * PRECISIONS[precision].itemsize
+
+
+def peak_bytes(call: Engine, images: Tensor) -> int:
+    """Most bytes of GPU memory that a call takes, its images included, beside what lies there.
+
+    To be asked before the engine runs images of this shape: a compiled model allocates in its first
+    two calls (it compiles, and records a CUDA graph), and from then on only replays.
+    """
+    call(images)
+    torch.cuda.synchronize(images.device)
+    before = torch.cuda.memory_allocated(images.device)
+    torch.cuda.reset_peak_memory_stats(images.device)
+    call(images)
+    torch.cuda.synchronize(images.device)
+    return torch.cuda.max_memory_allocated(images.device) - before + images.nbytes
 
 
 def _fastest(options: dict[str | None, Engine], images: Tensor) -> tuple[str | None, Engine]:
@@ -302,27 +367,45 @@ def _fastest(options: dict[str | None, Engine], images: Tensor) -> tuple[str | N
 
 
 def interleave(
-    first: Engine, second: Engine, images: Tensor, seconds: float
-) -> list[tuple[float, float]]:
-    """Seconds of a call of each, in rounds A B B A …, so that a drifting machine favours none."""
-    pair = (first, second)
-    times: list[tuple[float, float]] = []
-    for call in pair:
-        call(images)
+    calls: Sequence[Engine], batches: Sequence[Tensor], seconds: float, rounds: int = 7
+) -> list[tuple[float, ...]]:
+    """Seconds of a call of each, in rounds A B B A …, so that a drifting machine favours none.
+
+    Args:
+        calls: what to time.
+        batches: images; each round takes the next of them, the same for all calls.
+        seconds: spent, at least.
+        rounds: run, at least.
+    """
+    times: list[tuple[float, ...]] = []
+    for call in calls:
+        call(batches[0])
     start = time.perf_counter()
-    while len(times) < 7 or time.perf_counter() - start < seconds:
-        order = (0, 1) if len(times) % 2 == 0 else (1, 0)
-        took = {index: time_call(pair[index], images) for index in order}
-        times.append((took[0], took[1]))
+    while len(times) < rounds or time.perf_counter() - start < seconds:
+        images = batches[len(times) % len(batches)]
+        order = range(len(calls))
+        took = {
+            index: time_call(calls[index], images)
+            for index in (order if len(times) % 2 == 0 else reversed(order))
+        }
+        times.append(tuple(took[index] for index in order))
     return times
 
 
 def time_call(call: Engine, images: Tensor) -> float:
-    _wait(images.device)
-    start = time.perf_counter()
+    """Seconds of one call: by the clock, or on a GPU between two CUDA events."""
+    if not images.is_cuda:
+        start = time.perf_counter()
+        call(images)
+        return time.perf_counter() - start
+    stream = torch.cuda.current_stream(images.device)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(images.device)
+    begin.record(stream)
     call(images)
-    _wait(images.device)
-    return time.perf_counter() - start
+    end.record(stream)
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 @torch.inference_mode()
@@ -365,25 +448,25 @@ def stage_times(model: SparseViT, images: Tensor, rounds: int = 5) -> dict[str, 
     return {name: 1e3 * statistics.median(values) for name, values in totals.items()}
 
 
-def _print(console: Console, measurements: list[Measurement], ideal: float) -> None:
+def _print(console: Console, result: dict[str, Any]) -> None:
     table = Table(
         *("engine", "precision", "batch", "dense", "sparse", "p50 ms", "speed-up", "efficiency"),
         "peak MB",
     )
-    for item in measurements:
+    for item in result["measurements"]:
         table.add_row(
-            item.engine,
-            item.precision,
-            str(item.batch_size),
-            f"{item.dense:.1f}",
-            f"{item.sparse:.1f}",
-            f"{item.dense_ms[0]:.1f} → {item.sparse_ms[0]:.1f}",
-            f"{item.speed_up:.2f}× ({item.spread[0]:.2f}–{item.spread[1]:.2f})",
-            f"{item.efficiency:.2f}",
-            "{:.0f} → {:.0f}".format(*item.peak_mb) if item.peak_mb else "",
+            item["engine"],
+            item["precision"],
+            str(item["batch_size"]),
+            f"{item['dense']:.1f}",
+            f"{item['sparse']:.1f}",
+            f"{item['dense_ms'][0]:.1f} → {item['sparse_ms'][0]:.1f}",
+            f"{item['speed_up']:.2f}× ({item['spread'][0]:.2f}–{item['spread'][1]:.2f})",
+            f"{item['efficiency']:.2f}",
+            "{:.0f} → {:.0f}".format(*item["peak_mb"]) if item["peak_mb"] else "",
         )
     console.print(table)
-    console.print(f"images/s; the ideal speed-up, by GMACs, is {ideal:.2f}×")
+    console.print(f"images/s; the ideal speed-up, by GMACs, is {result['ideal_speed_up']:.2f}×")
 
 
 def _plot(result: dict[str, Any], path: Path) -> None:

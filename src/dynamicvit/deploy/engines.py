@@ -26,6 +26,28 @@ ENGINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "onnx": (("onnx", "onnxscript", "onnxruntime"), ("float32",)),
     "openvino": (("onnx", "onnxscript", "openvino"), ("float32", "bfloat16")),
 }
+TORCH_ENGINES = ("eager", "compile")  # which compute on a GPU too, in every precision
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of this name; by default a GPU if torch has one, else the CPU.
+
+    Raises:
+        ValueError: unless it is "cpu", "cuda" or "cuda:NUMBER", and there.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be cpu, cuda or cuda:NUMBER, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu, cuda or cuda:NUMBER, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device must be there, torch finds {torch.cuda.device_count()} GPUs, got {name!r}"
+        )
+    return device
 
 
 def installed(engine: str) -> bool:
@@ -39,15 +61,17 @@ def check_engine(engine: str, precision: str, device: str = "cpu") -> None:
         raise ValueError(f"engines must be of {', '.join(ENGINES)}, got {engine!r}")
     if precision not in PRECISIONS:
         raise ValueError(f"precisions must be of {', '.join(PRECISIONS)}, got {precision!r}")
+    gpu = device != "cpu"
+    if gpu and engine not in TORCH_ENGINES:
+        raise ValueError(f"engine {engine!r} computes on the CPU here, got device {device!r}")
     if not installed(engine):
         raise ValueError(f"engine {engine!r} needs the extra: pip install 'dynamicvit[export]'")
-    gpu = device != "cpu" and engine in ("eager", "compile")
     if not gpu and precision not in ENGINES[engine][1]:
         raise ValueError(f"engine {engine!r} does not compute in {precision} here")
 
 
 def build(model: nn.Module, engine: str, precision: str, fused_attention: bool = True) -> Engine:
-    """The model, copied, in an engine: images [B, C, H, W] float32 → logits.
+    """The model, copied, in an engine: images [B, C, H, W] → logits [B, num_classes].
 
     Args:
         model: a SparseViT, whose scorers then take their inference form, or a dense timm model.
@@ -61,7 +85,7 @@ def build(model: nn.Module, engine: str, precision: str, fused_attention: bool =
     """
     device = next(model.parameters()).device
     check_engine(engine, precision, device.type)
-    if engine not in _FILES:
+    if engine in TORCH_ENGINES:
         return _call(_convert(model, precision, fused_attention), engine, precision)
     with tempfile.TemporaryDirectory() as folder:  # the file does not stay
         return load(save(model, engine, precision, Path(folder)), engine, precision)
@@ -71,7 +95,7 @@ def save(
     model: nn.Module, engine: str, precision: str, folder: Path, fused_attention: bool = True
 ) -> Path:
     """Write what `load` makes an engine of, for another process. Arguments as for `build`."""
-    if engine not in _FILES:
+    if engine in TORCH_ENGINES:
         path = folder / "model.pt"
         torch.save(_convert(model, precision, fused_attention), path)
         return path
@@ -86,12 +110,9 @@ def save(
 
 def load(path: Path, engine: str, precision: str) -> Engine:
     """What `save` wrote, as `build` would give it. Runs the file's code: for files of `save`."""
-    if engine in _FILES:
-        return export.LOADERS[engine](path, precision)
-    return _call(torch.load(path, weights_only=False), engine, precision)
-
-
-_FILES = ("onnx", "openvino")
+    if engine in TORCH_ENGINES:
+        return _call(torch.load(path, weights_only=False), engine, precision)
+    return export.LOADERS[engine](path, precision)
 
 
 def _convert(model: nn.Module, precision: str, fused_attention: bool) -> nn.Module:
@@ -106,17 +127,39 @@ def _convert(model: nn.Module, precision: str, fused_attention: bool) -> nn.Modu
 
 def _call(model: nn.Module, engine: str, precision: str) -> Engine:
     dtype = PRECISIONS[precision]
-    call: Engine = model
     if engine == "compile":
-        # Weights become constants of the program, laid out as its kernels like them.
-        options: dict[str, Any] = {"triton.cudagraphs": True}
-        if next(model.parameters()).device.type == "cpu":
-            options = {"freezing": True}
-        call = torch.compile(model, fullgraph=True, dynamic=False, options=options)
+        return _compile(model, dtype, next(model.parameters()).device)
 
     @torch.inference_mode()
     def run(images: Tensor) -> Tensor:
-        logits: Tensor = call(images.to(dtype))
+        logits: Tensor = model(images.to(dtype))
         return logits
+
+    return run
+
+
+def _compile(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Engine:
+    """One program for each shape of images, compiled when it first comes."""
+    gpu = device.type == "cuda"
+    # On a CPU, weights become constants of the program, laid out as its kernels like them.
+    options: dict[str, Any] = {"triton.cudagraphs": True} if gpu else {"freezing": True}
+    programs: dict[torch.Size, Engine] = {}
+
+    @torch.inference_mode()
+    def run(images: Tensor) -> Tensor:
+        if images.shape not in programs:
+
+            def forward(images: Tensor) -> Any:
+                return model(images)
+
+            # torch compiles the same code object eight times at most, and all models of a class
+            # share theirs: so each program has one of its own.
+            forward.__code__ = forward.__code__.replace()
+            programs[images.shape] = torch.compile(
+                forward, fullgraph=True, dynamic=False, options=options
+            )
+        logits: Tensor = programs[images.shape](images.to(dtype))
+        # The next replay of any CUDA graph writes where this one's output lies.
+        return logits.clone() if gpu else logits
 
     return run
