@@ -306,6 +306,9 @@ def _measure(
             for options, size in zip(candidates, weights, strict=True)
         ]
     chosen = [_fastest(options, images) for options in candidates]
+    peak_mb = None
+    if peaks is not None:
+        peak_mb = (peaks[0][chosen[0][0]] / 1e6, peaks[1][chosen[1][0]] / 1e6)
     times = interleave([call for _, call in chosen], batches, seconds)
     ratios = [a / b for a, b in times]
     low, _, high = statistics.quantiles(ratios, n=4)
@@ -327,7 +330,7 @@ def _measure(
         sparse_ms=sparse_ms,
         dense_attention=chosen[0][0],
         sparse_attention=chosen[1][0],
-        peak_mb=peaks and (peaks[0][chosen[0][0]] / 1e6, peaks[1][chosen[1][0]] / 1e6),
+        peak_mb=peak_mb,
     )
 
 
