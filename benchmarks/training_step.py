@@ -209,9 +209,9 @@ class StepSpeed:
         images_per_second, step_ms: medians over rounds.
         speed_up: median over rounds of the reference's time / this side's.
         spread: lower and upper quartile of those ratios.
-        peak_mb: most memory (10⁶ bytes). On a GPU of all of it, weights, teacher and optimizer
-            included; on a CPU what the step adds to what the process held before its first one.
-            None where the system does not tell.
+        peak_mb: most memory (10⁶ bytes). On a GPU of all but the images: weights, teacher and
+            optimizer too; on a CPU what the step adds to what the process held before its first
+            one. None where the system does not tell.
         memory_ratio: the reference's peak / this side's.
         loss: of the last step.
     """
@@ -242,7 +242,7 @@ def compare_steps(
         sides: of SIDES, the reference first.
         seconds: spent, at least.
         rounds: run, at least.
-        memory: also measure it; on a CPU in a process for each side.
+        memory: also measure it on a CPU, in a process for each side.
 
     Raises:
         ValueError: if `sides` is not as said, or a side's loss is not finite.
@@ -251,20 +251,24 @@ def compare_steps(
         raise ValueError(f"sides must be of {SIDES}, that one first, got {tuple(sides)}")
     gpu = torch.device(setting.device).type == "cuda"
     steps: list[Step] = []
-    peaks: list[float | None] = []
+    weights: list[int] = []  # bytes of student and teacher
     for side in sides:
         before = torch.cuda.memory_allocated() if gpu else 0
         steps.append(Step(side, setting))
+        weights.append(torch.cuda.memory_allocated() - before if gpu else 0)
+    batches = steps[0].batches()
+    peaks: list[float | None] = []
+    for side, step, size in zip(sides, steps, weights, strict=True):
         if gpu:
-            batch = steps[0].batches()[0]
-            for _ in range(2):  # compile, allocate
-                steps[-1](batch)
+            before = torch.cuda.memory_allocated()
+            for _ in range(2):  # compile, allocate what stays: the optimizer's state
+                step(batches[0])
             torch.cuda.reset_peak_memory_stats()
-            steps[-1](batch)
-            peaks.append((torch.cuda.max_memory_allocated() - before) / 1e6)
+            step(batches[0])
+            peaks.append((torch.cuda.max_memory_allocated() - before + size) / 1e6)
         else:
             peaks.append(_peak_in_a_process(side, setting) if memory else None)
-    times = interleave(steps, steps[0].batches(), seconds, rounds)
+    times = interleave(steps, batches, seconds, rounds)
     results = []
     for index, side in enumerate(sides):
         loss = float(steps[index].loss)
