@@ -606,17 +606,20 @@ def training(run: Run, until: float) -> None:
     run.attempt("training", "gradients", 0.0, until, gradients)
     needed = GUESS["training"] * run.gpu
     # The reference compiled is not a straightforward implementation; it says what fusion leaves.
-    settings = [(batch, SIDES[:3]) for batch in run.scale.step_batches]
+    sides = (*SIDES[:3], SIDES[4])
+    settings: list[tuple[int, tuple[str, ...]]] = [
+        (batch, sides) for batch in run.scale.step_batches
+    ]
     settings.append((run.scale.step_batches[0], ("reference", "ours compiled", SIDES[3])))
-    for batch_size, sides in settings:
+    for batch_size, compared in settings:
 
-        def steps(batch_size: int = batch_size, sides: Sequence[str] = sides) -> None:
+        def steps(batch_size: int = batch_size, sides: Sequence[str] = compared) -> None:
             setting = _step_setting(run, batch_size)
             seconds, rounds = 4 * run.scale.seconds, run.scale.rounds
             found = compare_steps(setting, sides, seconds, rounds, memory=False)
             part["steps"].extend(asdict(speed) for speed in found)
 
-        row = f"batch {batch_size}: {', '.join(sides)}"
+        row = f"batch {batch_size}: {', '.join(compared)}"
         took = run.attempt("training", row, needed, until, steps)
         needed = 1.2 * took * run.gpu if took else needed
     if part["steps"]:

@@ -3,8 +3,9 @@
     python benchmarks/training_step.py benchmarks/results/training_step.json
 
 Both steps are the paper's (arXiv 2106.02034): a student with blocked tokens, its dense teacher,
-four losses, backward, AdamW. They differ in attention alone. This project's gives timm's own blocks
-an additive bias, so that they run fused attention. The reference writes the paper's formula down,
+four losses, backward, AdamW. They differ in the blocks alone. This project's gives timm's own an
+additive bias, so that they run fused attention, and can leave out of the backward pass what dropped
+tokens receive (`SparseViT.set_kept_gradients`). The reference writes the paper's formula down,
 A = exp(a) G / Σ exp(a) G, with matrices of scores in memory and a softmax in float32.
 
 Axes: B images, H heads, N tokens (prefix tokens included), C channels.
@@ -44,9 +45,11 @@ from dynamicvit.files import write_text
 from dynamicvit.training.evaluate import input_size
 from dynamicvit.training.task import SparseTask
 
+# "kept gradients": with SparseViT.set_kept_gradients, as TrainConfig.kept_gradients does.
 # "compiled": by torch.compile, as TrainConfig.compile does. The reference is what others are
 # measured against.
-SIDES = ("reference", "ours", "ours compiled", "reference compiled")
+SIDES = ("reference", "ours", "ours compiled", "reference compiled", "ours, kept gradients")
+CPU_SIDES = ("reference", "ours", "ours, kept gradients")
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}  # of autocast
 
 
@@ -173,6 +176,7 @@ class Step:
             self.student = sparsify(teacher, keep_ratio=setting.keep_ratio)
         if side.startswith("reference"):
             self.student = ReferenceViT(self.student)
+        self.student.set_kept_gradients(side.endswith("kept gradients"))
         self.task: nn.Module = SparseTask(self.student, teacher).to(self.device).train()
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-5, fused=True)
         self.labels = torch.arange(setting.batch_size, device=self.device) % teacher.num_classes
@@ -380,12 +384,16 @@ def main() -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:NUMBER")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--precisions", nargs="+", default=list(DTYPES), choices=list(DTYPES))
-    parser.add_argument("--sides", nargs="+", default=list(SIDES[:2]), choices=SIDES)
+    parser.add_argument("--sides", nargs="+", default=list(CPU_SIDES), choices=SIDES)
     parser.add_argument("--seconds", type=float, default=60.0, help="for each setting, at least")
     options = parser.parse_args()
     device = str(find_device(options.device))
     torch.set_flush_denormal(True)  # as training does
-    gradients = compare_gradients(Setting(batch_size=8, device=device))
+    gradients = {
+        side: compare_gradients(Setting(batch_size=8, device=device), (SIDES[0], side))
+        for side in options.sides[1:]
+        if "compiled" not in side
+    }
     rows = [
         asdict(row)
         for precision in options.precisions

@@ -47,7 +47,9 @@ def test_dense_and_pruned_logits(golden: Golden) -> None:
     assert _wrong(parity.inference_errors(golden)) == {}
 
 
-def test_masked_outputs_losses_and_gradients(golden: Golden) -> None:
+@pytest.mark.parametrize("kept", [False, True], ids=["all", "kept"])
+def test_masked_outputs_losses_and_gradients(golden: Golden, kept: bool) -> None:
+    golden.student.set_kept_gradients(kept)
     errors = parity.training_errors(golden)
     assert _wrong(errors) == {}
     assert sum("gradient of" in name for name in errors) >= 6  # decisions, and parameters
