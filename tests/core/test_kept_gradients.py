@@ -55,8 +55,9 @@ def test_gradients_are_those_of_all_tokens(name: str, options: dict[str, Any]) -
     largest = max(float(gradient.norm()) for gradient in plain.values())
     for key, gradient in plain.items():
         error = float((kept[key] - gradient).norm())
-        # A millionth a dropped token, which these small models of large weights magnify.
-        assert error <= 1e-4 * float(gradient.norm()) + 1e-5 * largest, key
+        # A millionth a dropped token, which the large attention scores of these models magnify (on
+        # published ones it is held to 1e-4, see test_golden).
+        assert error <= 1e-3 * float(gradient.norm()) + 1e-6 * largest, key
     assert any(not torch.equal(kept[key], plain[key]) for key in plain), "it is another way"
 
 
