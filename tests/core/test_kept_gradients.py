@@ -27,6 +27,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 def _sparse(name: str = "vit_tiny_patch16_224", **options: Any) -> SparseViT:
     sparse = sparsify(tiny_vit(name, **options), schedule=KeepSchedule((1, 2, 3), (0.7, 0.5, 0.3)))
     randomise(sparse.scorers)
+    scorer: Any
+    for scorer in sparse.scorers:  # some of each image's tokens are to be kept
+        scorer.set_keep_prior(0.8)
     return sparse.train()
 
 
@@ -42,7 +45,8 @@ def _gradients(
         tokens = found.tokens.square() * (found.keep[-1].detach() > 0).unsqueeze(-1)
         shares = torch.stack([keep.mean() for keep in found.keep])
         loss = found.logits.float().square().mean() + tokens.float().mean() + shares.square().sum()
-    assert any((keep == 0).any() for keep in found.keep)
+    assert (found.keep[0] == 0).any()
+    assert (found.keep[-1].sum(1) > 0).all()
     loss.backward()
     return {name: p.grad for name, p in sparse.named_parameters() if p.grad is not None}
 
@@ -55,9 +59,7 @@ def test_gradients_are_those_of_all_tokens(name: str, options: dict[str, Any]) -
     largest = max(float(gradient.norm()) for gradient in plain.values())
     for key, gradient in plain.items():
         error = float((kept[key] - gradient).norm())
-        # A millionth a dropped token, which the large attention scores of these models magnify (on
-        # published ones it is held to 1e-4, see test_golden).
-        assert error <= 1e-3 * float(gradient.norm()) + 1e-6 * largest, key
+        assert error <= 1e-4 * float(gradient.norm()) + 1e-7 * largest, key
     assert any(not torch.equal(kept[key], plain[key]) for key in plain), "it is another way"
 
 

@@ -382,8 +382,9 @@ class SparseViT(nn.Module):
         """Leave out of `masked`'s backward pass what dropped tokens receive.
 
         It takes less time and memory on a CPU. Gradients change by about a hundred-thousandth:
-        the paper's formula blocks a dropped token to a millionth, this blocks it outright. Has no
-        effect in a program compiled by torch.compile, nor with gradient checkpointing.
+        the paper's formula blocks a dropped token to a millionth, this blocks it outright (so in a
+        model without prefix tokens an image that keeps nothing teaches later blocks nothing). Has
+        no effect in a program compiled by torch.compile, nor with gradient checkpointing.
         """
         self._kept_gradients = enable
 
