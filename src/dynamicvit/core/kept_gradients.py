@@ -24,24 +24,29 @@ from torch.overrides import TorchFunctionMode
 class KeptGradients(TorchFunctionMode):
     """While active, linear layers, GELU and masked attention learn from kept tokens alone.
 
-    The modules that call them, such as timm's blocks, run as they are. On a CPU attention has its
-    fused kernel, which by itself gives no gradient to a mask; elsewhere attention is torch's.
+    The modules that call them, such as timm's blocks, run as they are. On a CPU attention goes
+    image by image, so that its weights stay in the cache and out of memory: torch's fused kernel
+    there gives no gradient to a mask, and is the slower one in bfloat16. Elsewhere it is torch's.
 
     Args:
-        keep_BN: keep mask, of prefix tokens too; tokens of value 0 are the dropped ones.
+        keep_BN: keep mask, of prefix tokens too; tokens of value 0 are the dropped ones. None where
+            all are there: then attention alone is other than torch's.
     """
 
-    def __init__(self, keep_BN: Tensor) -> None:
+    def __init__(self, keep_BN: Tensor | None = None) -> None:
         super().__init__()
-        self.shape = tuple(keep_BN.shape)
-        kept = keep_BN.detach() > 0
-        self.rows = kept.flatten().nonzero().squeeze(1)
-        self.columns = [row.nonzero().squeeze(1) for row in kept]
+        self.rows: Tensor | None = None
+        self.columns: list[Tensor] | None = None
+        if keep_BN is not None:
+            self.shape = tuple(keep_BN.shape)
+            kept = keep_BN.detach() > 0
+            self.rows = kept.flatten().nonzero().squeeze(1)
+            self.columns = [row.nonzero().squeeze(1) for row in kept]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        stand_in = _STAND_INS.get(func) if torch.is_grad_enabled() else None
+        stand_in = _STAND_INS.get(func)
         return (func if stand_in is None else partial(stand_in, self))(*args, **kwargs or {})
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -67,16 +72,20 @@ class KeptGradients(TorchFunctionMode):
         scale: float | None = None,
         **others: Any,
     ) -> Tensor:
-        if attn_mask is None or query.device.type != "cpu" or dropout_p or is_causal or others:
+        batch, _, tokens, _ = query.shape
+        fits = attn_mask is None or attn_mask.shape == (batch, 1, tokens, key.shape[-2])
+        if query.device.type != "cpu" or not fits or dropout_p or is_causal or others:
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **others
             )
         tensors = _autocast(query, key, value, attn_mask)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
         y: Tensor = _Attention.apply(*tensors, scale, self.columns)
         return y
 
     def _holds_tokens(self, x: Tensor) -> bool:
-        return tuple(x.shape[:-1]) == self.shape
+        learns = self.rows is not None and torch.is_grad_enabled()
+        return learns and tuple(x.shape[:-1]) == self.shape
 
 
 _STAND_INS: dict[Any, Callable[..., Tensor]] = {
@@ -131,40 +140,55 @@ class _GELU(torch.autograd.Function):
 
 
 class _Attention(torch.autograd.Function):
-    """Fused attention whose mask [B, 1, N, N] has a gradient too.
+    """Attention under a mask [B, 1, N, N], which has a gradient too.
 
-    The weights are made anew in the backward pass, image by image, so that they stay in the
-    processor's cache; and of the kept tokens alone, since no gradient comes to what others saw.
+    The weights are made anew in the backward pass; of the kept tokens alone, since no gradient
+    comes to what others saw.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, columns: Any
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        columns: list[Tensor] | None,
     ) -> Tensor:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         ctx.save_for_backward(q, k, v, mask)
-        ctx.scale = q.shape[-1] ** -0.5 if scale is None else scale
-        ctx.columns = columns
+        ctx.scale, ctx.columns = scale, columns
+        batch, heads, tokens, _ = q.shape
+        out = v.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)  # as blocks read it
+        for image in range(len(q)):
+            bias = None if mask is None else mask[image]
+            out[image] = _weights(q[image] * scale, k[image], bias) @ v[image]
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         q, k, v, mask = ctx.saved_tensors
         grad_q, grad_k, grad_v = torch.zeros_like(q), torch.empty_like(k), torch.empty_like(v)
-        grad_mask = torch.zeros(mask.shape, device=mask.device)
-        for image, kept in enumerate(ctx.columns):
+        grad_mask = None if mask is None else mask.new_zeros(mask.shape)
+        for image in range(len(q)):
+            kept = slice(None) if ctx.columns is None else ctx.columns[image]
             q_HMD, grad_HMD = q[image][:, kept] * ctx.scale, grad[image][:, kept]
-            score_HMN = torch.baddbmm(mask[image][:, kept], q_HMD, k[image].transpose(1, 2))
-            weight_HMN = score_HMN.float().softmax(-1)
-            grad_v[image] = weight_HMN.to(v.dtype).transpose(1, 2) @ grad_HMD
-            grad_weight = (grad_HMD @ v[image].transpose(1, 2)).float()
-            grad_weight -= (grad_weight * weight_HMN).sum(-1, keepdim=True)
-            grad_score = grad_weight.mul_(weight_HMN)
-            grad_mask[image, 0, kept] = grad_score.sum(0)
-            grad_score = grad_score.to(q.dtype)
+            weight_HMN = _weights(q_HMD, k[image], None if mask is None else mask[image][:, kept])
+            grad_v[image] = weight_HMN.transpose(1, 2) @ grad_HMD
+            grad_score = torch._softmax_backward_data(
+                grad_HMD @ v[image].transpose(1, 2), weight_HMN, -1, q.dtype
+            )
+            if grad_mask is not None:
+                grad_mask[image, 0, kept] = grad_score.sum(0)
             grad_q[image][:, kept] = (grad_score @ k[image]) * ctx.scale
             grad_k[image] = grad_score.transpose(1, 2) @ q_HMD
-        return grad_q, grad_k, grad_v, grad_mask.to(mask.dtype), None, None
+        return grad_q, grad_k, grad_v, grad_mask, None, None
+
+
+def _weights(q_HMD: Tensor, k_HND: Tensor, bias: Tensor | None) -> Tensor:
+    k_HDN = k_HND.transpose(1, 2)
+    score = q_HMD @ k_HDN if bias is None else torch.baddbmm(bias, q_HMD, k_HDN)
+    return score.softmax(-1)
 
 
 def _spread(values: Tensor, rows: Tensor, shape: Any) -> Tensor:

@@ -98,7 +98,7 @@ class SparseViT(nn.Module):
         self.scorers = nn.ModuleList(scorers).train(model.training)
         self.schedule = schedule
         self.training = model.training
-        self._kept_gradients = False
+        self.kept_gradients = False
 
     # The two ways to run it.
 
@@ -170,7 +170,10 @@ class SparseViT(nn.Module):
             decisions = self._check_decisions(decisions, len(x), num_tokens)
         keep = x.new_ones(len(x), num_tokens, dtype=torch.float32)
         bias: Tensor | None = None
-        learn_from: AbstractContextManager[Any] = nullcontext()  # all tokens, or kept ones alone
+        save = self.kept_gradients and not (
+            model.grad_checkpointing or torch.compiler.is_compiling()
+        )
+        learn_from: AbstractContextManager[Any] = KeptGradients() if save else nullcontext()
         keeps: list[Tensor] = []
         scores: list[Tensor] = []
         for index in range(len(model.blocks)):
@@ -185,9 +188,7 @@ class SparseViT(nn.Module):
                 bias = attention_bias(keep, num_prefix).to(x.dtype)
                 keeps.append(keep)
                 scores.append(score)
-                if self._kept_gradients and not (
-                    model.grad_checkpointing or torch.compiler.is_compiling()
-                ):
+                if save:
                     learn_from = KeptGradients(nn.functional.pad(keep, (num_prefix, 0), value=1.0))
             with learn_from:
                 x = adapter.run_block(model, index, x, rope, bias)
@@ -386,7 +387,7 @@ class SparseViT(nn.Module):
         model without prefix tokens an image that keeps nothing teaches later blocks nothing). Has
         no effect in a program compiled by torch.compile, nor with gradient checkpointing.
         """
-        self._kept_gradients = enable
+        self.kept_gradients = enable
 
     def set_input_size(self, img_size: tuple[int, int]) -> None:
         """Change the input height and width in pixels; timm resamples position embeddings."""

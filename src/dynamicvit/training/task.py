@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dynamicvit.backbones.lvvit import LVViT
 from dynamicvit.core.backbone import Backbone, UnsupportedBackbone, masked_head
+from dynamicvit.core.kept_gradients import KeptGradients
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.tokens import keep_mask, topk_keep
 from dynamicvit.training.losses import (
@@ -94,7 +96,8 @@ class SparseTask(_WithTeacher):
     def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """images [B, C, H, W], targets [B] or [B, K] → loss, output, the four unweighted loss
         parts, and kept: [S] share of tokens kept at each stage."""
-        with torch.no_grad():
+        save = self.student.kept_gradients and not torch.compiler.is_compiling()
+        with torch.no_grad(), KeptGradients() if save else nullcontext():
             teacher_logits, teacher_tokens = masked_head(
                 self.teacher, self.teacher.forward_features(images)
             )
