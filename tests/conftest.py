@@ -104,4 +104,5 @@ def options(images: Path, dense_folder: Path, tmp_path: Path) -> dict[str, Any]:
         "warmup_epochs": 1,
         "freeze_epochs": 0,
         "log_steps": 1,
+        "trackers": [],
     }

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,8 +19,9 @@ import dynamicvit.training.fit as fit
 from dynamicvit.core.backbone import UnsupportedBackbone
 from dynamicvit.core.folder import save_folder
 from dynamicvit.core.model import SparseViT, sparsify
+from dynamicvit.training.checkpoints import CHECKPOINTS, find_checkpoints
 from dynamicvit.training.config import TrainConfig
-from dynamicvit.training.fit import BEST, CONFIG, LAST, METRICS, parameter_groups, train
+from dynamicvit.training.fit import BEST, CONFIG, METRICS, parameter_groups, train
 from tests.conftest import tiny_vit
 
 
@@ -27,8 +29,23 @@ def _lines(output: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(output) / METRICS).read_text().splitlines()]
 
 
+def _last(output: str | Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(find_checkpoints(Path(output))[-1], weights_only=True)
+    return state
+
+
+def _same_weights(output: str | Path, other: str | Path) -> None:
+    """Both runs ended at the same place with the same bits."""
+    ours, theirs = _last(output), _last(other)
+    assert ours["place"]["epoch"] == theirs["place"]["epoch"]
+    for part in ("student", "ema"):
+        assert (ours[part] is None) == (theirs[part] is None)
+        for name, value in (theirs[part] or {}).items():
+            assert torch.equal(ours[part][name], value), (part, name)
+
+
 def test_a_run_writes_model_metrics_config_and_checkpoint(options: dict[str, Any]) -> None:
-    evaluation = train(TrainConfig(**options, tensorboard=True))
+    evaluation = train(TrainConfig(**options))
     output = Path(options["output"])
     lines = _lines(options["output"])
     assert [line["kind"] for line in lines] == (["train"] * 4 + ["validation"]) * 2
@@ -40,20 +57,8 @@ def test_a_run_writes_model_metrics_config_and_checkpoint(options: dict[str, Any
     model = dynamicvit.load(output / BEST)
     assert isinstance(model, SparseViT)
     assert model.pretrained_cfg["label_names"] == ["bright", "dark"]
-    assert TrainConfig(**yaml.safe_load((output / CONFIG).read_text())) == TrainConfig(
-        **options, tensorboard=True
-    )
-    assert list(output.glob("events.out.tfevents.*"))
+    assert TrainConfig(**yaml.safe_load((output / CONFIG).read_text())) == TrainConfig(**options)
     assert not list(output.glob(".*")), "temporary files were left"
-
-
-def test_tensorboard_is_asked_for_before_training(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match=r"pip install 'dynamicvit\[tensorboard\]'"):
-        train(TrainConfig(**options, tensorboard=True))
-    assert not Path(options["output"]).exists()
 
 
 def test_dense_training_learns_and_gets_the_data_s_head(options: dict[str, Any]) -> None:
@@ -120,18 +125,12 @@ def test_a_run_resumes_after_sigkill_as_if_never_stopped(
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert (Path(options["output"]) / LAST).exists()
+    assert find_checkpoints(Path(options["output"]))
     with metrics.open("a") as file:
         file.write('{"kind": "tra')  # as a kill in the middle of a line leaves it
 
     train(TrainConfig(**options), resume=True)
-    ours, theirs = (
-        torch.load(Path(run["output"]) / LAST, weights_only=True) for run in (options, straight)
-    )
-    assert ours["epoch"] == 3
-    for part in ("student", "ema"):
-        for name, value in theirs[part].items():
-            assert torch.equal(ours[part][name], value), (part, name)
+    _same_weights(options["output"], straight["output"])
     pairs = zip(_lines(options["output"]), _lines(straight["output"]), strict=True)
     for line, expected in pairs:
         assert line["step"] == expected["step"]
@@ -158,11 +157,7 @@ def test_a_run_resumes_the_same_at_any_step(
         train(TrainConfig(**options))
     monkeypatch.undo()
     train(TrainConfig(**options), resume=True)
-    ours, theirs = (
-        torch.load(folder / LAST, weights_only=True)["student"]
-        for folder in (Path(options["output"]), tmp_path / "straight")
-    )
-    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    _same_weights(options["output"], tmp_path / "straight")
     rates = [line["lr"] for line in _lines(options["output"]) if line["kind"] == "train"]
     assert [rate["backbone"] > 0 for rate in rates] == [False] * 4 + [True] * 8
     assert rates[5]["backbone"] == pytest.approx(0.01 * rates[5]["scorers"])
@@ -178,6 +173,12 @@ def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
 
 
+def _flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def _foreign(path: Path) -> None:
     torch.save({"model": {}}, path)
 
@@ -186,26 +187,60 @@ def _payload(path: Path) -> None:
     torch.save({"format": os.system}, path)
 
 
-def _other_weights(path: Path) -> None:
+DAMAGES = [
+    (_truncate, r"epoch-0002-image-0000000000\.pt is damaged or not a checkpoint"),
+    (_flip_a_bit, r"epoch-0002-image-0000000000\.pt is damaged: the checksum of .* is wrong"),
+    (_foreign, r"\.pt is not a dynamicvit training checkpoint 2"),
+    (_payload, r"\.pt is damaged or not a checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    options: dict[str, Any], damage: Any, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = train(TrainConfig(**options))
+    before, last = find_checkpoints(Path(options["output"]))
+    whole = last.read_bytes()
+    damage(last)
+    again = train(TrainConfig(**options), resume=True)
+    warning = capsys.readouterr().err
+    assert re.search(f"warning: .*{message}.*going on from {before}", warning), warning
+    assert (first.top1, first.loss) == (again.top1, again.loss)
+    assert (
+        torch.load(last, weights_only=True).keys() == torch.load(before, weights_only=True).keys()
+    )
+    assert last.read_bytes() == whole, "the same bits as at first"
+
+
+def test_without_a_whole_checkpoint_there_is_nothing_to_go_on_from(
+    options: dict[str, Any],
+) -> None:
+    train(TrainConfig(**options))
+    for path in find_checkpoints(Path(options["output"])):
+        _truncate(path)
+    with pytest.raises(ValueError, match=r"no checkpoint of .* is whole: .*0002.*; .*0001.*"):
+        train(TrainConfig(**options), resume=True)
+
+
+def test_a_checkpoint_of_another_model_is_refused(options: dict[str, Any]) -> None:
+    train(TrainConfig(**options | {"epochs": 1}))
+    [path] = find_checkpoints(Path(options["output"]))
     state = torch.load(path, weights_only=True)
     state["student"].pop("backbone.cls_token")
     torch.save(state, path)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (_truncate, r"last\.pt is damaged or not a checkpoint"),
-        (_foreign, r"last\.pt is not a dynamicvit training checkpoint 1"),
-        (_payload, r"last\.pt is damaged or not a checkpoint"),
-        (_other_weights, r"last\.pt does not fit the model: missing backbone\.cls_token"),
-    ],
-)
-def test_a_bad_checkpoint_is_refused(options: dict[str, Any], damage: Any, message: str) -> None:
-    train(TrainConfig(**options | {"epochs": 1}))
-    damage(Path(options["output"]) / LAST)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"does not fit the model: missing backbone\.cls_token"):
         train(TrainConfig(**options), resume=True)
+
+
+def test_as_many_checkpoints_stay_as_asked_for(options: dict[str, Any]) -> None:
+    train(TrainConfig(**options, keep_checkpoints=3, checkpoint_steps=1))
+    places = [(state.name) for state in sorted((Path(options["output"]) / CHECKPOINTS).iterdir())]
+    assert places == [
+        "epoch-0001-image-0000000008.pt",
+        "epoch-0001-image-0000000012.pt",
+        "epoch-0002-image-0000000000.pt",
+    ]
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_as_another(options: dict[str, Any]) -> None:
