@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, parse_flag_from_env
@@ -32,7 +33,18 @@ def start_processes(**options: Any) -> Accelerator:
     Raises:
         ValueError: if the launcher asks for what training does not do.
     """
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)], **options)
+    # Unless it is told that there is no device, accelerate takes launched processes for lone ones.
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
+        **options,
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"the launcher started {launched} processes, which accelerate cannot join on this "
+            f"device, got {accelerator.num_processes}"
+        )
     if accelerator.distributed_type in _UNSUPPORTED:
         raise ValueError(
             f"the launcher must ask for DDP or FSDP, got {accelerator.distributed_type.value}"
