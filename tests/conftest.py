@@ -58,6 +58,7 @@ def randomise(model: torch.nn.Module) -> None:
 
 @pytest.fixture(autouse=True)
 def _repeatable_numbers() -> Iterator[None]:
+    torch.set_flush_denormal(False)  # training sets it
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield

@@ -26,9 +26,8 @@ from tests.training.test_data import _write_shards
 ROOT = Path(__file__).parents[2]
 BATCH = 8  # of all processes
 STEPS = 15
-# In float32, gradients summed in another order differ in their last digits. Where a gradient is
-# nothing but such rounding (the keys' biases have no effect), Adam makes steps of it.
-LOSS, WEIGHT = 1e-5, 1e-4
+# In float32: gradients summed in another order differ in their last digits.
+LOSS, WEIGHT = 5e-6, 5e-6
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +55,8 @@ def _options(place: Path, output: str, **changes: Any) -> dict[str, Any]:
         "drop_path": 0.1,
         "clip_grad": 1.0,
         "temperature": 0.5,
-        "lr": 0.1,
-        "backbone_lr": 0.1,
+        "lr": 0.5,
+        "backbone_lr": 0.2,
     } | changes
 
 
@@ -91,9 +90,19 @@ def _lines(output: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] == kind]
 
 
+def _last_state(output: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(find_checkpoints(output)[-1], weights_only=True)
+    return state
+
+
 def _weights(output: Path, part: str) -> torch.Tensor:
-    state = torch.load(find_checkpoints(output)[-1], weights_only=True)
+    state = _last_state(output)
     assert state["place"]["epoch"] == 3
+    # A bias on all keys shifts all of a query's scores and changes nothing: its gradient is nothing
+    # but rounding, of which Adam makes whole steps.
+    for name, value in state[part].items():
+        if name.endswith("attn.qkv.bias"):
+            value.chunk(3)[1].zero_()
     return torch.cat([value.float().flatten() for value in state[part].values()])
 
 
@@ -166,9 +175,9 @@ def launched(place: Path) -> Path:
 @pytest.mark.parametrize("kind", ["ddp_2", "ddp_4", "fsdp_2", "fsdp_4"])
 def test_several_processes_are_one_with_the_same_global_batch(launched: Path, kind: str) -> None:
     _assert_same_run(launched / kind, launched / "one")
-    dense = torch.cat([v.flatten() for v in tiny_vit(num_classes=2).state_dict().values()])
-    learnt = _weights(launched / "one", "student")[: len(dense)]
-    assert (learnt - dense).abs().max() > 10 * WEIGHT, "too little was learnt to be compared"
+    head = tiny_vit(num_classes=2).state_dict()["head.weight"]
+    learnt = _last_state(launched / "one")["student"]["backbone.head.weight"]
+    assert (learnt - head).abs().mean() > 50 * WEIGHT, "too little was learnt to be compared"
 
 
 @pytest.mark.parametrize("kind", ["accumulated", "accumulated_fsdp"])
@@ -253,8 +262,7 @@ def test_sigterm_to_one_process_stops_all_with_a_checkpoint(place: Path) -> None
     assert [process.returncode for process in processes] == [143, 143], outputs
     last = _lines(place / "stopped", "train")[-1]["step"]
     assert f"stopped by SIGTERM after step {last}; --resume goes on from there" in outputs[0][0]
-    state = torch.load(find_checkpoints(place / "stopped")[-1], weights_only=True)
-    assert state["place"]["step"] == last
+    assert _last_state(place / "stopped")["place"]["step"] == last
 
 
 def test_a_lost_process_ends_the_other_with_one_line(place: Path) -> None:
@@ -295,9 +303,6 @@ def test_a_run_under_torchrun_ends_with_its_lost_process_and_resumes(place: Path
         agent.kill()
     assert agent.returncode != 0
     assert "a process of this run was lost" in error
-    place_of_last = torch.load(find_checkpoints(place / "restarted")[-1], weights_only=True)[
-        "place"
-    ]
-    assert place_of_last["step"] >= 2
+    assert _last_state(place / "restarted")["place"]["step"] >= 2
     worker.run(_options(place, "restarted", **LONG | {"batch_size": BATCH}), resume=True)
     assert len(_lines(place / "restarted", "train")) == 40 * STEPS / 3

@@ -44,6 +44,8 @@ def save_checkpoint(output: Path, place: dict[str, Any], parts: dict[str, Any], 
     state = {name: _gather(part) for name, part in parts.items()}
     if dist.is_initialized() and dist.get_rank():
         return
+    for left in (output / CHECKPOINTS).glob(".epoch-*.tmp"):  # of a process that was killed
+        left.unlink()
     path = output / CHECKPOINTS / f"epoch-{place['epoch']:04}-image-{place['seen']:010}.pt"
     write_checkpoint(path, {"format": FORMAT, "place": place, **state})
     for old in find_checkpoints(output)[:-keep]:
@@ -132,7 +134,7 @@ def _last_whole(output: Path) -> tuple[Path, dict[str, Any]]:
         try:
             state = _read(path)
         except ValueError as error:
-            damaged.append(str(error))
+            damaged.append(str(error).splitlines()[0])
             continue
         for message in damaged:
             Console(stderr=True).print(f"warning: {message}; going on from {path}", soft_wrap=True)
