@@ -219,10 +219,13 @@ def test_recomputed_activations_give_the_same_weights(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    block = backbone.checkpoint_block
-    monkeypatch.setattr(
-        backbone, "checkpoint_block", lambda *a, **k: calls.append(1) or block(*a, **k)
-    )
+    checkpoint_block = backbone.checkpoint_block
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return checkpoint_block(*args, **kwargs)
+
+    monkeypatch.setattr(backbone, "checkpoint_block", counted)
     options |= {"epochs": 1, "drop_path": 0.5}
     train(TrainConfig(**options))
     assert not calls

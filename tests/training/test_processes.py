@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ import yaml
 from dynamicvit.core.folder import save_folder
 from dynamicvit.training.checkpoints import find_checkpoints
 from dynamicvit.training.fit import METRICS
+from dynamicvit.training.processes import start_processes
 from tests.conftest import CLASSES, tiny_vit, write_images
 from tests.training import worker
 from tests.training.test_data import _write_shards
@@ -35,6 +36,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("processes")
     write_images(root / "images", {"train": 20, "val": 5})
     save_folder(tiny_vit(num_classes=2), root / "dense", class_names=CLASSES)
+    lvvit = tiny_vit("lvvit_small", num_classes=2, stem_width=8)
+    save_folder(lvvit, root / "lvvit", class_names=CLASSES)
     _write_shards(root / "images", root / "shards")
     return root
 
@@ -122,32 +125,35 @@ def _assert_same_run(ours: Path, expected: Path) -> None:
 @pytest.fixture(scope="module")
 def launched(place: Path) -> Path:
     """All the runs that the tests below look at, in three launches."""
-    no_tokens = {"token_weight": 0.0}  # its mean is over each micro-batch's tokens
+    half, quarter, moved = ({"batch_size": BATCH // n} for n in (2, 4, 1))
+    moved["checkpoint_steps"] = 7
+    # The token loss is a mean over each micro-batch's tokens.
+    parts: dict[str, Any] = {"batch_size": BATCH // 4, "accumulate": 2, "token_weight": 0.0}
+    dense = {"keep_ratio": None}
+    lvvit = {"model": str(place / "lvvit"), "warm_start": 2, "start_at_ratio": True}
     bad = [3, 4, 9]
-    one = [
-        {"options": _options(place, "one")},
-        {"options": _options(place, "one_no_tokens", **no_tokens)},
-        {"options": _options(place, "one_bad"), "bad": bad},
-    ]
-    for arguments in one:
-        worker.run(**arguments)
-    half, quarter = {"batch_size": BATCH // 2}, {"batch_size": BATCH // 4}
-    moved = {"checkpoint_steps": 7}
     shards = {"data": "wds/tiny", "data_dir": str(place / "shards"), "workers": 1}
+    for arguments in (
+        {"options": _options(place, "one")},
+        {"options": _options(place, "one_no_tokens", token_weight=0.0)},
+        {"options": _options(place, "one_dense", **dense)},
+        {"options": _options(place, "one_lvvit", **lvvit)},
+        {"options": _options(place, "one_bad"), "bad": bad},
+    ):
+        worker.run(**cast(dict[str, Any], arguments))
     _launch(
         place,
         2,
         [
             {"options": _options(place, "ddp_2", **half)},
             {"options": _options(place, "fsdp_2", **half, shard=True)},
-            {"options": _options(place, "accumulated", **quarter, **no_tokens, accumulate=2)},
-            {
-                "options": _options(
-                    place, "accumulated_fsdp", **quarter, **no_tokens, accumulate=2, shard=True
-                )
-            },
+            {"options": _options(place, "accumulated", **parts)},
+            {"options": _options(place, "accumulated_fsdp", **parts, shard=True)},
+            {"options": _options(place, "dense", **half, **dense, shard=True)},
+            {"options": _options(place, "lvvit", **half, **lvvit, shard=True)},
             {"options": _options(place, "bad", **half), "bad": bad},
-            {"options": _options(place, "moved", **half, **moved, shard=True), "stop": 7},
+            {"options": _options(place, "moved", **moved | half, shard=True), "stop": 7},
+            {"options": _options(place, "streamed", **half | shards | {"epochs": 1})},
             {
                 "options": {
                     "models": [str(place / "dense")],
@@ -164,8 +170,8 @@ def launched(place: Path) -> Path:
         [
             {"options": _options(place, "ddp_4", **quarter)},
             {"options": _options(place, "fsdp_4", **quarter, shard=True)},
-            {"options": _options(place, "moved", **quarter, **moved), "resume": True},
-            {"options": _options(place, "gathered", **quarter, **moved), "stop": 7},
+            {"options": _options(place, "moved", **moved | quarter), "resume": True},
+            {"options": _options(place, "gathered", **moved | quarter), "stop": 7},
         ],
     )
     worker.run(_options(place, "gathered", **moved), resume=True)
@@ -183,6 +189,16 @@ def test_several_processes_are_one_with_the_same_global_batch(launched: Path, ki
 @pytest.mark.parametrize("kind", ["accumulated", "accumulated_fsdp"])
 def test_accumulated_batches_are_one_batch(launched: Path, kind: str) -> None:
     _assert_same_run(launched / kind, launched / "one_no_tokens")
+
+
+def test_a_dense_model_and_an_lvvit_are_divided_too(launched: Path) -> None:
+    """Without scorers; and with a warm start, and statistics of a stem, which are not divided."""
+    _assert_same_run(launched / "dense", launched / "one_dense")
+    _assert_same_run(launched / "lvvit", launched / "one_lvvit")
+    warm = [_lines(launched / run, "warm_start") for run in ("lvvit", "one_lvvit")]
+    assert len(warm[0]) == 2
+    for ours, expected in zip(*warm, strict=True):
+        assert ours["loss"] == pytest.approx(expected["loss"], abs=LOSS)
 
 
 def test_a_run_goes_on_with_another_number_of_processes(launched: Path) -> None:
@@ -204,6 +220,10 @@ def test_a_step_that_is_bad_in_one_process_is_left_out_in_all(launched: Path) ->
 def test_shards_are_counted_once_by_all_processes_together(launched: Path) -> None:
     [figures] = json.loads((launched / "shards.json").read_text()).values()
     assert figures["images"] == 10
+    assert [line["images"] for line in _lines(launched / "streamed", "validation")] == [10]
+    losses = [line["loss"] for line in _lines(launched / "streamed", "train")]
+    assert len(losses) == 5
+    assert all(0 < loss < 10 for loss in losses)
 
 
 def _metrics_grow(path: Path, lines: int, processes: list[subprocess.Popen[str]]) -> None:
@@ -306,3 +326,14 @@ def test_a_run_under_torchrun_ends_with_its_lost_process_and_resumes(place: Path
     assert _last_state(place / "restarted")["place"]["step"] >= 2
     worker.run(_options(place, "restarted", **LONG | {"batch_size": BATCH}), resume=True)
     assert len(_lines(place / "restarted", "train")) == 40 * STEPS / 3
+
+
+def test_what_a_launcher_cannot_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    start_processes()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="the launcher's fsdp_version must be 2, got 1"):
+        start_processes()
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"started 2 processes, .* cannot join .*, got 1"):
+        start_processes()

@@ -445,7 +445,7 @@ def _warm_start(
     The scorers are small: their gradients are averaged over processes one by one.
     """
     task = WarmStartTask(student, teacher.to(accelerator.device)).train()
-    student.backbone.requires_grad_(False)
+    student.backbone.requires_grad_(False).eval()  # nothing of it learns, nothing of it is dropped
     learnt = list(student.scorers.parameters())
     optimizer = AdamW(learnt, lr=1e-3, weight_decay=config.weight_decay, fused=True)
     done = micro = 0

@@ -33,6 +33,9 @@ def start_processes(**options: Any) -> Accelerator:
     Raises:
         ValueError: if the launcher asks for what training does not do.
     """
+    version = os.environ.get("FSDP_VERSION", "1")
+    if launched_with_fsdp() and version != "2":
+        raise ValueError(f"the launcher's fsdp_version must be 2, got {version}")
     # Unless it is told that there is no device, accelerate takes launched processes for lone ones.
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
@@ -49,9 +52,6 @@ def start_processes(**options: Any) -> Accelerator:
         raise ValueError(
             f"the launcher must ask for DDP or FSDP, got {accelerator.distributed_type.value}"
         )
-    version = os.environ.get("FSDP_VERSION", "1")
-    if launched_with_fsdp() and version != "2":
-        raise ValueError(f"the launcher's fsdp_version must be 2, got {version}")
     return accelerator
 
 
