@@ -27,6 +27,7 @@ from dynamicvit.training.checkpoints import CHECKPOINTS, find_checkpoints
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.fit import BEST, CONFIG, METRICS, parameter_groups, train
 from tests.conftest import tiny_vit, write_images
+from tests.training.test_data import _write_shards, collected, shard_files  # noqa: F401
 from tests.training.worker import Stopped, not_finite_at, stopped_after
 
 
@@ -274,6 +275,24 @@ def test_a_run_may_go_on_with_another_global_batch(
         *((0, step) for step in (1, 2, 3)),
         *((1, step) for step in (3, 4)),
     ]
+
+
+@shard_files
+def test_a_run_on_shards_resumes_the_same(
+    options: dict[str, Any], images: Path, tmp_path: Path
+) -> None:
+    """With a loader process; in a later epoch, whose order is another one."""
+    _write_shards(images, tmp_path / "shards")
+    options |= {"data": "wds/tiny", "data_dir": str(tmp_path / "shards"), "workers": 1}
+    options |= {"checkpoint_steps": 2}
+    straight = options | {"output": str(tmp_path / "straight")}
+    train(TrainConfig(**straight))
+    with stopped_after(6), pytest.raises(Stopped):
+        train(TrainConfig(**options))
+    train(TrainConfig(**options), resume=True)
+    _same_weights(options["output"], straight["output"])
+    losses = [line["loss"] for line in _lines(options["output"]) if line["kind"] == "train"]
+    assert len(set(losses)) == 8
 
 
 def test_resume_of_a_finished_run_evaluates_it(options: dict[str, Any]) -> None:
