@@ -5,10 +5,9 @@ import os
 import random
 import re
 import shutil
-import statistics
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from safetensors.torch import load_file
 
 import dynamicvit
 import dynamicvit.core.backbone as backbone
-import dynamicvit.training.data as data
+import dynamicvit.training.fit as fit
 from dynamicvit.core.backbone import UnsupportedBackbone
 from dynamicvit.core.folder import save_folder
 from dynamicvit.core.model import SparseViT, sparsify
@@ -244,21 +243,28 @@ def test_recomputed_activations_give_the_same_weights(
 def test_waiting_for_images_is_told(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(TrainConfig(**options))
-    get = data._Images.__getitem__
+    train(TrainConfig(**options | {"epochs": 1}))
+    shares = [line["data_wait"] for line in _lines(options["output"]) if line["kind"] == "train"]
+    assert all(0 < share < 1 for share in shares)
 
-    def slow(images: data._Images, index: int) -> tuple[Any, int]:
-        time.sleep(0.05)
-        return get(images, index)
+    now = 0.0
+    monkeypatch.setattr(fit.time, "perf_counter", lambda: now)
 
-    monkeypatch.setattr(data._Images, "__getitem__", slow)
-    train(TrainConfig(**options | {"output": options["output"] + "_2"}))
-    quick, waiting = (
-        statistics.median(line["data_wait"] for line in _lines(output) if line["kind"] == "train")
-        for output in (options["output"], options["output"] + "_2")
-    )
-    assert 0 < quick < waiting < 1
-    assert waiting > 0.5
+    def batches() -> Iterator[int]:
+        nonlocal now
+        while True:
+            now += 3.0
+            yield 0
+
+    clock, source = fit._Clock(), batches()
+    for _ in range(2):
+        steps = clock.waiting(source)
+        for _ in range(2):  # accumulated
+            next(steps)
+            now += 1.0
+    assert clock.read(batch=8) == {"images_per_second": 1.0, "data_wait": 0.75}
+    now += 5.0
+    assert clock.read(batch=8) == {"images_per_second": 0.0, "data_wait": 0.0}
 
 
 def test_a_run_may_go_on_with_another_global_batch(
