@@ -114,7 +114,14 @@ class ReferenceViT(SparseViT):
         for block in self.backbone.blocks:
             block.attn = MaskedAttention(block.attn)
 
-    def masked(self, images: Tensor, decisions: Sequence[Tensor] | None = None) -> SparseOutput:
+    def masked(
+        self,
+        images: Tensor,
+        decisions: Sequence[Tensor] | None = None,
+        *,
+        noise: Sequence[Tensor] | None = None,
+        temperature: float = 1.0,
+    ) -> SparseOutput:
         """As `SparseViT.masked` in `train()`: decisions are drawn, whatever is given."""
         model = self.backbone
         prefix = model.num_prefix_tokens
@@ -126,7 +133,8 @@ class ReferenceViT(SparseViT):
         for index, block in enumerate(model.blocks):
             if index in self.schedule.blocks:
                 score = self.scorers[len(keeps)](x[:, prefix:], keep)
-                keep = keep * sample_keep(score)
+                draws = None if noise is None else noise[len(keeps)]
+                keep = keep * sample_keep(score, draws, temperature)
                 matrix = keep_matrix(keep, prefix)
                 keeps.append(keep)
                 scores.append(score)

@@ -58,6 +58,7 @@ def randomise(model: torch.nn.Module) -> None:
 
 @pytest.fixture(autouse=True)
 def _repeatable_numbers() -> Iterator[None]:
+    torch.set_flush_denormal(False)  # training sets it
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
@@ -104,4 +105,5 @@ def options(images: Path, dense_folder: Path, tmp_path: Path) -> dict[str, Any]:
         "warmup_epochs": 1,
         "freeze_epochs": 0,
         "log_steps": 1,
+        "trackers": [],
     }

@@ -96,7 +96,7 @@ def test_quickstart_never_removes_what_it_did_not_write(
         (images / "sparse_run" / file).unlink()
     with pytest.raises(ValueError, match="output has a sparse_run that no quickstart wrote"):
         quickstart(str(images), str(images), str(dense_folder), batch_size=4)
-    assert (images / "sparse_run" / "last.pt").exists()
+    assert (images / "sparse_run" / "checkpoints").exists()
 
 
 def test_quickstart_refuses_bad_options_before_it_writes(tmp_path: Path) -> None:

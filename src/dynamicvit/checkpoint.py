@@ -136,6 +136,17 @@ def load_strictly(
     name: Callable[[str], str] = str,
 ) -> None:
     """Load weights, or raise ValueError listing every key that does not match, named by `name`."""
+    check_weights(model, tensors, source, name)
+    model.load_state_dict(tensors)
+
+
+def check_weights(
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    source: str,
+    name: Callable[[str], str] = str,
+) -> None:
+    """Raise ValueError listing every key of `tensors` that does not match the model's."""
     expected = model.state_dict()
     problems = [f"missing {name(key)}" for key in expected if key not in tensors]
     problems += [f"unexpected {name(key)}" for key in tensors if key not in expected]
@@ -146,7 +157,6 @@ def load_strictly(
     ]
     if problems:
         raise ValueError(f"{source} does not fit the model: " + "; ".join(problems))
-    model.load_state_dict(tensors)
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -187,6 +187,7 @@ RECIPE: dict[str, Any] = {
     "label_smoothing": 0.0,
     "clip_grad": 1.0,
     "ema": None,
+    "trackers": [],
     "start_at_ratio": True,
     "warm_start": 60,
 }

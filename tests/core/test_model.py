@@ -433,3 +433,46 @@ def test_aligned_models_cost_what_was_asked() -> None:
     assert sparse.schedule.counts(196) == (143, 95, 63)
     asked = count_gmacs(sparsify(dense, keep_ratio=0.7), (3, 224, 224))
     assert count_gmacs(sparse, (3, 224, 224)) == pytest.approx(asked, rel=0.02)
+
+
+def test_given_noise_decides_what_is_sampled() -> None:
+    sparse = sparsify(DENSE, keep_ratio=0.7).train()
+    noise, images = [torch.rand(2, 16) for _ in range(3)], _images()
+    one, two = (sparse.masked(images, noise=noise) for _ in range(2))
+    for stage in range(3):
+        assert torch.equal(one.keep[stage], two.keep[stage])
+        drawn = (one.scores[stage] + torch.logit(noise[stage]) > 0).float()
+        before = one.keep[stage - 1] if stage else torch.ones(2, 16)
+        assert torch.equal(one.keep[stage].detach(), before * drawn)
+    sparse.eval()
+    assert torch.equal(sparse.masked(images, noise=noise).logits, sparse.masked(images).logits)
+
+
+def test_temperature_changes_gradients_not_decisions() -> None:
+    sparse = sparsify(DENSE, keep_ratio=0.7).train()
+    noise, images = [torch.rand(2, 16) for _ in range(3)], _images()
+    gradients = []
+    for temperature in (1.0, 0.5):
+        sparse.zero_grad()
+        output = sparse.masked(images, noise=noise, temperature=temperature)
+        output.keep[0].sum().backward()
+        gradients.append((output.keep[0].detach(), next(sparse.scorers.parameters()).grad))
+    assert torch.equal(gradients[0][0], gradients[1][0])
+    assert not torch.equal(cast(Any, gradients[0][1]), cast(Any, gradients[1][1]))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"noise": [GOOD] * 2}, ValueError, "noise must be one a stage, 3, got 2"),
+        ({"noise": GOOD}, TypeError, "noise must be a list of 3 tensors, got Tensor"),
+        ({"noise": [GOOD, GOOD, GOOD[:1]]}, ValueError, r"noise\[2\] must have shape .*\[1, 16\]"),
+        ({"temperature": 0.0}, ValueError, r"temperature must be above 0, got 0\.0"),
+        ({"temperature": float("nan")}, ValueError, "temperature must be above 0, got nan"),
+    ],
+)
+def test_bad_sampling_options_are_refused(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        sparsify(DENSE, keep_ratio=0.7).train().masked(_images(), **options)

@@ -70,7 +70,7 @@ def test_sampled_decisions_are_hard_and_their_gradient_is_soft(
 ) -> None:
     scores = (2 * torch.randn(4, 50)).to(dtype).requires_grad_()
     uniform = torch.rand(4, 50)
-    decisions = sample_keep(scores, tau, uniform)
+    decisions = sample_keep(scores, uniform, tau)
     assert decisions.dtype == torch.float32
     assert set(decisions.unique().tolist()) == {0.0, 1.0}
 
@@ -93,18 +93,18 @@ def test_a_higher_score_never_turns_keep_into_drop(seed: int, raise_by: float) -
     generator = _generator(seed)
     scores = 3 * torch.randn(1, 40, generator=generator)
     uniform = torch.rand(1, 40, generator=generator)
-    lower = sample_keep(scores, uniform_BN=uniform)
-    higher = sample_keep(scores + raise_by, uniform_BN=uniform)
+    lower = sample_keep(scores, noise_BN=uniform)
+    higher = sample_keep(scores + raise_by, noise_BN=uniform)
     assert (higher >= lower).all()
     # and enough of a raise keeps everything, whatever the noise
-    assert sample_keep(scores + 40.0, uniform_BN=uniform).all()
+    assert sample_keep(scores + 40.0, noise_BN=uniform).all()
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1.0])
 @pytest.mark.parametrize("score", [-30.0, 0.0, 30.0])
 def test_extreme_noise_is_bounded(uniform: float, score: float) -> None:
     scores = torch.full((1, 3), score, requires_grad=True)
-    decisions = sample_keep(scores, uniform_BN=torch.full((1, 3), uniform))
+    decisions = sample_keep(scores, noise_BN=torch.full((1, 3), uniform))
     decisions.sum().backward()
     # a sure score outweighs any noise; between even odds the noise decides
     assert decisions.tolist() == [[float(score > 0 or (score == 0 and uniform == 1.0))] * 3]
@@ -122,7 +122,7 @@ def test_sampling_is_the_gumbel_softmax_over_keep_and_drop(score: float, tau: fl
     tolerance = 6 * (2 * 0.25 / draws) ** 0.5
 
     scores = torch.full((1, draws), score, requires_grad=True)
-    ours = sample_keep(scores, tau)
+    ours = sample_keep(scores, temperature=tau)
     ours.sum().backward()
     assert ours.mean().item() == pytest.approx(probability, abs=tolerance)
 

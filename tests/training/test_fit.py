@@ -2,33 +2,55 @@ from __future__ import annotations
 
 import json
 import os
-import signal
+import random
+import re
+import shutil
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 import dynamicvit
+import dynamicvit.core.backbone as backbone
 import dynamicvit.training.fit as fit
 from dynamicvit.core.backbone import UnsupportedBackbone
 from dynamicvit.core.folder import save_folder
 from dynamicvit.core.model import SparseViT, sparsify
+from dynamicvit.training.checkpoints import CHECKPOINTS, find_checkpoints
 from dynamicvit.training.config import TrainConfig
-from dynamicvit.training.fit import BEST, CONFIG, LAST, METRICS, parameter_groups, train
-from tests.conftest import tiny_vit
+from dynamicvit.training.fit import BEST, CONFIG, METRICS, parameter_groups, train
+from tests.conftest import tiny_vit, write_images
+from tests.training.test_data import _write_shards, collected, shard_files  # noqa: F401
+from tests.training.worker import Stopped, not_finite_at, stopped_after
 
 
 def _lines(output: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(output) / METRICS).read_text().splitlines()]
 
 
+def _last(output: str | Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(find_checkpoints(Path(output))[-1], weights_only=True)
+    return state
+
+
+def _same_weights(output: str | Path, other: str | Path) -> None:
+    """Both runs ended at the same place with the same bits."""
+    ours, theirs = _last(output), _last(other)
+    assert ours["place"]["epoch"] == theirs["place"]["epoch"]
+    for part in ("student", "ema"):
+        assert (ours[part] is None) == (theirs[part] is None)
+        for name, value in (theirs[part] or {}).items():
+            assert torch.equal(ours[part][name], value), (part, name)
+
+
 def test_a_run_writes_model_metrics_config_and_checkpoint(options: dict[str, Any]) -> None:
-    evaluation = train(TrainConfig(**options, tensorboard=True))
+    evaluation = train(TrainConfig(**options))
     output = Path(options["output"])
     lines = _lines(options["output"])
     assert [line["kind"] for line in lines] == (["train"] * 4 + ["validation"]) * 2
@@ -40,20 +62,8 @@ def test_a_run_writes_model_metrics_config_and_checkpoint(options: dict[str, Any
     model = dynamicvit.load(output / BEST)
     assert isinstance(model, SparseViT)
     assert model.pretrained_cfg["label_names"] == ["bright", "dark"]
-    assert TrainConfig(**yaml.safe_load((output / CONFIG).read_text())) == TrainConfig(
-        **options, tensorboard=True
-    )
-    assert list(output.glob("events.out.tfevents.*"))
+    assert TrainConfig(**yaml.safe_load((output / CONFIG).read_text())) == TrainConfig(**options)
     assert not list(output.glob(".*")), "temporary files were left"
-
-
-def test_tensorboard_is_asked_for_before_training(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match=r"pip install 'dynamicvit\[tensorboard\]'"):
-        train(TrainConfig(**options, tensorboard=True))
-    assert not Path(options["output"]).exists()
 
 
 def test_dense_training_learns_and_gets_the_data_s_head(options: dict[str, Any]) -> None:
@@ -99,73 +109,196 @@ def test_parameter_groups_have_two_speeds_and_spare_norms_and_biases() -> None:
         assert (id(parameter) not in decayed) == spared, name
 
 
-def test_a_run_resumes_after_sigkill_as_if_never_stopped(
+def test_a_run_killed_ten_times_is_the_run_never_stopped(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Killed in the middle of an epoch, it goes on from the last checkpoint to the same weights."""
-    options |= {"epochs": 3, "checkpoint_steps": 3, "random_erasing": 0.5}
+    """With all that draws; killed in the middle of epochs, and of writing checkpoints."""
+    options |= {
+        "data": str(write_images(tmp_path / "more", {"train": 16, "val": 4})),
+        "epochs": 4,
+        "checkpoint_steps": 3,
+        "random_erasing": 0.5,
+        "drop_path": 0.1,
+        "accumulate": 2,
+        "batch_size": 2,
+        "lr": 1.0,
+        "ema": 0.9,
+    }
+    steps = 4 * 8
     straight = options | {"output": str(tmp_path / "straight")}
     train(TrainConfig(**straight))
-
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(options))
-    command = [sys.executable, "-m", "dynamicvit.cli", "train", "--config", str(config)]
+    kills = sorted(random.Random(0).sample(range(1, steps - 3), 10))
+    file = tmp_path / "killed.json"
+    file.write_text(json.dumps([{"options": options, "kills": kills}]))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment)
-    metrics = Path(options["output"]) / METRICS
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 4):
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert (Path(options["output"]) / LAST).exists()
-    with metrics.open("a") as file:
-        file.write('{"kind": "tra')  # as a kill in the middle of a line leaves it
-
-    train(TrainConfig(**options), resume=True)
-    ours, theirs = (
-        torch.load(Path(run["output"]) / LAST, weights_only=True) for run in (options, straight)
+    subprocess.run(
+        [sys.executable, "-m", "tests.training.worker", str(file)], env=environment, check=True
     )
-    assert ours["epoch"] == 3
-    for part in ("student", "ema"):
-        for name, value in theirs[part].items():
-            assert torch.equal(ours[part][name], value), (part, name)
-    pairs = zip(_lines(options["output"]), _lines(straight["output"]), strict=True)
-    for line, expected in pairs:
+    _same_weights(options["output"], straight["output"])
+    for line, expected in zip(_lines(options["output"]), _lines(straight["output"]), strict=True):
         assert line["step"] == expected["step"]
-        if line["kind"] == "train":
-            assert line["loss"] == expected["loss"]
+        for name in ("loss", "kept", "grad_norm", "lr", "temperature"):
+            assert line.get(name) == expected.get(name), (line["step"], name)
+    assert not list(Path(options["output"]).rglob(".*")), "the killed left files"
 
 
 @pytest.mark.parametrize("stop", [2, 4, 6])
 def test_a_run_resumes_the_same_at_any_step(
-    options: dict[str, Any], stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], stop: int, tmp_path: Path
 ) -> None:
     """Also where the backbone's frozen epochs end, after step 4."""
     options |= {"epochs": 3, "freeze_epochs": 1, "checkpoint_steps": 2, "lr": 50.0, "workers": 0}
     train(TrainConfig(**options | {"output": str(tmp_path / "straight")}))
 
-    def stop_after(run: Any) -> None:
-        save(run)
-        if run.total_step == stop:
-            raise KeyboardInterrupt
-
-    save = fit._save
-    monkeypatch.setattr(fit, "_save", stop_after)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_after(stop), pytest.raises(Stopped):
         train(TrainConfig(**options))
-    monkeypatch.undo()
     train(TrainConfig(**options), resume=True)
-    ours, theirs = (
-        torch.load(folder / LAST, weights_only=True)["student"]
-        for folder in (Path(options["output"]), tmp_path / "straight")
-    )
-    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    _same_weights(options["output"], tmp_path / "straight")
     rates = [line["lr"] for line in _lines(options["output"]) if line["kind"] == "train"]
     assert [rate["backbone"] > 0 for rate in rates] == [False] * 4 + [True] * 8
     assert rates[5]["backbone"] == pytest.approx(0.01 * rates[5]["scorers"])
+
+
+def test_bad_steps_are_left_out_and_too_many_end_the_run(
+    options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options |= {"max_skipped": 3, "checkpoint_steps": 1}
+    with not_finite_at([1, 2, 4], rank=0):
+        train(TrainConfig(**options))
+    assert "not being finite: 3" in capsys.readouterr().out
+    lines = [line for line in _lines(options["output"]) if line["kind"] == "train"]
+    assert [line["skipped"] for line in lines] == [0, 1, 2, 2, 3, 3, 3, 3]
+    assert [line["loss"] is None for line in lines] == [c in (1, 2, 4) for c in range(8)]
+    assert [line["grad_norm"] is None for line in lines] == [c in (1, 2, 4) for c in range(8)]
+
+    options["output"] += "_2"
+    path = Path(options["output"]) / "bad_batch_0.safetensors"
+    message = rf"3 steps in a row .* up to step 6; the last batch is in {path};"
+    with not_finite_at([1, 3, 4, 5, 6], rank=0), pytest.raises(ValueError, match=message):
+        train(TrainConfig(**options))
+    batch = load_file(path)
+    assert batch["images"].shape == (4, 3, 32, 32)
+    assert batch["targets"].shape == (4, 2)
+    assert batch["step"].item() == 6
+    weights = _last(options["output"])["student"].values()
+    assert all(value.isfinite().all() for value in weights)
+
+
+def test_a_skipped_step_changes_nothing(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bad first step leaves weights, average and optimizer as they were, on resume too."""
+    options |= {"checkpoint_steps": 1, "epochs": 1}
+    with not_finite_at([0], rank=0), stopped_after(1), pytest.raises(Stopped):
+        train(TrainConfig(**options))
+    state = _last(options["output"])
+    assert state["optimizer"] is None
+    assert state["place"]["skipped"] == 1
+    dense = dynamicvit.load(options["model"]).state_dict()
+    for part in ("student", "ema"):
+        for name, value in dense.items():
+            assert torch.equal(state[part][f"backbone.{name}"], value)
+    train(TrainConfig(**options), resume=True)
+    assert [line["skipped"] for line in _lines(options["output"])[:4]] == [1] * 4
+
+
+def test_temperature_falls_to_its_last_value(options: dict[str, Any]) -> None:
+    train(TrainConfig(**options, temperature=0.25))
+    seen = [line["temperature"] for line in _lines(options["output"]) if line["kind"] == "train"]
+    assert seen == pytest.approx([0.25 ** (step / 8) for step in range(1, 9)])
+    train(TrainConfig(**options | {"output": options["output"] + "_2"}))
+    losses = [
+        [line["loss"] for line in _lines(output) if line["kind"] == "train"]
+        for output in (options["output"], options["output"] + "_2")
+    ]
+    assert losses[0][0] == losses[1][0], "both start at 1"
+    assert losses[0][-1] != losses[1][-1]
+
+
+def test_recomputed_activations_give_the_same_weights(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    checkpoint_block = backbone.checkpoint_block
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return checkpoint_block(*args, **kwargs)
+
+    monkeypatch.setattr(backbone, "checkpoint_block", counted)
+    options |= {"epochs": 1, "drop_path": 0.5}
+    train(TrainConfig(**options))
+    assert not calls
+    train(
+        TrainConfig(**options | {"output": options["output"] + "_2"}, checkpoint_activations=True)
+    )
+    assert len(calls) == 4 * 4, (
+        "in each step, each of the student's blocks, and none of the teacher"
+    )
+    ours, theirs = (_last(options["output"] + end)["student"] for end in ("_2", ""))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, atol=1e-6, rtol=1e-4)
+
+
+def test_waiting_for_images_is_told(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(TrainConfig(**options | {"epochs": 1}))
+    shares = [line["data_wait"] for line in _lines(options["output"]) if line["kind"] == "train"]
+    assert all(0 < share < 1 for share in shares)
+
+    now = 0.0
+    monkeypatch.setattr(fit.time, "perf_counter", lambda: now)
+
+    def batches() -> Iterator[int]:
+        nonlocal now
+        while True:
+            now += 3.0
+            yield 0
+
+    clock, source = fit._Clock(), batches()
+    for _ in range(2):
+        steps = clock.waiting(source)
+        for _ in range(2):  # accumulated
+            next(steps)
+            now += 1.0
+    assert clock.read(batch=8) == {"images_per_second": 1.0, "data_wait": 0.75}
+    now += 5.0
+    assert clock.read(batch=8) == {"images_per_second": 0.0, "data_wait": 0.0}
+
+
+def test_a_run_may_go_on_with_another_global_batch(
+    options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options |= {"checkpoint_steps": 3}
+    with stopped_after(3), pytest.raises(Stopped):
+        train(TrainConfig(**options))
+    train(TrainConfig(**options | {"batch_size": 6}), resume=True)
+    assert "the global batch was 4 images, now it is 6" in capsys.readouterr().out
+    lines = [line for line in _lines(options["output"]) if line["kind"] == "train"]
+    # After 12 of 16 images of the first epoch no batch of 6 is left.
+    assert [(line["epoch"], line["step"]) for line in lines] == [
+        *((0, step) for step in (1, 2, 3)),
+        *((1, step) for step in (3, 4)),
+    ]
+
+
+@shard_files
+def test_a_run_on_shards_resumes_the_same(
+    options: dict[str, Any], images: Path, tmp_path: Path
+) -> None:
+    """With a loader process; in a later epoch, whose order is another one."""
+    _write_shards(images, tmp_path / "shards")
+    options |= {"data": "wds/tiny", "data_dir": str(tmp_path / "shards"), "workers": 1}
+    options |= {"checkpoint_steps": 2}
+    straight = options | {"output": str(tmp_path / "straight")}
+    train(TrainConfig(**straight))
+    with stopped_after(6), pytest.raises(Stopped):
+        train(TrainConfig(**options))
+    train(TrainConfig(**options), resume=True)
+    _same_weights(options["output"], straight["output"])
+    losses = [line["loss"] for line in _lines(options["output"]) if line["kind"] == "train"]
+    assert len(set(losses)) == 8
 
 
 def test_resume_of_a_finished_run_evaluates_it(options: dict[str, Any]) -> None:
@@ -178,6 +311,12 @@ def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
 
 
+def _flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def _foreign(path: Path) -> None:
     torch.save({"model": {}}, path)
 
@@ -186,26 +325,61 @@ def _payload(path: Path) -> None:
     torch.save({"format": os.system}, path)
 
 
-def _other_weights(path: Path) -> None:
+DAMAGES = [
+    (_truncate, r"epoch-0002-image-0000000000\.pt is damaged or not a checkpoint"),
+    (_flip_a_bit, r"epoch-0002-image-0000000000\.pt is damaged: the checksum of .* is wrong"),
+    (_foreign, r"\.pt is not a dynamicvit training checkpoint 2"),
+    (_payload, r"\.pt is damaged or not a checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    options: dict[str, Any],
+    damage: Any,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    first = train(TrainConfig(**options))
+    before, last = find_checkpoints(Path(options["output"]))
+    shutil.copytree(options["output"], tmp_path / "whole")
+    damage(last)
+    again = train(TrainConfig(**options), resume=True)
+    warning = capsys.readouterr().err
+    assert re.search(f"warning: .*{message}.*going on from {before}", warning), warning
+    assert (first.top1, first.loss) == (again.top1, again.loss)
+    _same_weights(options["output"], tmp_path / "whole")
+
+
+def test_without_a_whole_checkpoint_there_is_nothing_to_go_on_from(
+    options: dict[str, Any],
+) -> None:
+    train(TrainConfig(**options))
+    for path in find_checkpoints(Path(options["output"])):
+        _truncate(path)
+    with pytest.raises(ValueError, match=r"no checkpoint of .* is whole: .*0002.*; .*0001.*"):
+        train(TrainConfig(**options), resume=True)
+
+
+def test_a_checkpoint_of_another_model_is_refused(options: dict[str, Any]) -> None:
+    train(TrainConfig(**options | {"epochs": 1}))
+    [path] = find_checkpoints(Path(options["output"]))
     state = torch.load(path, weights_only=True)
     state["student"].pop("backbone.cls_token")
     torch.save(state, path)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (_truncate, r"last\.pt is damaged or not a checkpoint"),
-        (_foreign, r"last\.pt is not a dynamicvit training checkpoint 1"),
-        (_payload, r"last\.pt is damaged or not a checkpoint"),
-        (_other_weights, r"last\.pt does not fit the model: missing backbone\.cls_token"),
-    ],
-)
-def test_a_bad_checkpoint_is_refused(options: dict[str, Any], damage: Any, message: str) -> None:
-    train(TrainConfig(**options | {"epochs": 1}))
-    damage(Path(options["output"]) / LAST)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"does not fit the model: missing backbone\.cls_token"):
         train(TrainConfig(**options), resume=True)
+
+
+def test_as_many_checkpoints_stay_as_asked_for(options: dict[str, Any]) -> None:
+    train(TrainConfig(**options, keep_checkpoints=3, checkpoint_steps=1))
+    places = [(state.name) for state in sorted((Path(options["output"]) / CHECKPOINTS).iterdir())]
+    assert places == [
+        "epoch-0001-image-0000000008.pt",
+        "epoch-0001-image-0000000012.pt",
+        "epoch-0002-image-0000000000.pt",
+    ]
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_as_another(options: dict[str, Any]) -> None:
@@ -225,6 +399,10 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another(options: dict[str, 
         ({"blocks": [1], "ratios": [0.5, 0.4]}, "must have the same length"),
         ({"epochs": 0}, "epochs must be 1 or more, got 0"),
         ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
+        ({"accumulate": 0}, "accumulate must be 1 or more, got 0"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints must be 1 or more, got 0"),
+        ({"max_skipped": 0}, "max_skipped must be 1 or more, got 0"),
+        ({"temperature": 0.0}, r"temperature must be above 0, got 0\.0"),
         ({"lr": -1.0}, r"lr must be 0 or more, got -1\.0"),
         ({"weight_decay": float("nan")}, "weight_decay must be 0 or more, got nan"),
         ({"ema": 1.0}, r"ema must lie in \[0, 1\), got 1\.0"),
@@ -243,6 +421,7 @@ def test_a_config_that_makes_no_sense_is_refused(changes: dict[str, Any], messag
     ("changes", "message"),
     [
         ({"batch_size": 64}, "batch_size must not exceed the training split's 16 images, got 64"),
+        ({"accumulate": 5}, "the training split's 16 images, got 4 × 5 in a step"),
         ({"batch_size": 3}, "batch_size must be even for Mixup, got 3"),
         ({"model": "resnet18", "pretrained": False}, "ResNet is not supported"),
         ({"model": "no_such_model"}, "model must be a folder, a hub id or a timm name"),

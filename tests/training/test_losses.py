@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from dynamicvit.training.losses import (
     LossWeights,
     cross_entropy,
     distillation_loss,
+    kept_count,
     logit_kl,
     ratio_loss,
+    token_kl,
     token_mse,
 )
 
@@ -98,6 +101,22 @@ def test_token_loss_only_selects_with_the_mask() -> None:
     assert (tokens.grad[0, 0] != 0).all()
     assert (tokens.grad[0, 1] == 0).all()
     assert token_mse(tokens, torch.zeros(1, 2, 4), torch.zeros(1, 2)).item() == 0.0
+
+
+@pytest.mark.parametrize("token_loss", [token_mse, token_kl])
+@given(SEEDS, st.integers(1, 5))
+def test_the_mean_of_shared_token_losses_is_that_of_the_whole_batch(
+    token_loss: Any, seed: int, shares: int
+) -> None:
+    """With the mean count of kept tokens, whatever the shares keep, nothing included."""
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = torch.randn(2, 5, 6, 4, generator=generator)
+    keep = (torch.rand(5, 6, generator=generator) > 0.8).float()
+    parts = [part.tensor_split(shares) for part in (student, teacher, keep)]
+    count = torch.stack([kept_count(part) for part in parts[2]]).mean()
+    losses = [token_loss(*part, count) for part in zip(*parts, strict=True)]
+    whole = token_loss(student, teacher, keep)
+    torch.testing.assert_close(torch.stack(losses).mean(), whole, atol=1e-6, rtol=1e-5)
 
 
 def test_the_objective_is_the_weighted_sum_of_its_parts() -> None:

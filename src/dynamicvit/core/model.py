@@ -143,7 +143,14 @@ class SparseViT(nn.Module):
         keep = tuple(keep_mask(index, num_tokens) for _, _, index in stages)
         return SparseOutput(self.forward_head(x), tokens, keep, scores)
 
-    def masked(self, images: Tensor, decisions: Sequence[Tensor] | None = None) -> SparseOutput:
+    def masked(
+        self,
+        images: Tensor,
+        decisions: Sequence[Tensor] | None = None,
+        *,
+        noise: Sequence[Tensor] | None = None,
+        temperature: float = 1.0,
+    ) -> SparseOutput:
         """Classify with every token present and dropped ones blocked inside attention.
 
         This is the differentiable path that training uses. Decisions are drawn from the scorers:
@@ -155,11 +162,16 @@ class SparseViT(nn.Module):
             decisions: raw keep decisions to use instead, one [B, N] tensor a stage, with values in
                 [0, 1], which is not checked (it would wait for the GPU); stage s keeps the product
                 of the first s + 1.
+            noise: uniform draws in [0, 1) for the sampling, in place of fresh ones: one [B, N]
+                tensor a stage. In `eval()`, where nothing is sampled, they change nothing.
+            temperature: of the sampling's relaxation, > 0: low ones have sharper gradients.
 
         Raises:
-            TypeError, ValueError: as for `forward`, and for decisions of the wrong number or shape;
-                and for float16, in which the attention bias loses its gradient.
+            TypeError, ValueError: as for `forward`, and for decisions or noise of the wrong number
+                or shape; and for float16, in which the attention bias loses its gradient.
         """
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {temperature}")
         model = self.backbone
         adapter.check_images(model, images)
         x, rope = adapter.embed(model, images)
@@ -167,7 +179,9 @@ class SparseViT(nn.Module):
         num_prefix = model.num_prefix_tokens
         num_tokens = x.shape[1] - num_prefix
         if decisions is not None:
-            decisions = self._check_decisions(decisions, len(x), num_tokens)
+            decisions = self._check_stages("decisions", decisions, len(x), num_tokens)
+        if noise is not None:
+            noise = self._check_stages("noise", noise, len(x), num_tokens)
         keep = x.new_ones(len(x), num_tokens, dtype=torch.float32)
         bias: Tensor | None = None
         save = self.kept_gradients and not (
@@ -182,8 +196,11 @@ class SparseViT(nn.Module):
                 score = self.scorers[stage](x[:, num_prefix:], keep)
                 if decisions is not None:
                     decision = decisions[stage].float()
+                elif self.training:
+                    draws = None if noise is None else noise[stage]
+                    decision = sample_keep(score, draws, temperature)
                 else:
-                    decision = sample_keep(score) if self.training else threshold_keep(score)
+                    decision = threshold_keep(score)
                 keep = keep * decision
                 bias = attention_bias(keep, num_prefix).to(x.dtype)
                 keeps.append(keep)
@@ -227,27 +244,25 @@ class SparseViT(nn.Module):
             x = adapter.run_block(model, index, x, rope)
         return model.norm(x), stages, num_tokens
 
-    def _check_decisions(
-        self, decisions: Sequence[Tensor], batch: int, num_tokens: int
+    def _check_stages(
+        self, name: str, values: Sequence[Tensor], batch: int, num_tokens: int
     ) -> Sequence[Tensor]:
         stages = len(self.schedule.blocks)
-        if isinstance(decisions, Tensor) or not isinstance(decisions, Sequence):
+        if isinstance(values, Tensor) or not isinstance(values, Sequence):
             raise TypeError(
-                f"decisions must be a list of {stages} tensors, got {type(decisions).__name__}"
+                f"{name} must be a list of {stages} tensors, got {type(values).__name__}"
             )
-        if len(decisions) != stages:
-            raise ValueError(f"decisions must be one a stage, {stages}, got {len(decisions)}")
-        for stage, decision in enumerate(decisions):
-            if not isinstance(decision, Tensor):
-                raise TypeError(
-                    f"decisions[{stage}] must be a tensor, got {type(decision).__name__}"
-                )
-            if tuple(decision.shape) != (batch, num_tokens):
+        if len(values) != stages:
+            raise ValueError(f"{name} must be one a stage, {stages}, got {len(values)}")
+        for stage, value in enumerate(values):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}[{stage}] must be a tensor, got {type(value).__name__}")
+            if tuple(value.shape) != (batch, num_tokens):
                 raise ValueError(
-                    f"decisions[{stage}] must have shape [B, N] = [{batch}, {num_tokens}], "
-                    f"got {list(decision.shape)}"
+                    f"{name}[{stage}] must have shape [B, N] = [{batch}, {num_tokens}], "
+                    f"got {list(value.shape)}"
                 )
-        return decisions
+        return values
 
     # From files, and to files.
 

@@ -47,26 +47,29 @@ def keep_mask(index_BK: Tensor, num_tokens: int, dtype: torch.dtype = torch.floa
     return mask.scatter(1, index_BK, 1.0)
 
 
-def sample_keep(scores_BN: Tensor, tau: float = 1.0, uniform_BN: Tensor | None = None) -> Tensor:
+def sample_keep(
+    scores_BN: Tensor, noise_BN: Tensor | None = None, temperature: float = 1.0
+) -> Tensor:
     """Draw hard keep decisions whose gradient is that of the soft ones (straight-through).
 
-    This is the paper's hard Gumbel-softmax over (keep, drop), written with one number a token:
-    the difference of two Gumbel variables is logistic, so keep = sigmoid((score + noise) / tau).
+    This is the paper's hard Gumbel-softmax over (keep, drop), written with one number a token: the
+    difference of two Gumbel variables is logistic, so keep = sigmoid((score + noise) / temperature)
+    is made hard.
 
     Args:
         scores_BN: log-odds of keeping. Computed in float32 whatever the dtype.
-        tau: temperature of the relaxation, > 0.
-        uniform_BN: uniform noise in [0, 1) to use in place of fresh random numbers.
+        noise_BN: uniform draws in [0, 1), which become the noise, in place of fresh ones.
+        temperature: of the relaxation, > 0.
 
     Returns:
         [B, N] float32 decisions, exactly 0 or 1.
     """
     scores = scores_BN.float()
-    uniform = torch.rand_like(scores) if uniform_BN is None else uniform_BN
+    uniform = torch.rand_like(scores) if noise_BN is None else noise_BN
     # rand can return exactly 0, whose logarithm would put an infinity, then a NaN, into training.
     uniform = uniform.clamp(1e-7, 1.0 - 1e-7)
     noise = uniform.log() - (-uniform).log1p()
-    return _straight_through((scores + noise) / tau)
+    return _straight_through((scores + noise) / temperature)
 
 
 def threshold_keep(scores_BN: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ class TrainConfig:
     Args:
         data: image folder with train and val sub-folders, or a timm data set name: torch/NAME
             (torchvision), hfds/NAME (Hugging Face), wds/NAME (WebDataset shards).
-        output: folder of the run: config.yaml, metrics.jsonl, last.pt (everything needed to go on)
-            and best/ (the model folder with the highest validation top-1).
+        output: folder of the run: config.yaml, metrics.jsonl, checkpoints/ (everything needed to
+            go on) and best/ (the model folder with the highest validation top-1).
         model: what to start from: a timm name, a model folder or a hub id. In sparse training it is
             also the teacher.
         model_kwargs: for a timm name, further arguments of timm.create_model.
@@ -45,14 +45,16 @@ class TrainConfig:
         cutmix: CutMix alpha; 0 for none.
         label_smoothing: share of the target spread over all classes.
         epochs: passes over the training split.
-        batch_size: images a step, in each process.
-        lr: learning rate of the scorers (dense training: of everything), for a batch of 1024 in all
-            processes together; scaled in proportion.
+        batch_size: images that each process computes on at once.
+        accumulate: such batches a step. The global batch, batch_size × processes × accumulate, is
+            what defines a run: divided in another way it is the same run.
+        lr: learning rate of the scorers (dense training: of everything), for a global batch of
+            1024; scaled in proportion.
         backbone_lr: learning rate of the backbone, as a multiple of that of the scorers, from
             warm-up to the end. Dense training ignores it.
         freeze_epochs: epochs for which only the scorers learn. Dense training ignores it.
         warmup_epochs: epochs over which learning rates rise from min_lr.
-        min_lr: learning rate at the start and at the end, for a batch of 1024 as lr.
+        min_lr: learning rate at the start and at the end, for a global batch of 1024.
         weight_decay: AdamW's; none on biases, norms, position embeddings and prefix tokens.
         clip_grad: greatest norm of the gradient; null for no limit.
         drop_path: stochastic depth of the student.
@@ -62,15 +64,26 @@ class TrainConfig:
         ratio_weight: weight of the keep-ratio loss (the paper's DeiT-B uses 5).
         logit_kl_weight: weight of the KL divergence from the teacher's logits.
         token_weight: weight of the distance to the teacher's kept tokens.
+        temperature: of the sampled keep decisions at the end of training; from 1 at the start it
+            falls (or rises) to it exponentially.
         start_at_ratio: begin with scorers that keep tokens at the schedule's ratio, not half of
             them. Not in the paper.
         warm_start: steps in which scorers first learn to keep what the teacher's class token
             attends to. Not in the paper; helps short training.
         precision: "no" for float32, or "bf16" for mixed bfloat16.
         compile: compile the training step with torch.compile.
-        checkpoint_steps: also write last.pt every so many steps; 0 for at each epoch's end alone.
+        checkpoint_activations: compute the student's activations a second time in the backward
+            pass, instead of keeping them: less memory, more time.
+        shard: divide weights, gradients and optimizer over the processes (FSDP2), where they do not
+            fit into each. A launcher's own FSDP setting asks for the same.
+        checkpoint_steps: also write a checkpoint every so many steps; 0 for at each epoch's end
+            alone.
+        keep_checkpoints: how many checkpoints stay, the last ones.
+        max_skipped: stop after so many steps in a row whose loss or gradient was not finite (each
+            is left out, and counted), with the last batch saved in the run's folder.
         log_steps: steps between lines of metrics.jsonl.
-        tensorboard: also write TensorBoard events (extra "tensorboard").
+        trackers: also log to these, by accelerate's names: tensorboard, wandb, mlflow, …; by
+            default to TensorBoard if it is installed (extra "tensorboard").
         seed: of data order, augmentation, sampling noise and new weights.
     """
 
@@ -101,6 +114,7 @@ class TrainConfig:
     label_smoothing: float = 0.1
     epochs: int = 30
     batch_size: int = 128
+    accumulate: int = 1
     lr: float = 1e-3
     backbone_lr: float = 0.01
     freeze_epochs: int = 5
@@ -114,13 +128,18 @@ class TrainConfig:
     ratio_weight: float = 2.0
     logit_kl_weight: float = 0.5
     token_weight: float = 0.5
+    temperature: float = 1.0
     start_at_ratio: bool = False
     warm_start: int = 0
     precision: str = "no"
     compile: bool = False
+    checkpoint_activations: bool = False
+    shard: bool = False
     checkpoint_steps: int = 0
+    keep_checkpoints: int = 2
+    max_skipped: int = 10
     log_steps: int = 20
-    tensorboard: bool = False
+    trackers: list[str] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -133,13 +152,15 @@ class TrainConfig:
             KeepSchedule(tuple(self.blocks), tuple(self.ratios))
         elif self.keep_ratio is not None:
             KeepSchedule.from_keep_ratio(self.keep_ratio, depth=12)
-        for name in ("epochs", "batch_size", "log_steps"):
+        for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         for name in _NOT_NEGATIVE:
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be 0 or more, got {value}")
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
         for name in ("hflip", "random_erasing", "label_smoothing", "crop_pct"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
@@ -158,6 +179,14 @@ class TrainConfig:
         return self.keep_ratio is not None or self.blocks is not None
 
 
+_AT_LEAST_ONE = (
+    "epochs",
+    "batch_size",
+    "accumulate",
+    "keep_checkpoints",
+    "max_skipped",
+    "log_steps",
+)
 _NOT_NEGATIVE = (
     *("workers", "lr", "backbone_lr", "freeze_epochs", "warmup_epochs", "min_lr", "weight_decay"),
     *("clip_grad", "mixup", "cutmix", "color_jitter", "cross_entropy_weight", "ratio_weight"),

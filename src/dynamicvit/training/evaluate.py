@@ -24,6 +24,7 @@ from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseViT
 from dynamicvit.files import write_text
 from dynamicvit.training.data import DataError, check_labels, create_image_loader, open_data
+from dynamicvit.training.processes import start_processes
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def evaluate(
     if not models:
         raise ValueError("models must name at least one model, got none")
     check_precision(precision)
-    accelerator = Accelerator(mixed_precision=precision)
+    accelerator = start_processes(mixed_precision=precision)
     results: dict[str, Any] = {}
     for name in models:
         model = load_model(name)

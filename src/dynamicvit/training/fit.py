@@ -1,10 +1,16 @@
-"""Training: setup → fit → validate, with checkpoints that resume."""
+"""Training: setup → fit → validate.
+
+Beside it: `places` (randomness), `processes` (many of them), `checkpoints`, `records`.
+"""
 
 from __future__ import annotations
 
-import json
+import copy
+import math
+import signal
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,10 +18,11 @@ import numpy as np
 import timm
 import torch
 import yaml
-from accelerate import Accelerator, skip_first_batches
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import save_file
 from timm.data import Mixup, resolve_input_data_config
 from timm.layers import DropPath
 from timm.optim import param_groups_weight_decay
@@ -25,12 +32,19 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
-from dynamicvit.checkpoint import load_model, load_strictly
+from dynamicvit.checkpoint import load_model
 from dynamicvit.core.backbone import Backbone, check_backbone
 from dynamicvit.core.folder import save_folder
 from dynamicvit.core.model import SparseViT, sparsify
 from dynamicvit.core.schedule import KeepSchedule
-from dynamicvit.files import read_checkpoint, write_checkpoint, write_text
+from dynamicvit.files import write_text
+from dynamicvit.training.checkpoints import (
+    find_checkpoints,
+    full_weights,
+    load_parts,
+    load_place,
+    save_checkpoint,
+)
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.data import (
     DataError,
@@ -47,69 +61,119 @@ from dynamicvit.training.evaluate import (
     evaluate_model,
 )
 from dynamicvit.training.losses import LossWeights
+from dynamicvit.training.places import (
+    Draws,
+    EpochOrder,
+    Feed,
+    Layout,
+    PlacedDropPath,
+    place_drop_paths,
+)
+from dynamicvit.training.processes import (
+    clip_gradients,
+    divide,
+    gradients_summed,
+    launched_with_fsdp,
+    lost_process_named,
+    mean_over_processes,
+    sigterm_noted,
+    start_processes,
+)
+from dynamicvit.training.records import METRICS, CollapseWatch, Records, check_trackers
 from dynamicvit.training.task import DenseTask, SparseTask, WarmStartTask
 
-LAST, BEST, METRICS, CONFIG = "last.pt", "best", "metrics.jsonl", "config.yaml"
+BEST, CONFIG, BAD_BATCH = "best", "config.yaml", "bad_batch"
+
+# What a resumed run may have otherwise than when it was saved.
+_FREE = (
+    *("data", "data_dir", "output", "epochs", "workers", "batch_size", "accumulate", "shard"),
+    *("checkpoint_activations", "checkpoint_steps", "keep_checkpoints", "max_skipped"),
+    *("log_steps", "trackers"),
+)
 
 
 @dataclass
 class _Run:
-    """What a training loop holds; `epoch` and `step` (in the epoch) are where it goes on."""
+    """What a training loop holds; `epoch` and `seen` (images of it) are where it goes on."""
 
     config: TrainConfig
     accelerator: Accelerator
     student: nn.Module
     teacher: Backbone | None
-    task: nn.Module
+    task: nn.Module  # as it is called: inside DDP, or sharded
+    whole: nn.Module | None  # a copy of a sharded student, to be evaluated and saved
     ema: ModelEmaV3 | None
-    optimizer: Any
+    optimizer: AdamW
     scheduler: CosineLRScheduler
-    train_loader: DataLoader
+    feed: Feed
     val_loader: DataLoader
     mixup: Mixup | None
-    class_names: list[str] | None
-    train_data: ImageData
+    drop_paths: list[PlacedDropPath]
+    records: Records
+    watch: CollapseWatch
+    steps: int  # in an epoch
     epoch: int = 0
-    step: int = 0
+    seen: int = 0
     best: float = -1.0
-    console: Console = field(default_factory=Console)
-    writer: Any = None  # of TensorBoard
+    skipped: int = 0
+    skipped_in_row: int = 0
+
+    @property
+    def layout(self) -> Layout:
+        return self.feed.layout
 
     @property
     def total_step(self) -> int:
-        return self.epoch * len(self.train_loader) + self.step
+        return self.epoch * self.steps + self.seen // self.layout.total
 
     @property
     def output(self) -> Path:
         return Path(self.config.output)
 
+    @property
+    def saved(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the place."""
+        return {
+            "student": self.student,
+            "ema": self.ema.module if self.ema is not None else None,
+            "optimizer": (self.student, self.optimizer),
+        }
+
 
 def train(config: TrainConfig, resume: bool = False) -> Evaluation:
     """Train a sparse model from a dense one, or a dense model, by `config`.
 
-    From then on this process flushes denormal numbers to zero, on CPUs that can.
+    Any launcher serves: one process, `accelerate launch`, `torchrun`, `srun`. From then on this
+    process flushes denormal numbers to zero, on CPUs that can.
+
+    On SIGTERM a checkpoint is written at the end of the step, and the process exits with 143.
 
     Args:
         config: what to train, on what, how.
-        resume: go on from the last checkpoint in `config.output` (from the start, if the run was
-            stopped before its first one). Without it a folder that holds a run is refused.
+        resume: go on from the last whole checkpoint in `config.output` (from the start, if the run
+            was stopped before its first one), with any number of processes. Without it a folder
+            that holds a run is refused.
 
     Returns:
         The evaluation after the last epoch (of the moving average, if there is one).
 
     Raises:
-        ValueError, FileNotFoundError: naming what is wrong with the config, data or checkpoint.
+        ValueError, FileNotFoundError: naming what is wrong with the config, data or checkpoint; or
+            that losses were not finite, `config.max_skipped` steps in a row.
+        ConnectionError: if another process of the run was lost.
+        SystemExit: after SIGTERM.
     """
-    run = _set_up(config, resume)
-    if config.warm_start and run.total_step == 0 and config.sparse:
-        _warm_start(run)
-    try:
-        evaluation = _fit(run)
-    finally:
-        if run.writer is not None:
-            run.writer.close()
-    if run.train_data.unreadable is not None:
-        run.console.print(f"unreadable training images: {run.train_data.unreadable}")
+    with lost_process_named(f"start them again with --resume, to go on from {config.output}"):
+        run = _set_up(config, resume)
+        try:
+            evaluation = _fit(run)
+        finally:
+            run.records.close()
+    console = run.records.console
+    if run.skipped:
+        console.print(f"steps left out, their loss or gradient not being finite: {run.skipped}")
+    if run.feed.data.unreadable is not None:
+        console.print(f"unreadable training images: {run.feed.data.unreadable}")
     return evaluation
 
 
@@ -118,59 +182,50 @@ def train(config: TrainConfig, resume: bool = False) -> Evaluation:
 
 def _set_up(config: TrainConfig, resume: bool) -> _Run:
     output = Path(config.output)
-    if not resume and ((output / METRICS).exists() or (output / LAST).exists()):
+    if not resume and ((output / METRICS).exists() or find_checkpoints(output)):
         raise ValueError(
             f"output {output} already holds a run: resume it, or choose another folder"
         )
-    writer_class = _tensorboard_writer() if config.tensorboard else None
-    set_seed(config.seed)
+    trackers = check_trackers(config.trackers)
     # Gradients of frozen-out tokens fade into denormals, which x86 computes many times slower.
     torch.set_flush_denormal(True)
-    accelerator = Accelerator(mixed_precision=config.precision)
-    open_arguments: dict[str, Any] = {
-        "data_dir": config.data_dir,
-        "skip_unreadable": config.skip_unreadable,
-        "batch_size": config.batch_size,
-    }
+    accelerator = start_processes(
+        mixed_precision=config.precision, log_with=trackers or None, project_dir=str(output)
+    )
+    set_seed(config.seed)
     dense = load_model(config.model, config.pretrained, **config.model_kwargs)
     if isinstance(dense, SparseViT):
         raise ValueError(f"model must be dense to start from, got the sparse model {config.model}")
     if config.sparse:
         check_backbone(dense)
-    open_arguments["in_chans"] = dense.in_chans
+    open_arguments: dict[str, Any] = {
+        "data_dir": config.data_dir,
+        "skip_unreadable": config.skip_unreadable,
+        "batch_size": config.batch_size,
+        "in_chans": dense.in_chans,
+    }
     train_data = open_data(config.data, config.train_split, training=True, **open_arguments)
     val_data = open_data(
         config.data, config.val_split, class_names=train_data.class_names, **open_arguments
     )
     student, teacher = _create_student(config, dense, train_data.class_names)
+    layout = Layout(
+        config.batch_size, accelerator.num_processes, config.accumulate, accelerator.process_index
+    )
     train_loader, val_loader = _create_loaders(
         config, student, train_data, val_data, accelerator.device
     )
-    if len(train_loader) == 0:
+    images = len(cast(Any, train_data.dataset))
+    if images < layout.total:
+        several = layout.processes * layout.accumulate
         raise ValueError(
-            f"batch_size must not exceed the training split's "
-            f"{len(cast(Any, train_data.dataset))} images, got {config.batch_size}"
+            f"batch_size must not exceed the training split's {images} images, got "
+            f"{config.batch_size}" + (f" × {several} in a step" if several > 1 else "")
         )
-    task = _create_task(config, student, teacher)
-    batch = config.batch_size * accelerator.num_processes
-    # fused: one kernel for all parameters, on the CPU too
-    optimizer = AdamW(parameter_groups(student, config, config.lr * batch / 1024), fused=True)
-    if config.compile:
-        task.compile()
-    student.to(accelerator.device)
-    ema = ModelEmaV3(student, decay=config.ema, use_warmup=True) if config.ema else None
-    task, optimizer, train_loader, val_loader = accelerator.prepare(
-        task, optimizer, train_loader, val_loader
-    )
-    steps = len(train_loader)
-    scheduler = CosineLRScheduler(
-        optimizer,
-        t_initial=config.epochs * steps,
-        lr_min=config.min_lr * batch / 1024,
-        warmup_t=min(config.warmup_epochs, config.epochs) * steps,
-        warmup_lr_init=config.min_lr * batch / 1024,
-        t_in_epochs=False,
-    )
+    order = None
+    if not isinstance(train_data.dataset, torch.utils.data.IterableDataset):
+        order = EpochOrder(images, config.seed)
+        cast(Any, train_loader.batch_sampler).sampler = order
     mixup = None
     if config.mixup or config.cutmix:
         if config.batch_size % 2:
@@ -181,39 +236,56 @@ def _set_up(config: TrainConfig, resume: bool) -> _Run:
             label_smoothing=config.label_smoothing,
             num_classes=student.num_classes,
         )
+    train_loader, val_loader = accelerator.prepare(train_loader, val_loader)
+    feed = Feed(train_data, train_loader, order, layout, config.seed)
+    drop_paths = place_drop_paths(student)
+    if config.checkpoint_activations:
+        cast(Any, student).set_grad_checkpointing()
+    student.to(accelerator.device)
+    found = load_place(output) if resume else None
+    if found is not None:
+        _check_same_run(found[0], config, found[1])
+    records = Records(config, accelerator, found[1]["step"] if found else None)
+    if accelerator.is_main_process:
+        write_text(output / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False))
+    if found is None and config.warm_start and isinstance(student, SparseViT):
+        _warm_start(config, student, cast(Backbone, teacher), feed, accelerator, records)
+    ema = ModelEmaV3(student, decay=config.ema, use_warmup=True) if config.ema else None
+    task, whole = _distribute(config, accelerator, student, teacher, ema)
+    # fused: one kernel for all parameters, on the CPU too
+    scale = layout.total / 1024
+    optimizer = AdamW(parameter_groups(student, config, config.lr * scale), fused=True)
+    steps = images // layout.total
     run = _Run(
         config=config,
         accelerator=accelerator,
         student=student,
         teacher=teacher,
         task=task,
+        whole=whole,
         ema=ema,
         optimizer=optimizer,
-        scheduler=scheduler,
-        train_loader=train_loader,
+        scheduler=CosineLRScheduler(
+            optimizer,
+            t_initial=config.epochs * steps,
+            lr_min=config.min_lr * scale,
+            warmup_t=min(config.warmup_epochs, config.epochs) * steps,
+            warmup_lr_init=config.min_lr * scale,
+            t_in_epochs=False,
+        ),
+        feed=feed,
         val_loader=val_loader,
         mixup=mixup,
-        class_names=train_data.class_names,
-        train_data=train_data,
+        drop_paths=drop_paths,
+        records=records,
+        watch=CollapseWatch(
+            student.schedule.step_ratios() if isinstance(student, SparseViT) else ()
+        ),
+        steps=steps,
     )
-    if resume and (output / LAST).exists():
-        _restore(run)
-    if accelerator.is_main_process:
-        write_text(output / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False))
-        _forget_later_metrics(run)
-        if writer_class is not None:
-            run.writer = writer_class(str(output))
+    if found is not None:
+        _restore(run, *found)
     return run
-
-
-def _tensorboard_writer() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 (an extra)
-    except ImportError as error:
-        raise ValueError(
-            "tensorboard needs the extra: pip install 'dynamicvit[tensorboard]'"
-        ) from error
-    return SummaryWriter
 
 
 def _create_student(
@@ -296,16 +368,38 @@ def _create_loaders(
     return train_loader, val_loader
 
 
-def _create_task(config: TrainConfig, student: nn.Module, teacher: Backbone | None) -> nn.Module:
+def _distribute(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    student: nn.Module,
+    teacher: Backbone | None,
+    ema: ModelEmaV3 | None,
+) -> tuple[nn.Module, nn.Module | None]:
+    """The task as a step calls it, and if the student is sharded a whole copy of it."""
+    task: nn.Module
     if teacher is None:
-        return DenseTask(student, config.label_smoothing)
-    weights = LossWeights(
-        cross_entropy=config.cross_entropy_weight,
-        ratio=config.ratio_weight,
-        logit_kl=config.logit_kl_weight,
-        token=config.token_weight,
-    )
-    return SparseTask(cast(SparseViT, student), teacher, weights, config.label_smoothing)
+        task = DenseTask(student, config.label_smoothing)
+    else:
+        weights = LossWeights(
+            cross_entropy=config.cross_entropy_weight,
+            ratio=config.ratio_weight,
+            logit_kl=config.logit_kl_weight,
+            token=config.token_weight,
+        )
+        mean = mean_over_processes if accelerator.num_processes > 1 else None
+        task = SparseTask(cast(SparseViT, student), teacher, weights, config.label_smoothing, mean)
+    task.to(accelerator.device)
+    if config.compile:
+        task.compile()
+    if not (config.shard or launched_with_fsdp()) or accelerator.num_processes == 1:
+        return accelerator.prepare_model(task), None
+    whole = copy.deepcopy(student)
+    models = [student] if teacher is None else [student, teacher]
+    divide(task, [block for model in models for block in getattr(backbone_of(model), "blocks", ())])
+    if ema is not None:
+        divide(ema.module, [])  # never called: only its weights lie as the student's do
+        ema.foreach = False  # its buffers are whole, and cannot be updated in one with its weights
+    return task, whole
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig, lr: float) -> list[dict[str, Any]]:
@@ -338,36 +432,49 @@ def parameter_groups(model: nn.Module, config: TrainConfig, lr: float) -> list[d
 # Fit.
 
 
-def _warm_start(run: _Run) -> None:
-    """Fit the scorers to the teacher's attention for `config.warm_start` steps, at constant lr."""
-    student, config = cast(SparseViT, run.student), run.config
-    task = WarmStartTask(student, cast(Backbone, run.teacher))
-    student.backbone.requires_grad_(False)
-    optimizer = AdamW(
-        student.scorers.parameters(), lr=1e-3, weight_decay=config.weight_decay, fused=True
-    )
-    task, optimizer = run.accelerator.prepare(task, optimizer)
-    done = 0
-    set_seed(seed_of(config.seed, "warm start"))
-    run.train_data.set_epoch(config.seed, -1)
+def _warm_start(
+    config: TrainConfig,
+    student: SparseViT,
+    teacher: Backbone,
+    feed: Feed,
+    accelerator: Accelerator,
+    records: Records,
+) -> None:
+    """Fit the scorers to the teacher's attention for `config.warm_start` steps, at constant lr.
+
+    The scorers are small: their gradients are averaged over processes one by one.
+    """
+    task = WarmStartTask(student, teacher.to(accelerator.device)).train()
+    student.backbone.requires_grad_(False).eval()  # nothing of it learns, nothing of it is dropped
+    learnt = list(student.scorers.parameters())
+    optimizer = AdamW(learnt, lr=1e-3, weight_decay=config.weight_decay, fused=True)
+    done = micro = 0
     while done < config.warm_start:
-        for images, targets in run.train_loader:
-            result = task(images, targets)
-            run.accelerator.backward(result["loss"])
+        for images, targets in feed.batches(-1, 0):
+            set_seed(seed_of(config.seed, "warm start", done, micro, accelerator.process_index))
+            with accelerator.autocast():
+                result = task(images, targets)
+            (result["loss"] / config.accumulate).backward()
+            micro += 1
+            if micro < config.accumulate:
+                continue
+            for parameter in learnt:
+                parameter.grad = mean_over_processes(cast(Tensor, parameter.grad))
             optimizer.step()
             optimizer.zero_grad()
-            done += 1
+            done, micro = done + 1, 0
+            numbers = {k: mean_over_processes(v) for k, v in _vector(result).items()}
             if done % config.log_steps == 0 or done == config.warm_start:
-                _log(run, {"kind": "warm_start", "step": done, **_numbers(result)})
+                line = {k: v.tolist() for k, v in numbers.items()}
+                records.log({"kind": "warm_start", "step": done, **line})
             if done == config.warm_start:
                 break
     student.backbone.requires_grad_(True)
-    if run.ema is not None:
-        run.ema.set(student)
+    optimizer.zero_grad()
 
 
 def _fit(run: _Run) -> Evaluation:
-    config, steps = run.config, len(run.train_loader)
+    config = run.config
     evaluation: Evaluation | None = None
     columns = (
         TextColumn("{task.description}"),
@@ -376,12 +483,16 @@ def _fit(run: _Run) -> Evaluation:
         TimeRemainingColumn(),
         TextColumn("{task.fields[status]}"),
     )
-    show = run.accelerator.is_main_process and run.console.is_terminal
-    with Progress(*columns, console=run.console, disable=not show) as progress:
-        bar = progress.add_task("train", total=config.epochs * steps, status="")
+    console = run.records.console
+    show = run.accelerator.is_main_process and console.is_terminal
+    with (
+        Progress(*columns, console=console, disable=not show) as progress,
+        sigterm_noted() as stop_asked,
+    ):
+        bar = progress.add_task("train", total=config.epochs * run.steps, status="")
         while run.epoch < config.epochs:
             progress.update(bar, description=f"epoch {run.epoch + 1}/{config.epochs}")
-            for line in _epoch(run):
+            for line in _epoch(run, stop_asked):
                 progress.update(bar, completed=run.total_step, status=_status(line))
             evaluation = _validate(run)
     if evaluation is None:  # the run was complete already
@@ -389,52 +500,146 @@ def _fit(run: _Run) -> Evaluation:
     return evaluation
 
 
-def _epoch(run: _Run) -> Any:
-    """Train until the epoch's end; yields a line of numbers every `log_steps` steps."""
-    config, accelerator = run.config, run.accelerator
-    # All randomness follows from the seed and a place: data order from the epoch, augmentation from
-    # epoch and image (see data.py), sampling noise from the step. So a resumed run needs no
-    # generator's state, and is the same run.
-    set_seed(seed_of(config.seed, "order", run.epoch))
-    run.train_data.set_epoch(config.seed, run.epoch)
-    loader = skip_first_batches(run.train_loader, run.step) if run.step else run.train_loader
+def _epoch(run: _Run, stop_asked: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+    """Train until the epoch's end; yields a line of numbers every `log_steps` steps.
+
+    The line tells of its last step; speed, `data_wait` (the share of time spent waiting for
+    images) and the watch for collapse are of all steps since the line before.
+    """
+    config = run.config
+    batches = run.feed.batches(run.epoch, run.seen)
     run.task.train()
-    last_time, last_step = time.perf_counter(), run.step
-    for images, targets in loader:
-        set_seed(seed_of(config.seed, "noise", run.total_step, accelerator.process_index))
-        if run.class_names is None:  # then the count of classes could not be checked before
-            check_labels(targets, cast(Any, run.student).num_classes)
-        _apply_learning_rates(run)
-        if run.mixup is not None:
-            images, targets = run.mixup(images, targets)
-        result = run.task(images, targets)
-        accelerator.backward(result["loss"])
-        if config.clip_grad is not None:
-            accelerator.clip_grad_norm_(run.student.parameters(), config.clip_grad)
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        run.step += 1
-        if run.ema is not None:
-            run.ema.update(run.student, step=run.total_step)
-        if run.step % config.log_steps == 0 or run.step == len(run.train_loader):
-            numbers = _numbers(result)
-            now = time.perf_counter()
-            images_seen = (run.step - last_step) * len(images) * accelerator.num_processes
+    clock = _Clock()
+    inside = run.seen + run.layout.total <= run.feed.images
+    while inside:
+        numbers, stop = _step(run, clock.waiting(batches), stop_asked())
+        if "kept" in numbers:
+            run.watch.add(numbers["kept"])
+        inside = run.seen + run.layout.total <= run.feed.images
+        if (run.total_step - run.epoch * run.steps) % config.log_steps == 0 or not inside:
             line = {
                 "kind": "train",
                 "epoch": run.epoch,
                 "step": run.total_step,
                 **numbers,
                 "lr": {group["name"]: group["lr"] for group in run.optimizer.param_groups},
-                "images_per_second": round(images_seen / (now - last_time), 2),
+                "temperature": _temperature(run),
+                "skipped": run.skipped,
+                **clock.read(run.layout.total),
             }
-            last_time, last_step = now, run.step
-            _log(run, line)
+            run.records.log(line)
+            for stage, message in run.watch.check():
+                run.records.warn(run.total_step, message, stage=stage)
             yield line
-        inside = run.step < len(run.train_loader)  # at the end, _validate saves
-        if inside and config.checkpoint_steps and run.total_step % config.checkpoint_steps == 0:
+        due = config.checkpoint_steps and run.total_step % config.checkpoint_steps == 0
+        if stop or (inside and due):  # at the end, _validate saves
             _save(run)
-    run.epoch, run.step = run.epoch + 1, 0
+        if stop:
+            run.accelerator.wait_for_everyone()  # the first to go would have the others ended
+            run.records.console.print(
+                f"stopped by SIGTERM after step {run.total_step}; --resume goes on from there"
+            )
+            raise SystemExit(128 + signal.SIGTERM)
+    for _ in batches:  # accelerate takes a loader for unfinished otherwise
+        pass
+    run.epoch, run.seen = run.epoch + 1, 0
+
+
+def _step(
+    run: _Run, batches: Iterator[tuple[Tensor, Tensor]], stop: bool
+) -> tuple[dict[str, Any], bool]:
+    """One step of the optimizer, on the next global batch.
+
+    Processes agree on three things in one sum: the mean losses, whether all that was computed is
+    finite, and whether one of them was told to stop.
+
+    Returns:
+        Mean losses, shares of tokens kept, and the gradient's norm; and whether to stop.
+    """
+    config, layout = run.config, run.layout
+    _apply_learning_rates(run)
+    draws: Draws | None = None
+    total: dict[str, Tensor] = {}
+    for micro in range(layout.accumulate):
+        images, targets = next(batches)
+        if run.feed.data.class_names is None:  # then their count could not be checked before
+            check_labels(targets, cast(Any, run.student).num_classes)
+        draws = draws or _draw(run, images)
+        if run.mixup is not None:
+            images, targets = draws.mix(run.mixup, images, targets)
+        options = draws.apply(micro, run.drop_paths)
+        if "noise" in options:
+            options["temperature"] = _temperature(run)
+        with gradients_summed(run.task, now=micro == layout.accumulate - 1):
+            with run.accelerator.autocast():
+                result = run.task(images, targets, **options)
+            (result["loss"] / layout.accumulate).backward()
+        for name, value in _vector(result).items():
+            total[name] = total.get(name, 0.0) + value / layout.accumulate
+    norm = clip_gradients(run.student, config.clip_grad)
+    finite = total["loss"].isfinite() & norm.isfinite()
+    flags = torch.stack([~finite, torch.full_like(finite, stop)]).float()
+    # One sum over processes, and one wait for the device.
+    sums = mean_over_processes(torch.cat([flags, *(value.flatten() for value in total.values())]))
+    skip, stopped, *values = sums.tolist()
+    numbers: dict[str, Any] = {}
+    for name, value in total.items():
+        numbers[name] = values[: value.numel()] if value.ndim else values[0]
+        del values[: value.numel()]
+    numbers["grad_norm"] = float(norm)
+    run.seen += layout.total
+    if skip:
+        _skip(run, images, targets, mine=not bool(finite))
+    else:
+        run.skipped_in_row = 0
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        if run.ema is not None:
+            run.ema.update(run.student, step=run.total_step)
+    return numbers, stopped > 0
+
+
+def _draw(run: _Run, images: Tensor) -> Draws:
+    """What the step draws for its global batch."""
+    stages, tokens = 0, 0
+    if isinstance(run.student, SparseViT):
+        height, width = images.shape[-2:]
+        grid = run.student.backbone.patch_embed.dynamic_feat_size((height, width))
+        stages, tokens = len(run.student.schedule.blocks), math.prod(grid)
+    seed = seed_of(run.config.seed, "step", run.epoch, run.seen)
+    return Draws.of_step(run.layout, seed, stages, tokens, len(run.drop_paths), images.device)
+
+
+def _skip(run: _Run, images: Tensor, targets: Tensor, mine: bool) -> None:
+    """Leave a step out; too many in a row end the run.
+
+    Args:
+        run: the run.
+        images, targets: this process's last micro-batch, as the student saw it.
+        mine: whether it is among what was not finite.
+    """
+    run.optimizer.zero_grad()
+    run.skipped += 1
+    run.skipped_in_row += 1
+    step = run.total_step
+    if run.skipped_in_row < run.config.max_skipped:
+        return
+    where = ""
+    if mine:
+        path = run.output / f"{BAD_BATCH}_{run.layout.rank}.safetensors"
+        save_file(
+            {
+                "images": images.contiguous().cpu(),
+                "targets": targets.contiguous().cpu(),
+                "step": torch.tensor(step),
+            },
+            path,
+        )
+        where = f"; the last batch is in {path}"
+    raise ValueError(
+        f"{run.config.max_skipped} steps in a row (max_skipped) had a loss or gradient that was "
+        f"not finite, up to step {step}{where}; a lower lr or a clip_grad may help"
+    )
 
 
 def _validate(run: _Run) -> Evaluation:
@@ -442,21 +647,24 @@ def _validate(run: _Run) -> Evaluation:
     model = _evaluated(run)
     evaluation = evaluate_model(model, run.val_loader, run.accelerator)
     line = {"kind": "validation", "epoch": run.epoch, "step": run.total_step, **asdict(evaluation)}
-    _log(run, line)
-    if run.accelerator.is_main_process:
-        run.console.print(
-            f"epoch {run.epoch}: top-1 {evaluation.top1:.2f}%  top-5 {evaluation.top5:.2f}%  "
-            f"loss {evaluation.loss:.4f}"
-        )
-        if evaluation.top1 > run.best:
-            save_folder(model, run.output / BEST, run.class_names)
+    run.records.log(line)
+    run.records.console.print(
+        f"epoch {run.epoch}: top-1 {evaluation.top1:.2f}%  top-5 {evaluation.top5:.2f}%  "
+        f"loss {evaluation.loss:.4f}"
+    )
+    if run.accelerator.is_main_process and evaluation.top1 > run.best:
+        save_folder(model, run.output / BEST, run.feed.data.class_names)
     run.best = max(run.best, evaluation.top1)
     _save(run)
     return evaluation
 
 
 def _evaluated(run: _Run) -> nn.Module:
-    return run.ema.module if run.ema is not None else run.student
+    model = run.ema.module if run.ema is not None else run.student
+    if run.whole is None:
+        return model
+    run.whole.load_state_dict(full_weights(model))
+    return run.whole
 
 
 def _apply_learning_rates(run: _Run) -> None:
@@ -467,35 +675,45 @@ def _apply_learning_rates(run: _Run) -> None:
                 group["lr"] = 0.0
 
 
+def _temperature(run: _Run) -> float:
+    """From 1 at the start to the config's at the end, exponentially."""
+    return float(run.config.temperature ** (run.total_step / (run.config.epochs * run.steps)))
+
+
 # Records.
 
 
-def _numbers(result: dict[str, Tensor]) -> dict[str, Any]:
-    return {k: v.detach().float().tolist() for k, v in result.items() if k != "output"}
+class _Clock:
+    """How fast steps are, and how much of that is waiting for images, since it was last read."""
+
+    def __init__(self) -> None:
+        self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
+
+    def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Give the batches of one more step, and note the time that they take to come."""
+        self.steps += 1
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                raise DataError("the training images ended before as many as the data tells")
+            self.waited += time.perf_counter() - start
+            yield batch
+
+    def read(self, batch: int) -> dict[str, float]:
+        now = time.perf_counter()
+        seconds = now - self.start
+        speed = {
+            "images_per_second": round(self.steps * batch / seconds, 2),
+            "data_wait": round(self.waited / seconds, 4),
+        }
+        self.start, self.waited, self.steps = now, 0.0, 0
+        return speed
 
 
-def _log(run: _Run, line: dict[str, Any]) -> None:
-    if not run.accelerator.is_main_process:
-        return
-    path = run.output / METRICS
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-    if run.writer is not None:
-        _log_to_tensorboard(run, line)
-
-
-def _log_to_tensorboard(run: _Run, line: dict[str, Any]) -> None:
-    for key, value in line.items():
-        if key in ("kind", "step", "epoch"):
-            continue
-        named = value.items() if isinstance(value, dict) else [("", value)]
-        if isinstance(value, list | tuple):
-            named = [(str(stage), item) for stage, item in enumerate(value)]
-        for suffix, number in named:
-            tag = "/".join(part for part in (line["kind"], key, suffix) if part)
-            run.writer.add_scalar(tag, number, line["step"])
-    run.writer.flush()
+def _vector(result: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a task tells in numbers, without gradient."""
+    return {k: v.detach().float() for k, v in result.items() if k != "output"}
 
 
 def _status(line: dict[str, Any]) -> str:
@@ -509,62 +727,40 @@ def _status(line: dict[str, Any]) -> str:
 _SHOWN = ("loss", "cross_entropy", "ratio", "logit_kl", "token")
 
 
-def _forget_later_metrics(run: _Run) -> None:
-    """Drop lines written after the checkpoint that the run goes on from: they will come again."""
-    path = run.output / METRICS
-    if not path.exists():
-        return
-    kept = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:  # cut off by the kill
-            continue
-        warm = line["kind"] == "warm_start"
-        if (run.total_step > 0) if warm else (line["step"] <= run.total_step):
-            kept.append(text + "\n")
-    write_text(path, "".join(kept))
+# To go on.
 
 
 def _save(run: _Run) -> None:
-    """Write everything needed to go on, whole or not at all."""
-    if not run.accelerator.is_main_process:
-        return
-    state = {
-        "format": "dynamicvit training checkpoint 1",
+    place = {
         "config": asdict(run.config),
+        "batch": run.layout.total,
         "epoch": run.epoch,
-        "step": run.step,
+        "seen": run.seen,
+        "step": run.total_step,
         "best": run.best,
-        "student": run.student.state_dict(),
-        "ema": run.ema.module.state_dict() if run.ema is not None else None,
-        "optimizer": run.optimizer.state_dict(),
+        "skipped": run.skipped,
+        "skipped_in_row": run.skipped_in_row,
     }
-    write_checkpoint(run.output / LAST, state)
+    save_checkpoint(run.output, place, run.saved, run.config.keep_checkpoints)
 
 
-def _restore(run: _Run) -> None:
-    path = run.output / LAST
-    state = read_checkpoint(path, "dynamicvit training checkpoint 1")
-    ours, saved = asdict(run.config), state["config"]
-    free = (
-        "data",
-        "data_dir",
-        "output",
-        "epochs",
-        "workers",
-        "checkpoint_steps",
-        "log_steps",
-        "tensorboard",
-    )
-    changed = [key for key in ours if key not in free and ours[key] != saved.get(key)]
+def _check_same_run(path: Path, config: TrainConfig, place: dict[str, Any]) -> None:
+    ours, saved = asdict(config), place["config"]
+    changed = [key for key in ours if key not in _FREE and ours[key] != saved.get(key)]
     if changed:
         raise ValueError(
             f"{path} belongs to a run with another config: "
             + "; ".join(f"{key} was {saved.get(key)!r}, got {ours[key]!r}" for key in changed)
         )
-    load_strictly(run.student, state["student"], str(path))
-    if run.ema is not None:
-        load_strictly(run.ema.module, state["ema"], str(path))
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.epoch, run.step, run.best = state["epoch"], state["step"], state["best"]
+
+
+def _restore(run: _Run, path: Path, place: dict[str, Any], state: dict[str, Any]) -> None:
+    load_parts(path, state, run.saved)
+    run.epoch, run.seen, run.best = place["epoch"], place["seen"], place["best"]
+    run.skipped, run.skipped_in_row = place["skipped"], place["skipped_in_row"]
+    if place["batch"] != run.layout.total:
+        run.records.console.print(
+            f"the global batch was {place['batch']} images, now it is {run.layout.total}: the run "
+            f"goes on at the same image, with learning rates to match, but is another one",
+            soft_wrap=True,
+        )

@@ -58,19 +58,28 @@ def logit_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     )
 
 
-def token_mse(student_BNC: Tensor, teacher_BNC: Tensor, keep_BN: Tensor) -> Tensor:
+def token_mse(
+    student_BNC: Tensor, teacher_BNC: Tensor, keep_BN: Tensor, count: Tensor | None = None
+) -> Tensor:
     """Squared error between tokens after the final norm, mean over kept tokens and channels.
 
     The keep mask only selects: no gradient flows to it. With nothing kept the loss is 0.
+
+    Args:
+        student_BNC, teacher_BNC: the tokens.
+        keep_BN: 1 where a token is kept.
+        count: what to divide the sum over kept tokens by, a scalar; by default their number.
     """
     error = (student_BNC.float() - teacher_BNC.float()).square().mean(dim=-1)
-    return _mean_over_kept(error, keep_BN)
+    return _mean_over_kept(error, keep_BN, count)
 
 
-def token_kl(student_BNK: Tensor, teacher_BNK: Tensor, keep_BN: Tensor) -> Tensor:
+def token_kl(
+    student_BNK: Tensor, teacher_BNK: Tensor, keep_BN: Tensor, count: Tensor | None = None
+) -> Tensor:
     """KL(teacher ‖ student) of LV-ViT's auxiliary class distributions, mean over kept tokens.
 
-    The keep mask only selects: no gradient flows to it. With nothing kept the loss is 0.
+    The rest is as for `token_mse`.
     """
     divergence = F.kl_div(
         student_BNK.float().log_softmax(dim=-1),
@@ -78,12 +87,18 @@ def token_kl(student_BNK: Tensor, teacher_BNK: Tensor, keep_BN: Tensor) -> Tenso
         reduction="none",
         log_target=True,
     ).sum(dim=-1)
-    return _mean_over_kept(divergence, keep_BN)
+    return _mean_over_kept(divergence, keep_BN, count)
 
 
-def _mean_over_kept(values_BN: Tensor, keep_BN: Tensor) -> Tensor:
+def kept_count(keep_BN: Tensor) -> Tensor:
+    """How many tokens a keep mask keeps, as a float32 scalar without gradient."""
+    return (keep_BN.detach() > 0.5).float().sum()
+
+
+def _mean_over_kept(values_BN: Tensor, keep_BN: Tensor, count: Tensor | None) -> Tensor:
     chosen = (keep_BN.detach() > 0.5).to(values_BN.dtype)
-    return (values_BN * chosen).sum() / chosen.sum().clamp(min=1.0)
+    count = kept_count(keep_BN) if count is None else count
+    return (values_BN * chosen).sum() / torch.where(count > 0, count, 1.0)
 
 
 def distillation_loss(
@@ -94,7 +109,8 @@ def distillation_loss(
     ratios: Sequence[float],
     weights: LossWeights = LossWeights(),
     label_smoothing: float = 0.0,
-    token_loss: Callable[[Tensor, Tensor, Tensor], Tensor] = token_mse,
+    token_loss: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = token_mse,
+    count: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The training objective with its breakdown.
 
@@ -107,6 +123,9 @@ def distillation_loss(
         weights: of the terms. A term of weight 0 is still computed, to be looked at.
         label_smoothing: for class-index targets.
         token_loss: `token_mse`, or for an LV-ViT `token_kl`.
+        count: what the token loss divides its sum by; by default the number of kept tokens. Where
+            several processes share a batch, the mean over them of that number: then the mean of
+            their losses is the loss of the whole batch.
 
     Returns:
         Scalars `loss` (the weighted sum), `cross_entropy`, `ratio`, `logit_kl`, `token`
@@ -116,7 +135,7 @@ def distillation_loss(
         "cross_entropy": cross_entropy(student.logits, targets, label_smoothing),
         "ratio": ratio_loss(student.keep, ratios),
         "logit_kl": logit_kl(student.logits, teacher_logits),
-        "token": token_loss(student.tokens, teacher_tokens, student.keep[-1]),
+        "token": token_loss(student.tokens, teacher_tokens, student.keep[-1], count),
     }
     loss = (
         weights.cross_entropy * parts["cross_entropy"]

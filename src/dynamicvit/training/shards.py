@@ -30,6 +30,9 @@ class Shards(ReaderWds):
 
     def __init__(self, *, skip_unreadable: bool, **options: Any) -> None:
         super().__init__(**options)
+        # Of several processes one reads, and accelerate hands out to each its part of a batch;
+        # timm would have each read its share of the shards, whose numbers of images differ.
+        self.dist_rank, self.dist_num_replicas = 0, 1
         # The number of a sample is not known in a stream: its name's hash says whether it was
         # counted before, in memory that loader processes share. (Among many, two may coincide.)
         self.unreadable = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, Self
 
@@ -19,6 +20,7 @@ from dynamicvit.training.losses import (
     LossWeights,
     cross_entropy,
     distillation_loss,
+    kept_count,
     token_kl,
     token_mse,
 )
@@ -79,6 +81,8 @@ class SparseTask(_WithTeacher):
         teacher: the dense model it came from, or another with tokens of the same shape. Frozen.
         weights: of the four losses.
         label_smoothing: for class-index targets.
+        mean_over_processes: gives a scalar's mean over the processes that share a batch, so that
+            the token loss is the mean over the tokens that all of them keep.
     """
 
     def __init__(
@@ -87,21 +91,33 @@ class SparseTask(_WithTeacher):
         teacher: Backbone,
         weights: LossWeights = LossWeights(),
         label_smoothing: float = 0.0,
+        mean_over_processes: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(student, teacher)
         self.weights = weights
         self.token_loss = token_kl if isinstance(teacher, LVViT) else token_mse
         self.label_smoothing = label_smoothing
+        self.mean_over_processes = mean_over_processes
 
-    def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        noise: Sequence[Tensor] | None = None,
+        temperature: float = 1.0,
+    ) -> dict[str, Tensor]:
         """images [B, C, H, W], targets [B] or [B, K] → loss, output, the four unweighted loss
-        parts, and kept: [S] share of tokens kept at each stage."""
+        parts, and kept: [S] share of tokens kept at each stage. The rest as for
+        `SparseViT.masked`."""
         save = self.student.kept_gradients and not torch.compiler.is_compiling()
         with torch.no_grad(), KeptGradients() if save else nullcontext():
             teacher_logits, teacher_tokens = masked_head(
                 self.teacher, self.teacher.forward_features(images)
             )
-        student = self.student.masked(images)
+        student = self.student.masked(images, noise=noise, temperature=temperature)
+        count = None
+        if self.mean_over_processes is not None:
+            count = self.mean_over_processes(kept_count(student.keep[-1]))
         losses = distillation_loss(
             student,
             teacher_logits,
@@ -111,6 +127,7 @@ class SparseTask(_WithTeacher):
             self.weights,
             self.label_smoothing,
             self.token_loss,
+            count,
         )
         result = {name: value.detach() for name, value in losses.items()}
         kept = torch.stack([keep.detach().mean() for keep in student.keep])

@@ -1,0 +1,154 @@
+"""Checkpoints of a run: written whole, kept to a number, verified when read, for any processes."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from rich.console import Console
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from dynamicvit.checkpoint import check_weights
+from dynamicvit.files import read_checkpoint, write_checkpoint
+
+FORMAT = "dynamicvit training checkpoint 2"
+CHECKPOINTS = "checkpoints"
+
+
+def find_checkpoints(output: Path) -> list[Path]:
+    """A run's checkpoints, oldest first."""
+    return sorted((output / CHECKPOINTS).glob("epoch-*.pt"))
+
+
+def save_checkpoint(output: Path, place: dict[str, Any], parts: dict[str, Any], keep: int) -> None:
+    """Write a checkpoint, whole or not at all, and remove all but the last `keep`.
+
+    Call in every process: each gives its shard, the first one writes.
+
+    Args:
+        output: folder of the run.
+        place: plain values; `epoch` and `seen` (images of it) name the file.
+        parts: modules, and optimizers as (the module they train, optimizer); None is kept as None.
+        keep: how many checkpoints stay.
+    """
+    state = {name: _gather(part) for name, part in parts.items()}
+    if dist.is_initialized() and dist.get_rank():
+        return
+    for left in (output / CHECKPOINTS).glob(".epoch-*.tmp"):  # of a process that was killed
+        left.unlink()
+    path = output / CHECKPOINTS / f"epoch-{place['epoch']:04}-image-{place['seen']:010}.pt"
+    write_checkpoint(path, {"format": FORMAT, "place": place, **state})
+    for old in find_checkpoints(output)[:-keep]:
+        old.unlink()
+
+
+def load_place(output: Path) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
+    """Read the last whole checkpoint. Call in every process: the first one reads.
+
+    Returns:
+        Its path, what `save_checkpoint` was given as `place`, and what `load_parts` wants (in the
+        first process; nothing in the others). None if there is no checkpoint.
+
+    Raises:
+        ValueError: if none is whole.
+    """
+    found: list[Any] = [None]
+    state: dict[str, Any] = {}
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            if find_checkpoints(output):
+                path, state = _last_whole(output)
+                found = [(path, state.pop("place"))]
+        except ValueError as error:
+            found = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    if isinstance(found[0], ValueError):
+        raise found[0]
+    return None if found[0] is None else (*found[0], state)
+
+
+def load_parts(path: Path, state: dict[str, Any], parts: dict[str, Any]) -> None:
+    """Load what `load_place` gave into modules and optimizers, as `save_checkpoint` has them.
+
+    Raises:
+        ValueError: if it does not fit a module, naming each key.
+    """
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=several)
+    for name, part in parts.items():
+        module, optimizer = part if isinstance(part, tuple) else (part, None)
+        present: list[Any] = [state.get(name) is not None]
+        if several:
+            dist.broadcast_object_list(present)
+        if module is None or not present[0]:
+            continue
+        tensors = state.get(name, {})
+        if optimizer is not None:
+            set_optimizer_state_dict(module, optimizer, optim_state_dict=tensors, options=options)
+            continue
+        problem: list[Any] = [None]
+        if tensors:
+            try:
+                check_weights(module, tensors, str(path))
+            except ValueError as error:
+                problem = [error]
+        if several:
+            dist.broadcast_object_list(problem)
+        if problem[0] is not None:
+            raise problem[0]
+        set_model_state_dict(module, tensors, options=options)
+
+
+def full_weights(module: nn.Module) -> dict[str, Any]:
+    """A module's weights in full, on its device, in every process."""
+    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True))
+
+
+def _gather(part: nn.Module | tuple[nn.Module, Optimizer] | None) -> dict[str, Any] | None:
+    """In full, on the CPU, in the first process."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    if part is None:
+        return None
+    if isinstance(part, nn.Module):
+        return get_model_state_dict(part, options=options)
+    module, optimizer = part
+    if not optimizer.state:  # asking for it would make a step
+        return None
+    return get_optimizer_state_dict(module, optimizer, options=options)
+
+
+def _last_whole(output: Path) -> tuple[Path, dict[str, Any]]:
+    damaged: list[str] = []
+    for path in reversed(find_checkpoints(output)):
+        try:
+            state = _read(path)
+        except ValueError as error:
+            damaged.append(str(error).splitlines()[0])
+            continue
+        for message in damaged:
+            Console(stderr=True).print(f"warning: {message}; going on from {path}", soft_wrap=True)
+        return path, state
+    raise ValueError(f"no checkpoint of {output} is whole: " + "; ".join(damaged))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read one, each of its parts held to the checksum that torch's writer put beside it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            part = archive.testzip()
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ValueError(f"{path} is damaged or not a checkpoint: {error}") from error
+    if part is not None:
+        raise ValueError(f"{path} is damaged: the checksum of {part} is wrong")
+    return read_checkpoint(path, FORMAT)

@@ -1,0 +1,118 @@
+"""Runs by the configs in a JSON file, one after the other: what launched processes do in tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from accelerate import PartialState
+
+import dynamicvit.training.fit as fit
+from dynamicvit.training.config import TrainConfig
+from dynamicvit.training.evaluate import evaluate
+from dynamicvit.training.task import SparseTask
+
+
+class Stopped(Exception):
+    """The run ended where a test wanted it to."""
+
+
+@contextmanager
+def stopped_after(step: int) -> Iterator[None]:
+    """End a run once its checkpoint of this step is written."""
+    save = fit._save
+
+    def save_and_stop(run: Any) -> None:
+        save(run)
+        if run.total_step == step:
+            raise Stopped
+
+    with mock.patch.object(fit, "_save", save_and_stop):
+        yield
+
+
+@contextmanager
+def not_finite_at(calls: list[int], rank: int) -> Iterator[None]:
+    """Make the loss of these calls (from 0) NaN in one process."""
+    forward = SparseTask.forward
+    count = -1
+
+    def spoil(task: SparseTask, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        nonlocal count
+        count += 1
+        result = forward(task, *args, **kwargs)
+        if count in calls and PartialState().process_index == rank:
+            result["loss"] = result["loss"] * float("nan")
+        return result
+
+    with mock.patch.object(SparseTask, "forward", spoil):
+        yield
+
+
+@contextmanager
+def killed_at(step: int, writing: bool) -> Iterator[None]:
+    """SIGKILL this process after a step, or in the middle of writing the next checkpoint."""
+    train_step, replace = fit._step, os.replace
+    reached = False
+
+    def step_and_die(run: Any, *args: Any) -> Any:
+        nonlocal reached
+        result = train_step(run, *args)
+        reached = run.total_step >= step
+        if reached and not writing:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    def replace_or_die(source: Any, target: Any) -> None:
+        if reached and str(target).endswith(".pt"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    with mock.patch.object(fit, "_step", step_and_die), mock.patch("os.replace", replace_or_die):
+        yield
+
+
+def run_killed(options: dict[str, Any], kills: list[int]) -> None:
+    """Train, killed at each of these steps and gone on with; each time in a process of its own,
+    forked from this one, which itself never computes."""
+    for number, step in enumerate([*kills, None]):
+        child = os.fork()
+        if child == 0:
+            try:
+                config = TrainConfig(**options | {"workers": number % 2})
+                with killed_at(step, number % 3 == 2) if step else nullcontext():
+                    fit.train(config, resume=number > 0)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == (-signal.SIGKILL if step else 0), number
+
+
+def run(
+    options: dict[str, Any], resume: bool = False, stop: int = 0, bad: list[int] | None = None
+) -> None:
+    """Train, or `evaluate` where the options say so. `bad` steps are bad in the last process."""
+    if "models" in options:
+        evaluate(**options)
+        return
+    last = int(os.environ.get("WORLD_SIZE", "1")) - 1
+    with stopped_after(stop), not_finite_at(bad or [], last):
+        try:
+            fit.train(TrainConfig(**options), resume)
+        except Stopped:
+            assert stop
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for arguments in json.loads(Path(sys.argv[1]).read_text()):
+        (run_killed if "kills" in arguments else run)(**arguments)
