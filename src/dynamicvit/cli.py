@@ -28,11 +28,13 @@ from dynamicvit.deploy.predict import predict
 from dynamicvit.quickstart import quickstart
 from dynamicvit.training.evaluate import evaluate
 from dynamicvit.training.fit import train
+from dynamicvit.training.plot import plot
 
 COMMANDS: dict[str, Callable[..., object]] = {
     "quickstart": quickstart,
     "train": train,
     "evaluate": evaluate,
+    "plot": plot,
     "predict": predict,
     "export": export,
     "benchmark": benchmark,
