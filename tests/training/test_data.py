@@ -17,10 +17,18 @@ import pytest
 import torch
 from PIL import Image
 
+import dynamicvit
+from dynamicvit.core.folder import save_folder
 from dynamicvit.training.config import TrainConfig
-from dynamicvit.training.data import EXTRAS, DataError, create_image_loader, open_data
-from dynamicvit.training.evaluate import evaluate_model
-from dynamicvit.training.fit import train
+from dynamicvit.training.data import (
+    EXTRAS,
+    DataError,
+    Unreadable,
+    create_image_loader,
+    open_data,
+)
+from dynamicvit.training.evaluate import evaluate, evaluate_model
+from dynamicvit.training.fit import BEST, train
 from tests.conftest import CLASSES, tiny_vit, write_images
 
 CONFIG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
@@ -117,7 +125,7 @@ def _no_images(root: Path) -> None:
         (_empty_class, "class 'empty' in .*train has no images"),
         (_no_classes, "train has no class folders"),
         (_nested, "images must lie right in .*train/CLASS, got a folder 'sub'"),
-        (_no_images, "Found 0 images in subfolders of .*train"),
+        (_no_images, "train has no images in its class folders .*.webp"),
     ],
 )
 def test_a_folder_that_is_not_a_data_set_is_refused(
@@ -187,6 +195,116 @@ def test_palette_and_alpha_images_are_converted(images: Path) -> None:
         image.convert("RGBA").quantize(16).save(file)
     image, _ = open_data(str(images), "val").dataset[0]
     assert image.mode == "RGB"
+
+
+def _hostile(root: Path) -> list[str]:
+    """Every sort of image that users have in their folders, and every sort of file that is none.
+    Gives the names of those that cannot be read."""
+    numbers = np.random.default_rng(0)
+    colour = Image.fromarray(numbers.integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    folder = root / "train" / "odd"
+    folder.mkdir()
+    for mode in ("1", "L", "LA", "P", "RGBA"):
+        colour.convert(mode).save(folder / f"{mode}.png")
+    colour.convert("RGBA").quantize(16).save(folder / "transparent palette.png")
+    for mode in ("CMYK", "L", "YCbCr"):
+        colour.convert(mode).save(folder / f"{mode}.JPG")
+    deep = Image.fromarray(numbers.integers(0, 2**16, (20, 20), dtype=np.uint16))
+    for name in ("16 bits.png", "16 bits.tif"):
+        deep.save(folder / name)
+    for suffix in ("webp", "bmp", "gif", "tiff", "ppm"):
+        colour.save(folder / f"other.{suffix}")
+    colour.save(folder / "frames.gif", save_all=True, append_images=[colour.rotate(90)])
+    Image.new("RGB", (1, 1)).save(folder / "pixel.png")
+    Image.new("L", (20_000, 40)).save(folder / "wide.png")
+    (folder / "notes.txt").write_text("not an image, and not called one")
+    # From here on: what cannot be read.
+    Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")  # 50 kB that unpack to 400 MB
+    Image.new("L", (20_000, 1)).save(folder / "line.png")
+    Image.new("F", (8, 8)).save(folder / "float.tif")
+    colour.save(folder / "half.png")
+    (folder / "half.png").write_bytes((folder / "half.png").read_bytes()[:900])
+    (folder / "._forks.jpg").write_bytes(b"\0\5\x16\7")
+    (folder / "empty.jpg").touch()
+    (folder / "text.png").write_text("not an image")
+    (folder / "broken link.png").symlink_to(root / "nowhere.png")
+    # A class with one image; only some classes have images to validate on.
+    (root / "train" / "rare").mkdir()
+    colour.save(root / "train" / "rare" / "only.png")
+    (root / "val" / "odd").mkdir()
+    (root / "val" / "odd" / "bad.jpg").write_text("not an image")
+    Image.new("L", (20_000, 40)).save(root / "val" / "odd" / "wide.png")
+    return [
+        *("bomb.png", "line.png", "float.tif", "half.png", "._forks.jpg", "empty.jpg", "text.png"),
+        "broken link.png",
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_hostile_folder_trains_to_the_end_and_is_reported(
+    images: Path,
+    options: dict[str, Any],
+    workers: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bad = _hostile(images)
+    save_folder(tiny_vit(num_classes=4), tmp_path / "four")
+    options |= {"model": str(tmp_path / "four"), "workers": workers}
+    evaluation = train(TrainConfig(**options, skip_unreadable=True))
+    assert evaluation.images == 9
+    report = capsys.readouterr().out
+    folder = images / "train" / "odd"
+    [met] = re.findall(r"unreadable training images met: 8: (.*), …\n", report)
+    shown = met.split(", ")
+    assert len(shown) == 5
+    assert set(shown) <= {str(folder / name) for name in bad}
+    assert f"unreadable validation images met: 1: {images / 'val' / 'odd' / 'bad.jpg'}\n" in report
+    best = Path(options["output"]) / BEST
+    model: Any = dynamicvit.load(best)
+    assert model.pretrained_cfg["label_names"] == ["bright", "dark", "odd", "rare"]
+    results = evaluate([str(best)], str(images), workers=0, skip_unreadable=True)
+    assert results[str(best)]["top1"] == evaluation.top1, "the same classes are the same numbers"
+
+
+def test_without_skip_unreadable_the_file_is_named(images: Path) -> None:
+    for name in _hostile(images):
+        data = open_data(str(images), "train")
+        [index] = [
+            i
+            for i, (file, _) in enumerate(data.dataset.source.reader.samples)
+            if Path(file).name == name
+        ]
+        file = re.escape(str(images / "train" / "odd" / name))
+        message = rf"cannot read image {file}: .*\S.* \(skip_unreadable goes on without it"
+        with pytest.raises(DataError, match=message):
+            data.dataset[index]
+
+
+def test_all_that_can_be_read_has_the_model_s_channels(images: Path) -> None:
+    bad = set(_hostile(images))
+    data = open_data(str(images), "train")
+    names = [Path(file).name for file, _ in data.dataset.source.reader.samples]
+    assert len(names) == 2 * 8 + 19 + 8 + 1
+    for channels, mode in ((3, "RGB"), (1, "L"), (4, "RGBA")):
+        data.set_channels(channels)
+        for index, name in enumerate(names):
+            if name not in bad:
+                assert data.dataset[index][0].mode == mode, name
+
+
+def test_unreadable_images_count_once_and_are_named_in_part() -> None:
+    found = Unreadable(1000)
+    for _ in range(2):
+        for number in range(1000):
+            found.add(number, f"folder/é {number}.png" if number else "x" * 1000 + ".png")
+    assert int(found.flags.sum()) == 1000
+    names = found.names()
+    assert len(names) == 64
+    assert "folder/é 999.png" in names
+    found = Unreadable(2)
+    found.add(0, "x" * 1000 + ".png")
+    assert found.names() == ["x" * 508 + ".png"]
 
 
 def test_hidden_folders_are_not_classes(images: Path) -> None:
@@ -310,6 +428,9 @@ def test_what_cannot_be_read_in_shards_is_named_or_counted(
             else:
                 assert targets.bincount().tolist() == [3, 3]
             assert data.unreadable == 2
+        told = data.describe_unreadable()
+        assert told is not None
+        assert re.fullmatch(rf"2: sample 0002 of {shard}, sample 0005 of {shard}", told)
 
 
 @shard_files

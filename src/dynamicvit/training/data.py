@@ -8,10 +8,11 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from PIL import Image
 from timm.data import ImageDataset, IterableImageDataset, create_dataset, create_loader
 from torch.utils.data import DataLoader, Dataset
@@ -19,6 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 from dynamicvit.core.images import MODES, convert_image
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "test")}
+# Files of a folder that count as images; timm by itself leaves all but PNG and JPEG out unsaid.
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# Of a picture 20,000 pixels wide and 1 high, a resize to a usual height would make gigabytes.
+_MOST_ELONGATED = 1000
 _FACTORIES = ("torch", "hfds", "hfids", "wds", "tfds")
 # The package that a source needs, and the extra of ours that it comes with.
 EXTRAS = {
@@ -47,8 +52,35 @@ class ImageData:
     @property
     def unreadable(self) -> int | None:
         """Images met so far, by any loader process, that cannot be read; None if not counted."""
-        flags = getattr(getattr(self.dataset, "reader", self.dataset), "unreadable", None)
-        return None if flags is None else int(flags.sum())
+        found = self._unreadable
+        return None if found is None else int(found.flags.sum())
+
+    def describe_unreadable(self, most: int = 5) -> str | None:
+        """How many images met so far, in all processes of a run, cannot be read, and the names of
+        up to `most` of them; None if not counted. To be called in all processes together."""
+        found = self._unreadable
+        if found is None:
+            return None
+        numbers, names = set[int](), set[str]()
+        for ours in gather_object([(found.flags.nonzero().flatten().tolist(), found.names())]):
+            numbers.update(ours[0])
+            names.update(ours[1])
+        if not numbers:
+            return "0"
+        some = sorted(names)[:most]
+        return f"{len(numbers)}: {', '.join(some)}" + (", …" if len(numbers) > len(some) else "")
+
+    @property
+    def _unreadable(self) -> Unreadable | None:
+        found = getattr(getattr(self.dataset, "reader", self.dataset), "unreadable", None)
+        return cast(Unreadable | None, found)
+
+    def set_channels(self, in_chans: int) -> None:
+        """Open images as a model of so many channels takes them, whatever `open_data` was told."""
+        if isinstance(self.dataset, _Images):
+            self.dataset.mode = _mode(in_chans)
+        else:
+            self.dataset.reader.input_img_mode = _mode(in_chans)
 
     def set_epoch(self, seed: int, epoch: int) -> None:
         """Make augmentation follow from seed, epoch and image alone, whoever loads the image."""
@@ -77,7 +109,8 @@ def open_data(
         split: "train" or "val" in their usual spellings, or the source's own name of a split.
         data_dir: where a named data set lies.
         in_chans: 1 opens images as grey, 3 as RGB.
-        class_names: the classes expected, in order (those of the training split).
+        class_names: the classes expected, in order (those of the training split). A folder need
+            not have images of all of them.
         skip_unreadable: count images that cannot be read, instead of raising: in training the next
             image takes their place, else their class index is -1, for `evaluate_model` to leave
             out; WebDataset shards give the next image in both. hfids and tfds do as they do.
@@ -87,9 +120,7 @@ def open_data(
     Raises:
         DataError: naming what is missing, empty, unreadable or of the wrong classes.
     """
-    mode = MODES.get(in_chans)
-    if mode is None:
-        raise DataError(f"in_chans must be 1, 3 or 4 to open image files, got {in_chans}")
+    mode = _mode(in_chans)
     if data.partition("/")[0].lower() in _FACTORIES and not Path(data).exists():
         dataset = _open_named(
             data,
@@ -101,7 +132,7 @@ def open_data(
             skip_unreadable=skip_unreadable,
         )
     else:
-        dataset = _open_folder(_split_folder(Path(data), split), mode)
+        dataset = _open_folder(_split_folder(Path(data), split), mode, class_names)
     found = _class_names(dataset)
     if class_names is not None and found is not None and found != list(class_names):
         raise DataError(
@@ -113,6 +144,12 @@ def open_data(
     if len(images) == 0:
         raise DataError(f"{data} has no images in split {split!r}")
     return ImageData(images, found)
+
+
+def _mode(in_chans: int) -> str:
+    if in_chans not in MODES:
+        raise DataError(f"in_chans must be 1, 3 or 4 to open image files, got {in_chans}")
+    return MODES[in_chans]
 
 
 def seed_of(*place: int | str) -> int:
@@ -184,6 +221,35 @@ def _at_least_one_bit(level_to_bits: Callable[..., tuple[int]]) -> Callable[...,
     return lambda *arguments: (max(1, level_to_bits(*arguments)[0]),)
 
 
+class Unreadable:
+    """Which images could not be read, in memory that loader processes share.
+
+    Args:
+        size: numbers that images may have.
+    """
+
+    _ROWS, _BYTES = 64, 512
+
+    def __init__(self, size: int) -> None:
+        self.flags = torch.zeros(size, dtype=torch.uint8).share_memory_()
+        self._names = torch.zeros(self._ROWS, self._BYTES, dtype=torch.uint8).share_memory_()
+
+    def add(self, number: int, name: str) -> None:
+        """Note an image; once, however often it is met."""
+        if not self.flags[number]:
+            row = torch.zeros(self._BYTES, dtype=torch.uint8)
+            text = name.encode()[-self._BYTES :]  # of a long path the end tells more
+            row[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
+            # Of two images with the same row the later name stays: these are examples.
+            self._names[number % self._ROWS] = row
+            self.flags[number] = 1
+
+    def names(self) -> list[str]:
+        """The names of some of the images."""
+        texts = (bytes(row.tolist()).rstrip(b"\0") for row in self._names)
+        return [text.decode(errors="replace") for text in texts if text]
+
+
 class _Images(Dataset):
     """A map-style source whose unreadable images are named, or counted and skipped."""
 
@@ -193,10 +259,7 @@ class _Images(Dataset):
         self.replace = replace
         self.transform: Any = None  # set by timm's loader
         self.place: tuple[int, int] | None = None  # (seed, epoch); None leaves generators alone
-        # One flag an image, in memory that loader processes share.
-        self.unreadable = (
-            torch.zeros(len(source), dtype=torch.uint8).share_memory_() if skip_unreadable else None
-        )
+        self.unreadable = Unreadable(len(source)) if skip_unreadable else None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -210,8 +273,10 @@ class _Images(Dataset):
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 name = self._name(at)
                 if self.unreadable is None:
-                    raise DataError(f"cannot read image {name}: {error}") from error
-                self.unreadable[at] = 1
+                    raise DataError(
+                        f"cannot read image {name}: {error} (skip_unreadable goes on without it)"
+                    ) from error
+                self.unreadable.add(at, name)
                 if not self.replace:
                     image, target = Image.new(self.mode, (64, 64)), -1
                     break
@@ -233,10 +298,17 @@ class _Images(Dataset):
             image, target, *_ = self.source.reader[index]
             if not isinstance(image, Image.Image):
                 with image:
-                    return convert_image(Image.open(image), self.mode), target
+                    return self._convert(Image.open(image)), target
         else:
             image, target = self.source[index]
-        return convert_image(image, self.mode), target
+        return self._convert(image), target
+
+    def _convert(self, image: Image.Image) -> Image.Image:
+        if max(image.size) > _MOST_ELONGATED * min(image.size):
+            raise ValueError(
+                f"one side must be at most {_MOST_ELONGATED} times the other, got {image.size}"
+            )
+        return convert_image(image, self.mode)
 
     def _name(self, index: int) -> str:
         if isinstance(self.source, ImageDataset):
@@ -255,22 +327,37 @@ def _split_folder(root: Path, split: str) -> Path:
     raise DataError(f"{root} has no folder {split!r}; it has {found or 'no folders'}")
 
 
-def _open_folder(folder: Path, mode: str) -> ImageDataset:
+def _open_folder(folder: Path, mode: str, expected: Sequence[str] | None) -> ImageDataset:
     classes = sorted(
         path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
     )
     if not classes:
         raise DataError(f"{folder} has no class folders")
     try:
-        dataset = create_dataset("", root=str(folder), search_split=False, input_img_mode=mode)
+        dataset = create_dataset(
+            "",
+            root=str(folder),
+            search_split=False,
+            input_img_mode=mode,
+            input_key=";".join(_SUFFIXES),
+        )
     except RuntimeError as error:
-        raise DataError(str(error)) from error
-    for name in classes:
-        if name not in dataset.reader.class_to_idx:
-            raise DataError(f"class {name!r} in {folder} has no images")
-    nested = sorted(set(dataset.reader.class_to_idx) - set(classes))
+        raise DataError(
+            f"{folder} has no images in its class folders ({', '.join(_SUFFIXES)})"
+        ) from error
+    reader = dataset.reader
+    nested = sorted(set(reader.class_to_idx) - set(classes))
     if nested:
         raise DataError(f"images must lie right in {folder}/CLASS, got a folder {nested[0]!r}")
+    if expected is None:
+        for name in classes:
+            if name not in reader.class_to_idx:
+                raise DataError(f"class {name!r} in {folder} has no images")
+    elif set(reader.class_to_idx) < set(expected):  # of others the caller complains
+        names = _class_names(dataset) or []
+        places = {name: index for index, name in enumerate(expected)}
+        reader.samples = [(file, places[names[index]]) for file, index in reader.samples]
+        reader.class_to_idx = places
     return dataset
 
 

@@ -138,14 +138,16 @@ def evaluate(
     results: dict[str, Any] = {}
     for name in models:
         model = load_model(name)
-        images = open_data(
-            data,
-            split,
-            data_dir=data_dir,
-            in_chans=input_size(model)[0],
-            skip_unreadable=skip_unreadable,
-            batch_size=batch_size,
-        )
+        options: dict[str, Any] = {
+            "data_dir": data_dir,
+            "in_chans": input_size(model)[0],
+            "skip_unreadable": skip_unreadable,
+            "batch_size": batch_size,
+        }
+        images = open_data(data, split, **options)
+        known = cast(Any, backbone_of(model)).pretrained_cfg.get("label_names") or ()
+        if images.class_names is not None and set(images.class_names) < set(known):
+            images = open_data(data, split, class_names=known, **options)
         check_classes(images.class_names, model, name)
         loader = accelerator.prepare(
             create_image_loader(

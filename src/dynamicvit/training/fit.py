@@ -106,6 +106,7 @@ class _Run:
     optimizer: AdamW
     scheduler: CosineLRScheduler
     feed: Feed
+    val_data: ImageData
     val_loader: DataLoader
     mixup: Mixup | None
     drop_paths: list[PlacedDropPath]
@@ -169,11 +170,12 @@ def train(config: TrainConfig, resume: bool = False) -> Evaluation:
             evaluation = _fit(run)
         finally:
             run.records.close()
-    console = run.records.console
-    if run.skipped:
-        console.print(f"steps left out, their loss or gradient not being finite: {run.skipped}")
-    if run.feed.data.unreadable is not None:
-        console.print(f"unreadable training images: {run.feed.data.unreadable}")
+        console = run.records.console
+        if run.skipped:
+            console.print(f"steps left out, their loss or gradient not being finite: {run.skipped}")
+        for name, images in (("training", run.feed.data), ("validation", run.val_data)):
+            if (met := images.describe_unreadable()) is not None:
+                console.print(f"unreadable {name} images met: {met}", soft_wrap=True)
     return evaluation
 
 
@@ -193,21 +195,23 @@ def _set_up(config: TrainConfig, resume: bool) -> _Run:
         mixed_precision=config.precision, log_with=trackers or None, project_dir=str(output)
     )
     set_seed(config.seed)
-    dense = load_model(config.model, config.pretrained, **config.model_kwargs)
-    if isinstance(dense, SparseViT):
-        raise ValueError(f"model must be dense to start from, got the sparse model {config.model}")
-    if config.sparse:
-        check_backbone(dense)
+    # The data first: a mistake in it is told before weights are downloaded.
     open_arguments: dict[str, Any] = {
         "data_dir": config.data_dir,
         "skip_unreadable": config.skip_unreadable,
         "batch_size": config.batch_size,
-        "in_chans": dense.in_chans,
     }
     train_data = open_data(config.data, config.train_split, training=True, **open_arguments)
     val_data = open_data(
         config.data, config.val_split, class_names=train_data.class_names, **open_arguments
     )
+    dense = load_model(config.model, config.pretrained, **config.model_kwargs)
+    if isinstance(dense, SparseViT):
+        raise ValueError(f"model must be dense to start from, got the sparse model {config.model}")
+    if config.sparse:
+        check_backbone(dense)
+    for images_of in (train_data, val_data):
+        images_of.set_channels(dense.in_chans)
     student, teacher = _create_student(config, dense, train_data.class_names)
     layout = Layout(
         config.batch_size, accelerator.num_processes, config.accumulate, accelerator.process_index
@@ -274,6 +278,7 @@ def _set_up(config: TrainConfig, resume: bool) -> _Run:
             t_in_epochs=False,
         ),
         feed=feed,
+        val_data=val_data,
         val_loader=val_loader,
         mixup=mixup,
         drop_paths=drop_paths,

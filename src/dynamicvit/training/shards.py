@@ -8,11 +8,10 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-import torch
 from PIL import Image
 from timm.data.readers.reader_wds import ReaderWds
 
-from dynamicvit.training.data import DataError
+from dynamicvit.training.data import DataError, Unreadable
 
 _FLAGS = 1 << 20
 
@@ -35,9 +34,7 @@ class Shards(ReaderWds):
         self.dist_rank, self.dist_num_replicas = 0, 1
         # The number of a sample is not known in a stream: its name's hash says whether it was
         # counted before, in memory that loader processes share. (Among many, two may coincide.)
-        self.unreadable = (
-            torch.zeros(_FLAGS, dtype=torch.uint8).share_memory_() if skip_unreadable else None
-        )
+        self.unreadable = Unreadable(_FLAGS) if skip_unreadable else None
         self._lengths = {
             os.path.join(self.root, name): length
             for name, length in zip(
@@ -113,8 +110,12 @@ class Shards(ReaderWds):
         if self.unreadable is None or not isinstance(
             error, OSError | SyntaxError | ValueError | Image.DecompressionBombError
         ):
-            raise DataError(f"cannot read the image of {self._name()}: {error}") from error
-        self.unreadable[zlib.crc32(self._name().encode()) % _FLAGS] = 1
+            raise DataError(
+                f"cannot read the image of {self._name()}: {error} (skip_unreadable goes on "
+                f"without it)"
+            ) from error
+        name = self._name()
+        self.unreadable.add(zlib.crc32(name.encode()) % _FLAGS, name)
         return True
 
     def _refuse_shard(self, error: Exception) -> NoReturn:
