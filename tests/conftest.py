@@ -104,6 +104,8 @@ def options(images: Path, dense_folder: Path, tmp_path: Path) -> dict[str, Any]:
         "batch_size": 4,
         "warmup_epochs": 1,
         "freeze_epochs": 0,
+        "lr": 1e-3,
+        "start_at_ratio": False,
         "log_steps": 1,
         "trackers": [],
     }

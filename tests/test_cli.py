@@ -53,7 +53,7 @@ def test_train_offers_every_field_of_its_config() -> None:
         (["tarin"], "no command 'tarin'; commands are quickstart, train, evaluate"),
         (["train"], "required: data"),
         (["train", "--data", "x", "--output", "y", "--epochs", "many"], 'key "epochs"'),
-        (["train", "--data", "x", "--output", "y", "--epochs", "0"], "epochs must be 1 or more"),
+        (["train", "--data", "x", "--output", "y", "--epochs", "-1"], "epochs must be 0 or more"),
         (["train", "--data", "x", "--output", "y", "--colour", "1"], "colour"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["evaluate", "--data", "x"], "required: models"),

@@ -105,7 +105,7 @@ def quickstart(
             config,
             output=str(folder / "dense_run"),
             keep_ratio=None,
-            lr=config.lr * config.backbone_lr,
+            lr=RECIPE["lr"] * config.backbone_lr,
             start_at_ratio=False,
             warm_start=0,
         )

@@ -24,6 +24,7 @@ from dynamicvit.core.folder import save_folder
 from dynamicvit.core.model import SparseViT, sparsify
 from dynamicvit.training.checkpoints import CHECKPOINTS, find_checkpoints
 from dynamicvit.training.config import TrainConfig
+from dynamicvit.training.defaults import complete
 from dynamicvit.training.fit import BEST, CONFIG, METRICS, parameter_groups, train
 from tests.conftest import tiny_vit, write_images
 from tests.training.test_data import _write_shards, collected, shard_files  # noqa: F401
@@ -397,7 +398,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another(options: dict[str, 
         ({"keep_ratio": 1.5}, "keep_ratio must lie in"),
         ({"blocks": [1, 2]}, "blocks and ratios go together"),
         ({"blocks": [1], "ratios": [0.5, 0.4]}, "must have the same length"),
-        ({"epochs": 0}, "epochs must be 1 or more, got 0"),
+        ({"epochs": -1}, "epochs must be 0 or more, got -1"),
         ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
         ({"accumulate": 0}, "accumulate must be 1 or more, got 0"),
         ({"keep_checkpoints": 0}, "keep_checkpoints must be 1 or more, got 0"),
@@ -450,7 +451,112 @@ def test_a_class_count_that_does_not_match_is_named(options: dict[str, Any]) -> 
         r"the data has 2 classes, the model .*dense has 5: train a dense model on this data first"
     )
     with pytest.raises(ValueError, match=message):
+        train(TrainConfig(**options, dense_epochs=0))
+
+
+def test_other_classes_are_learnt_by_the_dense_model_first(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one command, which goes on wherever it was stopped, and under another name."""
+    save_folder(tiny_vit(num_classes=5), options["model"])
+    options |= {"dense_epochs": 3, "epochs": 1}
+    output = Path(options["output"])
+
+    def stop(run: Any) -> Any:
+        if run.total_step:
+            raise KeyboardInterrupt
+        return validate(run)
+
+    validate = fit._validate
+    monkeypatch.setattr(fit, "_validate", stop)
+    for resume in (False, True):  # in the dense run, then in it again
+        with pytest.raises(KeyboardInterrupt):
+            train(TrainConfig(**options), resume)
+        assert not (output / CONFIG).exists()
+    with pytest.raises(ValueError, match=r"output .*run.dense already holds a run"):
         train(TrainConfig(**options))
+    monkeypatch.undo()
+    train(TrainConfig(**options), resume=True)
+    assert [line["kind"] for line in _lines(str(output / "dense"))].count("validation") == 3
+    assert {line["step"] for line in _lines(str(output))} == {1, 2, 3, 4}
+    dense, sparse = dynamicvit.load(output / "dense" / BEST), dynamicvit.load(output / BEST)
+    assert not isinstance(dense, SparseViT)
+    assert isinstance(sparse, SparseViT)
+    assert dense.num_classes == sparse.num_classes == 2
+    written = yaml.safe_load((output / CONFIG).read_text())
+    assert written["model"] == options["model"], "so that the whole can be run again"
+    moved = output.rename(output.with_name("moved"))
+    (moved / "dense" / METRICS).unlink()  # it would not be found again
+    train(TrainConfig(**options | {"output": str(moved), "epochs": 2}), resume=True)
+    assert not (moved / "dense" / METRICS).exists()
+
+
+@pytest.mark.parametrize("warm_start", [0, 3])
+def test_no_epochs_give_a_baseline_without_training(
+    options: dict[str, Any], warm_start: int
+) -> None:
+    evaluation = train(TrainConfig(**options | {"epochs": 0}, warm_start=warm_start))
+    lines = _lines(options["output"])
+    assert [line["kind"] for line in lines] == ["warm_start"] * warm_start + ["validation"]
+    assert (lines[-1]["top1"], lines[-1]["step"]) == (evaluation.top1, 0)
+    sparse = dynamicvit.load(Path(options["output"]) / BEST)
+    dense = dynamicvit.load(options["model"])
+    assert isinstance(sparse, SparseViT)
+    for name, value in dense.state_dict().items():
+        assert torch.equal(sparse.backbone.state_dict()[name], value), name
+
+
+def test_an_early_look_changes_nothing_else(options: dict[str, Any], tmp_path: Path) -> None:
+    runs = [options | {"output": str(tmp_path / f"every {steps}")} for steps in (0, 3)]
+    for run, steps in zip(runs, (0, 3), strict=True):
+        train(TrainConfig(**run, validate_steps=steps))
+    looks = [
+        [(line["step"], line["epoch"]) for line in _lines(run["output"]) if "top1" in line]
+        for run in runs
+    ]
+    assert looks == [[(4, 1), (8, 2)], [(3, 0), (4, 1), (6, 1), (8, 2)]]
+    losses = [
+        [line["loss"] for line in _lines(run["output"]) if line["kind"] == "train"] for run in runs
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "images", "batch", "expected"),
+    [
+        ({}, 1_281_167, 1024, (1e-3, 5, 5, False)),
+        ({"epochs": 15, "keep_ratio": None}, 100_000, 256, (1e-3, 2, 2, False)),
+        ({}, 5000, 128, (8e-3, 5, 5, True)),
+        ({"keep_ratio": None, "epochs": 5}, 5000, 64, (1.6e-3, 0, 0, True)),
+        ({"lr": 0.5, "start_at_ratio": False, "freeze_epochs": 1}, 50, 8, (0.5, 1, 5, False)),
+    ],
+)
+def test_what_is_left_open_follows_from_the_size_of_the_data(
+    given: dict[str, Any], images: int, batch: int, expected: tuple[object, ...]
+) -> None:
+    config = complete(TrainConfig(data="", output="", **given), images, batch)
+    found = config.lr, config.freeze_epochs, config.warmup_epochs, config.start_at_ratio
+    assert found == (pytest.approx(expected[0]), *expected[1:])
+
+
+def test_a_resumed_run_keeps_what_was_filled_in(options: dict[str, Any]) -> None:
+    options |= {"lr": None, "start_at_ratio": None, "freeze_epochs": None, "warmup_epochs": None}
+    train(TrainConfig(**options))
+    output = Path(options["output"])
+    first = yaml.safe_load((output / CONFIG).read_text())
+    assert (first["lr"], first["freeze_epochs"]) == (pytest.approx(1e-3 * 1024 / 4), 0)
+    assert first["start_at_ratio"] is True
+    train(TrainConfig(**options | {"epochs": 6, "batch_size": 8}), resume=True)
+    again = yaml.safe_load((output / CONFIG).read_text())
+    assert again == first | {"epochs": 6, "batch_size": 8}
+
+
+def test_the_data_is_looked_at_before_weights_are_fetched(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "load_model", None)  # a call would be another error
+    with pytest.raises(ValueError, match="no data folder at nowhere"):
+        train(TrainConfig(**options | {"data": "nowhere"}))
 
 
 def test_a_sparse_model_is_not_made_sparse_again(options: dict[str, Any], tmp_path: Path) -> None:

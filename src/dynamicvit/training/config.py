@@ -44,16 +44,22 @@ class TrainConfig:
         mixup: Mixup alpha; 0 for none.
         cutmix: CutMix alpha; 0 for none.
         label_smoothing: share of the target spread over all classes.
-        epochs: passes over the training split.
+        dense_epochs: where the data has other classes than the model, sparse training is preceded
+            by so many epochs of dense training, with a new head, in output/dense; its best model is
+            what then becomes sparse, and the teacher. 0 refuses such data.
+        epochs: passes over the training split; 0 trains nothing (but for warm_start and
+            dense_epochs), and evaluates and writes the model.
         batch_size: images that each process computes on at once.
         accumulate: such batches a step. The global batch, batch_size × processes × accumulate, is
             what defines a run: divided in another way it is the same run.
         lr: learning rate of the scorers (dense training: of everything), for a global batch of
-            1024; scaled in proportion.
+            1024; scaled in proportion. By default the paper's 1e-3; with fewer than 100,000
+            training images, what gives 1e-3 (dense training: 1e-4) at the batch there is.
         backbone_lr: learning rate of the backbone, as a multiple of that of the scorers, from
             warm-up to the end. Dense training ignores it.
-        freeze_epochs: epochs for which only the scorers learn. Dense training ignores it.
-        warmup_epochs: epochs over which learning rates rise from min_lr.
+        freeze_epochs: epochs for which only the scorers learn; by default a sixth of all. Dense
+            training ignores it.
+        warmup_epochs: epochs over which learning rates rise from min_lr; by default a sixth of all.
         min_lr: learning rate at the start and at the end, for a global batch of 1024.
         weight_decay: AdamW's; none on biases, norms, position embeddings and prefix tokens.
         clip_grad: greatest norm of the gradient; null for no limit.
@@ -67,7 +73,7 @@ class TrainConfig:
         temperature: of the sampled keep decisions at the end of training; from 1 at the start it
             falls (or rises) to it exponentially.
         start_at_ratio: begin with scorers that keep tokens at the schedule's ratio, not half of
-            them. Not in the paper.
+            them. Not in the paper; by default with fewer than 100,000 training images.
         warm_start: steps in which scorers first learn to keep what the teacher's class token
             attends to. Not in the paper; helps short training.
         precision: "no" for float32, or "bf16" for mixed bfloat16.
@@ -81,6 +87,8 @@ class TrainConfig:
         keep_checkpoints: how many checkpoints stay, the last ones.
         max_skipped: stop after so many steps in a row whose loss or gradient was not finite (each
             is left out, and counted), with the last batch saved in the run's folder.
+        validate_steps: also validate every so many steps, for an early look; 0 for at each epoch's
+            end alone.
         log_steps: steps between lines of metrics.jsonl.
         trackers: also log to these, by accelerate's names: tensorboard, wandb, mlflow, …; by
             default to TensorBoard if it is installed (extra "tensorboard").
@@ -112,13 +120,14 @@ class TrainConfig:
     mixup: float = 0.8
     cutmix: float = 1.0
     label_smoothing: float = 0.1
+    dense_epochs: int = 30
     epochs: int = 30
     batch_size: int = 128
     accumulate: int = 1
-    lr: float = 1e-3
+    lr: float | None = None
     backbone_lr: float = 0.01
-    freeze_epochs: int = 5
-    warmup_epochs: int = 5
+    freeze_epochs: int | None = None
+    warmup_epochs: int | None = None
     min_lr: float = 1e-6
     weight_decay: float = 0.05
     clip_grad: float | None = None
@@ -129,7 +138,7 @@ class TrainConfig:
     logit_kl_weight: float = 0.5
     token_weight: float = 0.5
     temperature: float = 1.0
-    start_at_ratio: bool = False
+    start_at_ratio: bool | None = None
     warm_start: int = 0
     precision: str = "no"
     compile: bool = False
@@ -138,6 +147,7 @@ class TrainConfig:
     checkpoint_steps: int = 0
     keep_checkpoints: int = 2
     max_skipped: int = 10
+    validate_steps: int = 0
     log_steps: int = 20
     trackers: list[str] | None = None
     seed: int = 0
@@ -180,7 +190,6 @@ class TrainConfig:
 
 
 _AT_LEAST_ONE = (
-    "epochs",
     "batch_size",
     "accumulate",
     "keep_checkpoints",
@@ -191,4 +200,5 @@ _NOT_NEGATIVE = (
     *("workers", "lr", "backbone_lr", "freeze_epochs", "warmup_epochs", "min_lr", "weight_decay"),
     *("clip_grad", "mixup", "cutmix", "color_jitter", "cross_entropy_weight", "ratio_weight"),
     *("logit_kl_weight", "token_weight", "warm_start", "checkpoint_steps"),
+    *("epochs", "dense_epochs", "validate_steps"),
 )

@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,6 +54,7 @@ from dynamicvit.training.data import (
     open_data,
     seed_of,
 )
+from dynamicvit.training.defaults import complete
 from dynamicvit.training.evaluate import (
     Evaluation,
     backbone_of,
@@ -82,13 +83,13 @@ from dynamicvit.training.processes import (
 from dynamicvit.training.records import METRICS, CollapseWatch, Records, check_trackers
 from dynamicvit.training.task import DenseTask, SparseTask, WarmStartTask
 
-BEST, CONFIG, BAD_BATCH = "best", "config.yaml", "bad_batch"
+BEST, DENSE, CONFIG, BAD_BATCH = "best", "dense", "config.yaml", "bad_batch"
 
 # What a resumed run may have otherwise than when it was saved.
 _FREE = (
     *("data", "data_dir", "output", "epochs", "workers", "batch_size", "accumulate", "shard"),
     *("checkpoint_activations", "checkpoint_steps", "keep_checkpoints", "max_skipped"),
-    *("log_steps", "trackers"),
+    *("validate_steps", "log_steps", "trackers", "dense_epochs"),
 )
 
 
@@ -210,16 +211,23 @@ def _set_up(config: TrainConfig, resume: bool) -> _Run:
         raise ValueError(f"model must be dense to start from, got the sparse model {config.model}")
     if config.sparse:
         check_backbone(dense)
+    start = config
+    if config.sparse and config.dense_epochs and _other_classes(dense, train_data.class_names):
+        start = _train_dense_first(config, resume, accelerator, dense, train_data)
+        dense = load_model(start.model)
+        set_seed(config.seed)
     for images_of in (train_data, val_data):
         images_of.set_channels(dense.in_chans)
-    student, teacher = _create_student(config, dense, train_data.class_names)
     layout = Layout(
         config.batch_size, accelerator.num_processes, config.accumulate, accelerator.process_index
     )
+    images = len(cast(Any, train_data.dataset))
+    config = complete(config, images, layout.total, _earlier(output) if resume else None)
+    start = replace(start, start_at_ratio=config.start_at_ratio)
+    student, teacher = _create_student(start, dense, train_data.class_names)
     train_loader, val_loader = _create_loaders(
         config, student, train_data, val_data, accelerator.device
     )
-    images = len(cast(Any, train_data.dataset))
     if images < layout.total:
         several = layout.processes * layout.accumulate
         raise ValueError(
@@ -258,7 +266,7 @@ def _set_up(config: TrainConfig, resume: bool) -> _Run:
     task, whole = _distribute(config, accelerator, student, teacher, ema)
     # fused: one kernel for all parameters, on the CPU too
     scale = layout.total / 1024
-    optimizer = AdamW(parameter_groups(student, config, config.lr * scale), fused=True)
+    optimizer = AdamW(parameter_groups(student, config, cast(float, config.lr) * scale), fused=True)
     steps = images // layout.total
     run = _Run(
         config=config,
@@ -271,9 +279,9 @@ def _set_up(config: TrainConfig, resume: bool) -> _Run:
         optimizer=optimizer,
         scheduler=CosineLRScheduler(
             optimizer,
-            t_initial=config.epochs * steps,
+            t_initial=max(1, config.epochs * steps),
             lr_min=config.min_lr * scale,
-            warmup_t=min(config.warmup_epochs, config.epochs) * steps,
+            warmup_t=min(cast(int, config.warmup_epochs), config.epochs) * steps,
             warmup_lr_init=config.min_lr * scale,
             t_in_epochs=False,
         ),
@@ -293,16 +301,50 @@ def _set_up(config: TrainConfig, resume: bool) -> _Run:
     return run
 
 
+def _other_classes(dense: Any, class_names: list[str] | None) -> bool:
+    return class_names is not None and dense.num_classes != len(class_names)
+
+
+def _train_dense_first(
+    config: TrainConfig, resume: bool, accelerator: Accelerator, dense: Any, data: ImageData
+) -> TrainConfig:
+    """Train the dense model, with a head for the data's classes, unless that is done.
+
+    Returns:
+        The config with that model to start from.
+    """
+    folder = Path(config.output) / DENSE
+    if not (Path(config.output) / CONFIG).exists():  # then the sparse run has not begun
+        Console(quiet=not accelerator.is_main_process).print(
+            f"{config.model} has {dense.num_classes} classes, the data "
+            f"{len(data.class_names or ())}: first the dense model is trained on it, in {folder}",
+            soft_wrap=True,
+        )
+        first: dict[str, Any] = {"keep_ratio": None, "blocks": None, "ratios": None, "lr": None}
+        train(
+            replace(config, output=str(folder), epochs=config.dense_epochs, **first),
+            resume=resume,
+        )
+        accelerator.wait_for_everyone()
+    return replace(config, model=str(folder / BEST), model_kwargs={}, pretrained=True)
+
+
+def _earlier(output: Path) -> dict[str, Any] | None:
+    """The config of the run in a folder, as it was filled in."""
+    path = output / CONFIG
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
 def _create_student(
     config: TrainConfig, dense: Any, class_names: list[str] | None
 ) -> tuple[nn.Module, Backbone | None]:
     """The model to train and, in sparse training, its teacher."""
-    if not config.sparse and class_names is not None and dense.num_classes != len(class_names):
-        dense.reset_classifier(len(class_names))
+    if not config.sparse and _other_classes(dense, class_names):
+        dense.reset_classifier(len(class_names or ()))
     try:
         check_classes(class_names, dense, f"the model {config.model}")
     except DataError as error:
-        advice = "train a dense model on this data first (keep_ratio null), and start from that"
+        advice = "train a dense model on this data first (keep_ratio null, or dense_epochs)"
         raise DataError(f"{error}: {advice}") from error
     for name in ("mean", "std"):
         value = getattr(config, name)
@@ -500,6 +542,9 @@ def _fit(run: _Run) -> Evaluation:
             for line in _epoch(run, stop_asked):
                 progress.update(bar, completed=run.total_step, status=_status(line))
             evaluation = _validate(run)
+            _save(run)
+    if evaluation is None and config.epochs == 0:
+        evaluation = _validate(run)
     if evaluation is None:  # the run was complete already
         evaluation = evaluate_model(_evaluated(run), run.val_loader, run.accelerator)
     return evaluation
@@ -536,8 +581,12 @@ def _epoch(run: _Run, stop_asked: Callable[[], bool]) -> Iterator[dict[str, Any]
             for stage, message in run.watch.check():
                 run.records.warn(run.total_step, message, stage=stage)
             yield line
+        if inside and config.validate_steps and run.total_step % config.validate_steps == 0:
+            _validate(run)
+            run.task.train()
+            clock = _Clock()
         due = config.checkpoint_steps and run.total_step % config.checkpoint_steps == 0
-        if stop or (inside and due):  # at the end, _validate saves
+        if stop or (inside and due):  # at the end, _fit saves
             _save(run)
         if stop:
             run.accelerator.wait_for_everyone()  # the first to go would have the others ended
@@ -648,19 +697,19 @@ def _skip(run: _Run, images: Tensor, targets: Tensor, mine: bool) -> None:
 
 
 def _validate(run: _Run) -> Evaluation:
-    """Evaluate at the end of an epoch; save the best model and the checkpoint to go on from."""
+    """Evaluate, and save the best model."""
     model = _evaluated(run)
     evaluation = evaluate_model(model, run.val_loader, run.accelerator)
     line = {"kind": "validation", "epoch": run.epoch, "step": run.total_step, **asdict(evaluation)}
     run.records.log(line)
+    epoch = run.epoch + run.seen / run.feed.images
     run.records.console.print(
-        f"epoch {run.epoch}: top-1 {evaluation.top1:.2f}%  top-5 {evaluation.top5:.2f}%  "
+        f"epoch {epoch:.4g}: top-1 {evaluation.top1:.2f}%  top-5 {evaluation.top5:.2f}%  "
         f"loss {evaluation.loss:.4f}"
     )
     if run.accelerator.is_main_process and evaluation.top1 > run.best:
         save_folder(model, run.output / BEST, run.feed.data.class_names)
     run.best = max(run.best, evaluation.top1)
-    _save(run)
     return evaluation
 
 
@@ -674,7 +723,7 @@ def _evaluated(run: _Run) -> nn.Module:
 
 def _apply_learning_rates(run: _Run) -> None:
     run.scheduler.step_update(run.total_step)
-    if run.epoch < run.config.freeze_epochs:
+    if run.epoch < cast(int, run.config.freeze_epochs):
         for group in run.optimizer.param_groups:
             if group["name"] == "backbone":
                 group["lr"] = 0.0
