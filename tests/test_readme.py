@@ -6,13 +6,17 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dynamicvit import cli
+from dynamicvit import cli, count_gmacs
+from dynamicvit.training.config import TrainConfig
+from dynamicvit.training.defaults import FEW_IMAGES, complete
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+TRAINING = (ROOT / "docs" / "training.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results"
 RESULT = json.loads((ROOT / "benchmarks" / "results" / "quickstart.json").read_text())
 
@@ -51,7 +55,12 @@ def test_the_embedded_model_s_accuracy_is_what_was_measured() -> None:
 
 
 @pytest.mark.parametrize(
-    "line", re.findall(r"^    (dynamicvit .+)$", README.replace("\\\n", " "), re.MULTILINE)
+    "line",
+    re.findall(
+        r"^    (?:torchrun .* -m )?(dynamicvit(?:\.cli)? .+)$",
+        (README + TRAINING).replace("\\\n", " "),
+        re.MULTILINE,
+    ),
 )
 def test_commands_parse(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
@@ -77,3 +86,37 @@ def test_the_speeds_are_those_measured() -> None:
         assert tuple(shown) == expected
         assert result["environment"]["commit"]
         assert found["speed_up"] > 1.0
+
+
+def test_the_cost_of_training_is_what_is_counted() -> None:
+    """The guide's own code gives the guide's own numbers."""
+    [code] = re.findall(r"```python\n(.*?)```", TRAINING, re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    teacher = count_gmacs(found["dense"], (3, 224, 224))
+    gmacs, total = found["gmacs"], found["total"]
+    rows = dict(re.findall(r"^\| ([a-z ]+)[,;|][^|]*\|? ?([\d.]+) \|$", TRAINING, re.MULTILINE))
+    assert float(rows["teacher"]) == pytest.approx(teacher, abs=0.005)
+    assert float(rows["student"]) == pytest.approx(gmacs["forward"] - teacher, abs=0.005)
+    assert f"| a training step in all | {gmacs['learning']:.2f} |" in TRAINING
+    assert f"the first 5 epochs | {gmacs['frozen']:.2f} |" in TRAINING
+    steps = 1_281_167 // 1024 * 30
+    assert f"{steps:,} steps of\n1024, are {total / 1e6:.0f} million GMACs" in TRAINING
+    assert f"{2 * total / 1e9:.2f} × 10¹⁸" in TRAINING
+    size = sum(parameter.numel() for parameter in found["student"].parameters())
+    assert f"{size / 1e6:.1f} million × 16 bytes, {16 * size / 1e6:.0f} MB" in TRAINING
+
+
+def test_the_guide_s_table_is_what_is_filled_in() -> None:
+    assert f"{FEW_IMAGES:,} images or more" in TRAINING
+    for sparse, small in ((True, "1e-3"), (False, "1e-4")):
+        config = TrainConfig(data="", output="", keep_ratio=0.7 if sparse else None)
+        few, many = (complete(config, FEW_IMAGES + more, 128).lr for more in (-1, 0))
+        assert few is not None
+        assert few * 128 / 1024 == pytest.approx(float(small))
+        assert many == 1e-3
+        model = "the scorers" if sparse else "a dense model"
+        row = (
+            f"| `lr` of {model} | 1e-3 for a batch of 1024, in proportion | {small} at any batch |"
+        )
+        assert row in TRAINING

@@ -279,7 +279,7 @@ def _set_up(config: TrainConfig, resume: bool) -> _Run:
         optimizer=optimizer,
         scheduler=CosineLRScheduler(
             optimizer,
-            t_initial=max(1, config.epochs * steps),
+            t_initial=max(2, config.epochs * steps),  # timm takes no less
             lr_min=config.min_lr * scale,
             warmup_t=min(cast(int, config.warmup_epochs), config.epochs) * steps,
             warmup_lr_init=config.min_lr * scale,
