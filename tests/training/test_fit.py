@@ -241,6 +241,20 @@ def test_recomputed_activations_give_the_same_weights(
         torch.testing.assert_close(ours[name], value, atol=1e-6, rtol=1e-4)
 
 
+def test_gradients_of_kept_tokens_alone_make_the_same_run(options: dict[str, Any]) -> None:
+    options |= {"epochs": 1, "freeze_epochs": 0}
+    train(TrainConfig(**options))
+    train(TrainConfig(**options | {"output": options["output"] + "_2"}, kept_gradients=True))
+    runs = [
+        [line for line in _lines(options["output"] + end) if line["kind"] == "train"]
+        for end in ("", "_2")
+    ]
+    assert runs[1][-1]["grad_norm"] != runs[0][-1]["grad_norm"], "it is another way"
+    for plain, kept in zip(*runs, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert kept[name] == pytest.approx(plain[name], rel=1e-3)
+
+
 def test_waiting_for_images_is_told(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -424,6 +438,10 @@ def test_a_config_that_makes_no_sense_is_refused(changes: dict[str, Any], messag
         ({"batch_size": 64}, "batch_size must not exceed the training split's 16 images, got 64"),
         ({"accumulate": 5}, "the training split's 16 images, got 4 × 5 in a step"),
         ({"batch_size": 3}, "batch_size must be even for Mixup, got 3"),
+        (
+            {"kept_gradients": True, "compile": True},
+            "kept_gradients must be false with compile, got true",
+        ),
         ({"model": "resnet18", "pretrained": False}, "ResNet is not supported"),
         ({"model": "no_such_model"}, "model must be a folder, a hub id or a timm name"),
         ({"model": "vit_tiny_patch16"}, "did you mean vit_tiny_patch16_"),

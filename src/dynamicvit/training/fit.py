@@ -253,6 +253,8 @@ def _set_up(config: TrainConfig, resume: bool) -> _Run:
     drop_paths = place_drop_paths(student)
     if config.checkpoint_activations:
         cast(Any, student).set_grad_checkpointing()
+    if isinstance(student, SparseViT):
+        student.set_kept_gradients(config.kept_gradients)
     student.to(accelerator.device)
     found = load_place(output) if resume else None
     if found is not None:
