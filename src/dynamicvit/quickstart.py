@@ -132,7 +132,7 @@ def quickstart(
     results["random selection"] = evaluate_model(random_selection, loader, accelerator)
 
     console.print("[bold]4/5[/] timing dense against sparse, in turn")
-    speeds = compare_speed(dense, sparse, input_size(dense))
+    speeds = compare_speed(dense, sparse.fuse(), input_size(dense))
 
     console.print("[bold]5/5[/] drawing what is kept")
     _draw(sparse.cpu().eval(), images, loader, folder / "keep_maps.png")
