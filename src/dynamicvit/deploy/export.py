@@ -469,6 +469,8 @@ def _open_onnx(path: Path, precision: str) -> Engine:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
+    # Threads that wait for the next call without sleeping would slow what else runs in between.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda images: _tensors(session.run(None, {"images": images.numpy()}))
 
