@@ -2,9 +2,10 @@
 
     python benchmarks/fastest.py benchmarks/results/fastest.json
 
-Both are what `dynamicvit.optimize` chooses at each batch size: of dense among eager PyTorch's precisions
-and kinds of attention, of pruned among all engines. They are then timed in turn, on the same images.
-Weights are fresh, which takes as long as trained ones; so nearness to float32 is not asked for.
+Both are what `dynamicvit.optimize` chooses at each batch size: of dense among eager PyTorch's
+precisions and kinds of attention, of pruned among all engines. They are then timed in turn, on the
+same images. Weights are fresh, which takes as long as trained ones; so nearness to float32 is not
+asked for.
 """
 
 from __future__ import annotations
