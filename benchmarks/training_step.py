@@ -151,7 +151,8 @@ class Setting:
     """What a step is run on.
 
     Attributes:
-        model: timm name of the dense model; its weights are fresh, which takes as long.
+        model: timm name of the dense model; its weights are fresh, and its scorers set to keep the
+            schedule's shares.
         model_kwargs: of timm.create_model.
         keep_ratio: of each of three stages.
         batch_size: images a step.
@@ -182,6 +183,11 @@ class Step:
             torch.manual_seed(0)
             teacher: Any = timm.create_model(setting.model, **dict(setting.model_kwargs))
             self.student = sparsify(teacher, keep_ratio=setting.keep_ratio)
+        scorer: Any
+        for scorer, ratio in zip(
+            self.student.scorers, self.student.schedule.step_ratios(), strict=True
+        ):
+            scorer.set_keep_prior(ratio)  # what is kept decides what a step costs
         if side.startswith("reference"):
             self.student = ReferenceViT(self.student)
         self.student.set_kept_gradients(side.endswith("kept gradients"))
@@ -189,14 +195,15 @@ class Step:
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-5, fused=True)
         self.labels = torch.arange(setting.batch_size, device=self.device) % teacher.num_classes
         self.loss = torch.zeros(())
+        self.kept: list[float] = []
         if side.endswith("compiled"):
             self.task.compile(dynamic=False)
 
     def backward(self, images: Tensor) -> None:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            loss = self.task(images, self.labels)["loss"]
-        loss.backward()
-        self.loss = loss.detach()
+            result = self.task(images, self.labels)
+        result["loss"].backward()
+        self.loss, self.kept = result["loss"].detach(), result["kept"].tolist()
 
     def __call__(self, images: Tensor) -> None:
         self.backward(images)
@@ -226,6 +233,7 @@ class StepSpeed:
             one. None where the system does not tell.
         memory_ratio: the reference's peak / this side's.
         loss: of the last step.
+        kept: share of tokens kept at each stage, in the last step.
     """
 
     side: str
@@ -238,6 +246,7 @@ class StepSpeed:
     peak_mb: float | None
     memory_ratio: float | None
     loss: float
+    kept: list[float]
 
 
 def compare_steps(
@@ -302,6 +311,7 @@ def compare_steps(
                 peak_mb=peak,
                 memory_ratio=reference / peak if reference and peak else None,
                 loss=loss,
+                kept=steps[index].kept,
             )
         )
     return results

@@ -172,7 +172,7 @@ def test_key_bias_has_the_gradient_of_the_floored_logarithm() -> None:
     bias.sum().backward()
     assert keep.grad is not None
     torch.testing.assert_close(keep.grad, 1.0 / floored)
-    assert keep.grad[0, 0] == pytest.approx(1e6)  # a dropped token does learn
+    assert keep.grad[0, 0] == pytest.approx(1 / MIN_KEEP)  # a dropped token does learn
 
 
 def _paper_attention(logits: Tensor, keep: Tensor, num_prefix: int) -> Tensor:
@@ -213,7 +213,7 @@ def test_the_bias_is_the_papers_attention_mask(
     assert bias.dtype == torch.float32
     ours = (logits + bias).softmax(dim=-1)
     paper = _paper_attention(logits, reference, num_prefix)
-    # a dropped token's weight is 1e-6 of what it was, not 0
+    # a dropped token's weight is e⁻²⁸ of what it was, not 0
     torch.testing.assert_close(ours.double(), paper, atol=2e-4, rtol=1e-4)
 
     (ours * weights).sum().backward()

@@ -408,7 +408,10 @@ def test_other_tokens_are_right_only_where_scores_tie(monkeypatch: pytest.Monkey
     assert agreement.score_gap > verify.TIE
     with pytest.raises(ValueError, match=r"kept tokens agree to 87.50%, with score gaps of up to"):
         agreement.check("float32")
-    agreement.check("bfloat16")
+    assert agreement.score_gap > verify.HALF_TIE["bfloat16"]
+    with pytest.raises(ValueError, match="score gaps"):  # rounding does not do that
+        agreement.check("bfloat16")
+    replace(agreement, score_gap=0.05).check("bfloat16")
     monkeypatch.setattr(verify, "TIE", 1.0)
     tied = _agreement(sparse, _swap(sparse))
     assert tied.top1_agreement == 100
@@ -466,9 +469,9 @@ def test_tolerances(precision: str, difference: float, passes: bool) -> None:
     else:
         with pytest.raises(ValueError, match="does not do what the model does"):
             agreement.check(precision)
-    if precision != "int8":
-        with pytest.raises(ValueError, match="nan"):
-            replace(agreement, max_difference=float("nan")).check(precision)
+    for value in ("nan", "inf"):
+        with pytest.raises(ValueError, match=value):
+            replace(agreement, max_difference=float(value)).check(precision)
 
 
 def test_accuracy_is_of_classes_that_are_known() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dynamicvit import SparseViT, optimize, sparsify
+from dynamicvit.deploy import engines
 from dynamicvit.deploy import optimize as module
 from tests.conftest import randomise, tiny_vit
 
@@ -47,10 +48,36 @@ def test_engines_of_files_are_candidates() -> None:
     dense = tiny_vit()
     found = optimize(dense, IMAGES, engines=["openvino", "onnx"], rounds=1)
     names = {(item.engine, item.precision) for item in found.candidates if not item.reason}
-    assert {("onnx", "float32"), ("openvino", "float32"), ("eager", "float32")} <= names
-    refused = [item.reason for item in found.candidates if item.engine == "onnx" and item.reason]
-    assert refused == ["engine 'onnx' does not compute in bfloat16 here"]
+    assert {("onnx", "float32"), ("openvino", "float32")} <= names
+    reasons = {item.engine: item.reason for item in found.candidates if item.reason}
+    assert reasons["onnx"] == "engine 'onnx' does not compute in bfloat16 here"
+    assert reasons["eager"] == "it was not asked for"
+    assert found.chosen.engine != "eager"
     torch.testing.assert_close(found(IMAGES), dense(IMAGES), atol=1e-4, rtol=1e-3)
+
+
+def test_an_engine_that_fails_is_out_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(model: Any, engine: str, *arguments: Any) -> Any:
+        if engine == "compile":
+            raise RuntimeError("no C++ compiler\nand much more")
+        return engines.build(model, engine, *arguments)
+
+    monkeypatch.setattr(module, "build", build)
+    found = optimize(_sparse(), IMAGES, engines=["eager", "compile"], rounds=1)
+    assert found.chosen.engine == "eager"
+    assert {item.reason for item in found.candidates if item.engine == "compile"} == {
+        "no C++ compiler"
+    }
+    with pytest.raises(ValueError, match="no engine runs the model here: no C\\+\\+ compiler"):
+        optimize(_sparse(), IMAGES, engines=["compile"], rounds=1)
+
+
+def test_modes_stay_as_they_were() -> None:
+    sparse = _sparse().train()
+    sparse.backbone.eval()
+    optimize(sparse, IMAGES, engines=["eager"], rounds=1)
+    assert sparse.training
+    assert not sparse.backbone.training
 
 
 @pytest.mark.parametrize(
@@ -62,6 +89,18 @@ def test_engines_of_files_are_candidates() -> None:
         (IMAGES, {"tolerance": -1.0}, "tolerance must be 0 or more, got -1.0"),
         (IMAGES, {"rounds": 0}, "rounds must be 1 or more, got 0"),
         (IMAGES, {"engines": ["tensorrt"]}, "engines must be of eager, .*, got 'tensorrt'"),
+        (IMAGES, {"engines": ["eager", "tensorrt"]}, "engines must be of eager, .*, got 'tensorrt"),
+        (IMAGES, {"precisions": ["bf16"]}, "precisions must be of float32, .*, got 'bf16'"),
+        (
+            IMAGES,
+            {"engines": ["onnx"], "precisions": ["bfloat16"]},
+            "'onnx' does not compute in bfloat16 here",
+        ),
+        (
+            IMAGES,
+            {"engines": ["eager"], "precisions": ["bfloat16"], "tolerance": 0.0},
+            "tolerance must be at least .* for a form, got 0.0",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(

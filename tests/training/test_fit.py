@@ -255,6 +255,20 @@ def test_gradients_of_kept_tokens_alone_make_the_same_run(options: dict[str, Any
             assert kept[name] == pytest.approx(plain[name], rel=1e-3)
 
 
+def test_counts_are_aligned_on_request(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def sparsify(*arguments: Any, align: int | None, **options: Any) -> Any:
+        asked.append(align)
+        return dynamicvit.sparsify(*arguments, **options)
+
+    monkeypatch.setattr(fit, "sparsify", sparsify)
+    train(TrainConfig(**options | {"epochs": 1}, align=16))
+    assert asked == [16]
+
+
 def test_waiting_for_images_is_told(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,7 @@
 """What the backward pass of a masked block need not compute.
 
-A dropped token is blocked: nothing that it becomes later reaches the losses, but for the millionth
-of its weight that `attention_bias` leaves it. The gradient of its rows in linear layers and
+A dropped token is blocked: nothing that it becomes later reaches the losses, but for the e⁻²⁸ of
+its weight that `attention_bias` leaves it. The gradient of its rows in linear layers and
 activations is that small, and is left out here, with the memory that it takes. What the token
 would have contributed, which is the gradient of its keep decision, is computed in full.
 

@@ -88,7 +88,8 @@ class KeepSchedule:
         """The nearest schedule whose tensors hold a multiple of `multiple` tokens.
 
         Matrix engines work on tiles: 144 tokens may take no longer than 138. Each stage's count is
-        rounded up or down: to the nearest, as far as the cost of all stays within 2%.
+        rounded up or down: to the nearest, as far as the cost of all stays within 2%. A stage that
+        keeps all tokens goes on doing so.
 
         Args:
             multiple: of tokens, prefix tokens included.
@@ -110,7 +111,8 @@ class KeepSchedule:
         for count in counts:
             down = (count + num_prefix) // multiple * multiple - num_prefix
             up = -(-(count + num_prefix) // multiple) * multiple - num_prefix
-            choices.append({rounded for rounded in (down, up) if 1 <= rounded <= num_tokens})
+            fitting = {rounded for rounded in (down, up) if 1 <= rounded <= num_tokens}
+            choices.append({count} if count == num_tokens else fitting)  # nothing was to leave
 
         def cost(counts: tuple[int, ...]) -> float:
             edges = (*self.blocks, depth)

@@ -6,13 +6,16 @@ A suffix names a tensor's axes: `x_BNC`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Below this a keep decision counts as 0 in the attention bias. In float32, 1e-6 reproduces the
-# paper's masked softmax best: 1e-8 loses gradient precision, 1e-4 lets dropped tokens through.
-MIN_KEEP = 1e-6
+# Below this a keep decision counts as 0 in the attention bias. Attention scores of a trained model
+# lie so far apart that a millionth of a dropped token's weight can outweigh all that is kept; and
+# -28 is a bias that bfloat16 holds exactly.
+MIN_KEEP = math.exp(-28.0)
 
 
 def topk_keep(scores_BN: Tensor, count: int) -> Tensor:
@@ -91,13 +94,13 @@ def masked_mean(x_BNC: Tensor, keep_BN: Tensor | None = None) -> Tensor:
     if keep_BN is None:
         return x_BNC.mean(dim=1)
     keep = keep_BN.to(x_BNC.dtype).unsqueeze(-1)
-    return (x_BNC * keep).sum(dim=1) / keep.sum(dim=1).clamp(min=MIN_KEEP)
+    return (x_BNC * keep).sum(dim=1) / keep.sum(dim=1).clamp(min=1e-6)
 
 
 def key_bias(keep_BN: Tensor) -> Tensor:
-    """log(keep), floored at log(1e-6), as an additive attention bias on the keys: [B, N].
+    """log(keep), floored at -28, as an additive attention bias on the keys: [B, N].
 
-    Its gradient is 1 / max(keep, 1e-6) even at 0: a dropped token must still learn what it would
+    Its gradient is 1 / max(keep, e⁻²⁸) even at 0: a dropped token must still learn what it would
     have contributed. Where no gradient is asked for, a dropped token is blocked outright.
     """
     keep = keep_BN.float()

@@ -28,9 +28,11 @@ from dynamicvit.deploy.engines import (
     PRECISIONS,
     TORCH_ENGINES,
     Engine,
+    available,
     build,
     check_engine,
     find_device,
+    first_line,
     installed,
 )
 from dynamicvit.deploy.memory import peak_memory
@@ -145,7 +147,7 @@ class Measurement:
 def benchmark(
     model: str,
     /,
-    keep_ratio: float = 0.7,
+    keep_ratio: float | None = None,
     align: int | None = None,
     engines: list[str] | None = None,
     precisions: list[str] | None = None,
@@ -165,14 +167,14 @@ def benchmark(
     Args:
         model: model folder, hub id or timm name; a dense one is made sparse, its scorers untrained
             (they take as long as trained ones).
-        keep_ratio: for a dense model.
+        keep_ratio: for a dense model; by default 0.7.
         align: for a dense model, round kept counts to multiples of this.
         engines: eager, compile, onnx (ONNX Runtime), openvino; by default all that are installed.
             The last two compute on the CPU alone.
         precisions: float32, bfloat16, float16; by default the first two, where the engine has them.
         batch_sizes: images a call; by default 1, 8 and 32.
         pretrained: for a timm name, load timm's weights (they do not change the time).
-        img_size: input height and width in pixels, if other than the model's.
+        img_size: for a timm name, input height and width in pixels, if other than the model's.
         device: cpu, cuda or cuda:NUMBER; by default a GPU if there is one.
         seconds: spent on each measurement, at least; at least 7 rounds are run.
         output: JSON file to write.
@@ -194,21 +196,33 @@ def benchmark(
         for engine in engines or (TORCH_ENGINES if gpu else filter(installed, ENGINES))
         for precision in wanted
         # What was asked for by name and cannot be had is an error, below.
-        if gpu or (engines and precisions) or precision in ENGINES.get(engine, ((), wanted))[1]
+        if (engines and precisions)
+        or engine not in ENGINES
+        or available(engine, precision, place.type)
     ]
-    for engine, precision in pairs or [("eager", precision) for precision in wanted]:
+    for precision in wanted:
+        if all(precision != paired for _, paired in pairs):
+            check_engine("eager", precision, place.type)
+    for engine in engines or ():
+        if all(engine != paired for paired, _ in pairs):
+            check_engine(engine, wanted[0], place.type)
+    for engine, precision in pairs:
         check_engine(engine, precision, place.type)
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("plot needs the extra: pip install 'dynamicvit[plot]'")
     options: dict[str, Any] = {} if pretrained else {"pretrained": False}
-    if img_size is not None and timm.is_model(model):
+    if img_size is not None:
+        if not timm.is_model(model):
+            raise ValueError(f"img_size is for timm's names, got it with {model}")
         options["img_size"] = img_size
-    loaded = load_model(model, **options)
-    sparse = (
-        loaded
-        if isinstance(loaded, SparseViT)
-        else sparsify(loaded, keep_ratio=keep_ratio, align=align)
-    )
+    sparse = load_model(model, **options)
+    if not isinstance(sparse, SparseViT):
+        sparse = sparsify(sparse, keep_ratio=0.7 if keep_ratio is None else keep_ratio, align=align)
+    elif keep_ratio is not None or align is not None:
+        raise ValueError(
+            f"keep_ratio and align are for dense models, got {keep_ratio} and {align} "
+            f"with the sparse model {model}"
+        )
     with torch.cuda.device(place) if gpu else nullcontext():
         result = {"model": model, **_run(sparse.eval().to(place), pairs, sizes, seconds)}
     _print(Console(), result)
@@ -231,17 +245,23 @@ def _run(
     }
     ideal = gmacs["dense"] / gmacs["sparse"]
     measurements: list[Measurement] = []
+    failed: list[dict[str, str]] = []
     models = [sparse.backbone, sparse]
     for engine, precision in pairs:
         Console().print(f"{engine}, {precision}", style="dim")
-        candidates = [_candidates(model, engine, precision) for model in models]
-        weights = [weight_bytes(model, precision) for model in models]
-        for batch_size in batch_sizes:
-            batches = random_batches(batch_size, size, precision, device)
-            found = _measure(candidates, weights, engine, precision, batches, seconds, ideal)
-            if device.type == "cpu" and batch_size == max(batch_sizes):
-                found = replace(found, peak_mb=_peaks(sparse, found, tuple(batches[0].shape)))
-            measurements.append(found)
+        try:
+            candidates = [_candidates(model, engine, precision) for model in models]
+            weights = [weight_bytes(model, precision) for model in models]
+            for batch_size in batch_sizes:
+                batches = random_batches(batch_size, size, precision, device)
+                found = _measure(candidates, weights, engine, precision, batches, seconds, ideal)
+                if device.type == "cpu" and batch_size == max(batch_sizes):
+                    found = replace(found, peak_mb=_peaks(sparse, found, tuple(batches[0].shape)))
+                measurements.append(found)
+        except Exception as error:  # each engine has its own; the others' figures stay
+            failed.append({"engine": engine, "precision": precision, "reason": first_line(error)})
+    if not measurements:
+        raise ValueError("no engine runs the model here: {reason}".format(**failed[0]))
     return {
         "device": str(device),
         "input_size": size,
@@ -249,6 +269,7 @@ def _run(
         "gmacs": gmacs,
         "ideal_speed_up": ideal,
         "measurements": [asdict(item) for item in measurements],
+        "failed": failed,
         "stages_ms": stage_times(sparse, torch.randn(max(batch_sizes), *size, device=device)),
         "environment": environment(),
     }
@@ -313,7 +334,10 @@ def _measure(
     ratios = [a / b for a, b in times]
     low, _, high = statistics.quantiles(ratios, n=4)
     dense_ms, sparse_ms = (
-        (1e3 * statistics.median(column), 1e3 * statistics.quantiles(column, n=20)[-1])
+        (
+            1e3 * statistics.median(column),
+            1e3 * statistics.quantiles(column, n=20, method="inclusive")[-1],
+        )
         for column in zip(*times, strict=True)
     )
     speed_up = statistics.median(ratios)
@@ -453,7 +477,7 @@ def stage_times(model: SparseViT, images: Tensor, rounds: int = 5) -> dict[str, 
 
 def _print(console: Console, result: dict[str, Any]) -> None:
     table = Table(
-        *("engine", "precision", "batch", "dense", "sparse", "p50 ms", "speed-up", "efficiency"),
+        *("engine", "precision", "batch", "dense", "sparse", "ms", "speed-up", "efficiency"),
         "peak MB",
     )
     for item in result["measurements"]:
@@ -463,13 +487,24 @@ def _print(console: Console, result: dict[str, Any]) -> None:
             str(item["batch_size"]),
             f"{item['dense']:.1f}",
             f"{item['sparse']:.1f}",
-            f"{item['dense_ms'][0]:.1f} → {item['sparse_ms'][0]:.1f}",
+            " → ".join(
+                f"{median:.1f} ({late:.1f})"
+                for median, late in (item["dense_ms"], item["sparse_ms"])
+            ),
             f"{item['speed_up']:.2f}× ({item['spread'][0]:.2f}–{item['spread'][1]:.2f})",
             f"{item['efficiency']:.2f}",
             "{:.0f} → {:.0f}".format(*item["peak_mb"]) if item["peak_mb"] else "",
         )
     console.print(table)
-    console.print(f"images/s; the ideal speed-up, by GMACs, is {result['ideal_speed_up']:.2f}×")
+    gmacs = "{dense:.2f} → {sparse:.2f} GMACs".format(**result["gmacs"])
+    console.print(
+        f"images/s; milliseconds a call, median (95th percentile); {gmacs}, so the ideal speed-up "
+        f"is {result['ideal_speed_up']:.2f}×"
+    )
+    stages = "  ".join(f"{name} {spent:.1f}" for name, spent in result["stages_ms"].items())
+    console.print(f"milliseconds of the pruned model, eager and in float32: {stages}")
+    for pair in result["failed"]:
+        console.print("{engine}, {precision} failed: {reason}".format(**pair))
 
 
 def _plot(result: dict[str, Any], path: Path) -> None:

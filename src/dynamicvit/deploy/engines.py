@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import io
 import json
 import tempfile
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from dynamicvit.core.model import SparseViT
 from dynamicvit.deploy import export
+from dynamicvit.files import write_bytes
 
 Engine = Callable[[Tensor], Any]
 
@@ -68,6 +70,22 @@ def check_engine(engine: str, precision: str, device: str = "cpu") -> None:
         raise ValueError(f"engine {engine!r} needs the extra: pip install 'dynamicvit[export]'")
     if not gpu and precision not in ENGINES[engine][1]:
         raise ValueError(f"engine {engine!r} does not compute in {precision} here")
+    if engine == "openvino":
+        export.check_openvino(precision)
+
+
+def available(engine: str, precision: str, device: str = "cpu") -> bool:
+    """Whether `check_engine` raises nothing."""
+    try:
+        check_engine(engine, precision, device)
+    except ValueError:
+        return False
+    return True
+
+
+def first_line(error: Exception) -> str:
+    """What an engine that failed said first."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def build(model: nn.Module, engine: str, precision: str, fused_attention: bool = True) -> Engine:
@@ -97,7 +115,9 @@ def save(
     """Write what `load` makes an engine of, for another process. Arguments as for `build`."""
     if engine in TORCH_ENGINES:
         path = folder / "model.pt"
-        torch.save(_convert(model, precision, fused_attention), path)
+        buffer = io.BytesIO()  # torch's own writer ends the process where the disk is full
+        torch.save(_convert(model, precision, fused_attention), buffer)
+        write_bytes(path, buffer.getvalue())
         return path
     path = folder / f"model{export.FORMATS[engine][0]}"
     reference = copy.deepcopy(model).cpu().float().eval()

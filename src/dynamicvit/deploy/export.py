@@ -210,7 +210,8 @@ def export_model(
         agreement = compare(reference, _Named(engine, format, precision), found)
         agreement.check(precision)
         del engine  # some systems do not move open files
-        parts = [path, *path.parent.glob(path.stem + ".bin")]
+        weights = path.with_suffix(".bin")  # beside an OpenVINO graph
+        parts = [path, weights] if weights.exists() else [path]
         megabytes = sum(part.stat().st_size for part in parts) / 1e6
         if len(parts) > 1:  # a kill in between must not leave an old graph with new weights
             target.unlink(missing_ok=True)
@@ -572,10 +573,10 @@ def _check_options(
         raise ValueError(f"opset must lie in {_OPSETS[0]}..{_OPSETS[-1]}, got {opset}")
     _require(format, packages)
     if format == "openvino":
-        _check_openvino(precision)
+        check_openvino(precision)
 
 
-def _check_openvino(precision: str) -> None:
+def check_openvino(precision: str) -> None:
     """OpenVINO takes every hint, and computes in another precision where the device lacks it."""
     import openvino  # noqa: PLC0415
 

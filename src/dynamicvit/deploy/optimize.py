@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from dynamicvit.deploy.benchmark import time_call
-from dynamicvit.deploy.engines import ENGINES, Engine, build, check_engine, installed
+from dynamicvit.deploy.engines import (
+    ENGINES,
+    TORCH_ENGINES,
+    Engine,
+    available,
+    build,
+    check_engine,
+    first_line,
+    installed,
+)
 
 
 @dataclass(frozen=True)
@@ -20,8 +30,8 @@ class Candidate:
     Attributes:
         engine, precision: as in `dynamicvit.deploy.engines`.
         attention: "fused" or "plain"; None where the engine decides.
-        images_per_second: median over rounds, in turn with the other candidates.
-        error: of its logits beside PyTorch's float32 ones, relative norm.
+        images_per_second: median over rounds, in turn with the other candidates; 0 if not timed.
+        error: of its logits beside PyTorch's float32 ones, relative norm; NaN if it gave none.
         reason: why it cannot be taken; None if it can.
     """
 
@@ -83,11 +93,12 @@ def optimize(
         rounds: calls of each candidate that are timed, in turn.
 
     Returns:
-        The fastest that stays within the tolerance, with everything that was measured.
+        The fastest that stays within the tolerance, with everything that was measured, and why the
+        others are out: an engine that fails (torch.compile without a C++ compiler) is one of those.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got; if no candidate is within the
-            tolerance.
+        TypeError, ValueError: naming the argument and what was got; if an engine or precision that
+            was asked for is not there, or nothing that was is within the tolerance.
     """
     if not isinstance(example, Tensor) or example.ndim != 4 or len(example) < 1:
         got = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
@@ -96,52 +107,64 @@ def optimize(
         raise ValueError(f"tolerance must be 0 or more, got {tolerance!r}")
     if rounds < 1:
         raise ValueError(f"rounds must be 1 or more, got {rounds!r}")
-    training = model.training
-    expected = model.eval()(example).float()
-    model.train(training)
-    forms: dict[Candidate, Engine] = {}
-    refused: list[Candidate] = []
-    for engine in engines if engines is not None else filter(installed, ENGINES):
-        for precision in precisions:
-            for attention in ("fused", "plain") if engine in ("eager", "compile") else (None,):
-                form = Candidate(engine, precision, attention)
-                try:
-                    check_engine(engine, precision, example.device.type)
-                except ValueError as error:
-                    if engine not in ENGINES:
-                        raise
-                    refused.append(Candidate(engine, precision, attention, reason=str(error)))
-                    continue
-                forms[form] = build(model, engine, precision, attention != "plain")
-    # What every candidate is compared with is measured too.
+    device = example.device.type
+    for precision in precisions:
+        if not any(available(engine, precision, device) for engine in engines or ENGINES):
+            # Says what is wrong with it, or with the first engine.
+            check_engine(engines[0] if engines else "eager", precision, device)
+    for engine in engines or ():
+        if not any(available(engine, precision, device) for precision in precisions):
+            check_engine(engine, precisions[0], device)
+    # What every candidate is compared with is measured, even if it was not asked for.
     base = Candidate("eager", "float32", "fused")
-    if base not in forms:
-        forms[base] = build(model, base.engine, base.precision)
+    asked = [
+        Candidate(engine, precision, attention)
+        for engine in engines or filter(installed, ENGINES)
+        for precision in precisions
+        for attention in (("fused", "plain") if engine in TORCH_ENGINES else (None,))
+    ]
+    reference = copy.deepcopy(model).eval()
+    expected = reference(example).float()
+    forms: dict[Candidate, Engine] = {}
+    errors: dict[Candidate, float] = {}
+    refused: list[Candidate] = []
+    for form in dict.fromkeys([*asked, base]):
+        try:
+            check_engine(form.engine, form.precision, device)
+            call = build(reference, form.engine, form.precision, form.attention != "plain")
+            error = _error(_logits(call(example)), expected)
+        except Exception as failure:  # each engine has its own
+            refused.append(replace(form, reason=first_line(failure)))
+            continue
+        if error <= tolerance or form == base:
+            forms[form], errors[form] = call, error
+        else:
+            reason = f"its error is above {tolerance:g}"
+            refused.append(replace(form, error=error, reason=reason))
     times: dict[Candidate, list[float]] = {form: [] for form in forms}
-    errors = {form: _error(_logits(call(example)), expected) for form, call in forms.items()}
     for _ in range(rounds):
         for form, call in forms.items():
             times[form].append(time_call(call, example))
     seconds = {form: statistics.median(taken) for form, taken in times.items()}
     measured = {
-        form: Candidate(
-            form.engine,
-            form.precision,
-            form.attention,
-            len(example) / seconds[form],
-            errors[form],
-            None if errors[form] <= tolerance else f"its error is above {tolerance:g}",
+        form: replace(
+            form,
+            images_per_second=len(example) / seconds[form],
+            error=errors[form],
+            reason=None if form in asked else "it was not asked for",
         )
         for form in forms
     }
     possible = [form for form in forms if measured[form].reason is None]
     if not possible:
-        least = min(errors.values())
+        least = min((item.error for item in refused if item.error == item.error), default=None)
+        if least is None:
+            raise ValueError(f"no engine runs the model here: {refused[0].reason}")
         raise ValueError(f"tolerance must be at least {least:.2g} for a form, got {tolerance!r}")
     best = min(possible, key=seconds.__getitem__)
-    call = forms[best]
+    fastest = forms[best]
     return Optimized(
-        run=lambda images: _logits(call(images)),
+        run=lambda images: _logits(fastest(images)),
         chosen=measured[best],
         speed_up=seconds[base] / seconds[best],
         candidates=(*measured.values(), *refused),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,9 @@ TOLERANCE = 1e-3  # largest difference of a float32 logit
 TIE = 2e-5
 # Largest difference of a logit in half precision, as a share of PyTorch's largest absolute logit.
 HALF_TOLERANCE = {"float16": 0.01, "bfloat16": 0.05}
+# As TIE, in half precision: twice what rounding does to the scores of a DeiT-S of random weights,
+# which are nearer to each other than trained ones.
+HALF_TIE = {"float16": 0.01, "bfloat16": 0.1}
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,9 @@ class Agreement:
         """Raise ValueError with the figures, unless they are those of a faithful engine.
 
         In float32: differences within `TOLERANCE`, top-1 agreement 100%, and the same tokens but
-        for ties. In float16 and bfloat16: differences within `HALF_TOLERANCE`. int8 changes the
-        model, so its figures are only reported.
+        for ties. In float16 and bfloat16: differences within `HALF_TOLERANCE`, and no token left
+        that leads by more than `HALF_TIE`. int8 changes the model, so its figures are only
+        reported, if they are finite.
         """
         allowed = float("inf")
         wrong = []
@@ -81,14 +86,15 @@ class Agreement:
             allowed = TOLERANCE
             if self.top1_agreement < 100.0:
                 wrong.append(f"top-1 agreement is {self.top1_agreement:.2f}% (must be 100%)")
-            if not self.score_gap <= TIE:
-                wrong.append(
-                    f"kept tokens agree to {self.kept_agreement:.2f}%, with score gaps of up to "
-                    f"{self.score_gap:.2g} (ties: at most {TIE:g})"
-                )
         elif precision in HALF_TOLERANCE:
             allowed = HALF_TOLERANCE[precision] * self.largest_logit
-        if not self.max_difference <= allowed:  # NaN is wrong too
+        tie = TIE if precision == "float32" else HALF_TIE.get(precision, float("inf"))
+        if not self.score_gap <= tie:
+            wrong.append(
+                f"kept tokens agree to {self.kept_agreement:.2f}%, with score gaps of up to "
+                f"{self.score_gap:.2g} (ties: at most {tie:g})"
+            )
+        if not (self.max_difference <= allowed and isfinite(self.max_difference)):
             wrong.append(
                 f"logits differ by up to {self.max_difference:.3g} (at most {allowed:.3g})"
             )

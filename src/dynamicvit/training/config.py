@@ -24,6 +24,8 @@ class TrainConfig:
         model_kwargs: for a timm name, further arguments of timm.create_model.
         pretrained: for a timm name, start from timm's pretrained weights.
         keep_ratio: share of tokens each of three stages keeps; null trains the dense model itself.
+        align: round kept counts, prefix tokens included, to multiples of this; some engines are
+            faster then (docs/speed.md).
         blocks: prune before these blocks (0-based), with ratios, instead of keep_ratio.
         ratios: for each stage, the share of the original tokens kept after it.
         data_dir: where a named data set lies.
@@ -80,9 +82,9 @@ class TrainConfig:
         compile: compile the training step with torch.compile.
         checkpoint_activations: compute the student's activations a second time in the backward
             pass, instead of keeping them: less memory, more time.
-        kept_gradients: leave out of the backward pass what dropped tokens receive, about a
-            millionth of a gradient (`SparseViT.set_kept_gradients`): less time and memory on a CPU.
-            Not with compile or checkpoint_activations.
+        kept_gradients: leave out of the backward pass what dropped tokens receive, which is next to
+            nothing (`SparseViT.set_kept_gradients`): less time and memory on a CPU. Not with
+            compile or checkpoint_activations.
         shard: divide weights, gradients and optimizer over the processes (FSDP2), where they do not
             fit into each. A launcher's own FSDP setting asks for the same.
         checkpoint_steps: also write a checkpoint every so many steps; 0 for at each epoch's end
@@ -104,6 +106,7 @@ class TrainConfig:
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = True
     keep_ratio: float | None = 0.7
+    align: int | None = None
     blocks: list[int] | None = None
     ratios: list[float] | None = None
     data_dir: str | None = None

@@ -363,7 +363,9 @@ def _create_student(
     schedule = None
     if config.blocks is not None and config.ratios is not None:
         schedule = KeepSchedule(tuple(config.blocks), tuple(config.ratios))
-    sparse = sparsify(dense, None if schedule else config.keep_ratio, schedule=schedule)
+    sparse = sparsify(
+        dense, None if schedule else config.keep_ratio, schedule=schedule, align=config.align
+    )
     if config.drop_path:
         _set_drop_path(sparse.backbone, config.drop_path)
     if config.start_at_ratio:
