@@ -36,6 +36,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("results", help="JSON file to write")
+    parser.add_argument("--engines", nargs="+", help="for the pruned model; by default all")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 16, 32])
     parser.add_argument("--seconds", type=float, default=10.0, help="for each pair, at least")
     options = parser.parse_args()
@@ -46,7 +47,7 @@ def main() -> None:
         eager = optimize(dense, images, tolerance=float("inf"), engines=["eager"])
         for name, schedule in SCHEDULES.items():
             sparse = sparsify(dense, keep_ratio=0.7, **schedule).eval()
-            fast = optimize(sparse, images, tolerance=float("inf"))
+            fast = optimize(sparse, images, tolerance=float("inf"), engines=options.engines)
             print(f"batch {batch_size}, {name}\n  dense: {eager}\n  pruned: {fast}")
             times = interleave([eager, fast], [images], options.seconds)
             ratios = [took[0] / took[1] for took in times]

@@ -184,7 +184,7 @@ class Run:
     end: float
     report: dict[str, Any]
     data_dir: str | None = None
-    seeds: int = 1
+    seeds: int = 3
     costs: dict[Any, float] = field(default_factory=dict)  # seconds a side, by model and engine
     gmacs: dict[Any, float] = field(default_factory=dict)  # by model and variant
     console: Console = field(default_factory=lambda: Console(width=120))
@@ -714,7 +714,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="tiny models, to try the command")
     parser.add_argument("--budget", type=float, default=510.0, help="seconds, for all of it")
     parser.add_argument("--data_dir", help="torchvision's Fashion-MNIST; by default 8000 images")
-    parser.add_argument("--seeds", type=int, default=1, help="of the fine-tuning, if time allows")
+    parser.add_argument("--seeds", type=int, default=3, help="of the fine-tuning, if time allows")
     parser.add_argument(
         "--precompile", type=int, help="processes that compile ahead; by default half the cores"
     )
