@@ -5,6 +5,7 @@ import io
 import json
 import re
 import struct
+import subprocess
 import sys
 import tarfile
 import traceback
@@ -187,6 +188,29 @@ def test_a_data_set_without_a_readable_image_ends(images: Path) -> None:
         file.write_text("not an image")
     with pytest.raises(DataError, match="no image of the data set can be read"):
         _batches(open_data(str(images), "val", skip_unreadable=True, training=True))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere any SIGTERM ends them")
+def test_loader_processes_end_by_their_parent_s_sigterm_alone(images: Path) -> None:
+    loader = create_image_loader(
+        open_data(str(images), "train"),
+        1,
+        CONFIG,
+        training=True,
+        workers=1,
+        device=torch.device("cpu"),
+    )
+    iterator: Any = iter(loader)
+    next(iterator)
+    [worker] = iterator._workers
+    subprocess.run(["kill", str(worker.pid)], check=True)
+    assert len(list(iterator)) == 15
+    iterator = iter(loader)
+    next(iterator)
+    [worker] = iterator._workers
+    worker.terminate()
+    worker.join(timeout=10)
+    assert worker.exitcode == 0
 
 
 def test_palette_and_alpha_images_are_converted(images: Path) -> None:
