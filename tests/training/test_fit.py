@@ -343,7 +343,7 @@ def _payload(path: Path) -> None:
 DAMAGES = [
     (_truncate, r"epoch-0002-image-0000000000\.pt is damaged or not a checkpoint"),
     (_flip_a_bit, r"epoch-0002-image-0000000000\.pt is damaged: the checksum of .* is wrong"),
-    (_foreign, r"\.pt is not a dynamicvit training checkpoint 2"),
+    (_foreign, r"\.pt is not a dynamicvit training checkpoint 3"),
     (_payload, r"\.pt is damaged or not a checkpoint"),
 ]
 
@@ -365,6 +365,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert re.search(f"warning: .*{message}.*going on from {before}", warning), warning
     assert (first.top1, first.loss) == (again.top1, again.loss)
     _same_weights(options["output"], tmp_path / "whole")
+    names = sorted(path.name for path in before.parent.iterdir())
+    assert names == [before.name, last.name, f"{last.name}.damaged"], "none left for a damaged one"
 
 
 def test_without_a_whole_checkpoint_there_is_nothing_to_go_on_from(
@@ -403,6 +405,35 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another(options: dict[str, 
         train(TrainConfig(**options))
     with pytest.raises(ValueError, match=r"another config: keep_ratio was 0\.7, got 0\.5"):
         train(TrainConfig(**options | {"keep_ratio": 0.5}), resume=True)
+
+
+def test_a_run_goes_on_with_other_images_but_not_with_other_classes(
+    options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(TrainConfig(**options | {"epochs": 1}))
+    other = write_images(tmp_path / "other", {"train": 8, "val": 4}, ("day", "night"))
+    with pytest.raises(
+        ValueError, match=r"of the classes \['bright', 'dark'\], got \['day', 'night'\]"
+    ):
+        train(TrainConfig(**options | {"data": str(other)}), resume=True)
+    more = write_images(tmp_path / "more", {"train": 10, "val": 4})
+    train(TrainConfig(**options | {"data": str(more)}), resume=True)
+    message = "the training split had 16 images, now it has 20"
+    assert f"warning: {message}" in capsys.readouterr().out
+    [warning] = [line for line in _lines(options["output"]) if line["kind"] == "warning"]
+    assert message in warning["message"]
+
+
+def test_a_run_stopped_late_in_an_epoch_goes_on_with_fewer_images(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    options["checkpoint_steps"] = 1
+    with stopped_after(3), pytest.raises(Stopped):
+        train(TrainConfig(**options))
+    fewer = write_images(tmp_path / "fewer", {"train": 4, "val": 4})
+    train(TrainConfig(**options | {"data": str(fewer)}), resume=True)
+    steps = [line["epoch"] for line in _lines(options["output"]) if line["kind"] == "train"]
+    assert steps == [0, 0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -258,7 +258,7 @@ def _set_up(config: TrainConfig, resume: bool) -> _Run:
     student.to(accelerator.device)
     found = load_place(output) if resume else None
     if found is not None:
-        _check_same_run(found[0], config, found[1])
+        _check_same_run(found[0], config, train_data.class_names, found[1])
     records = Records(config, accelerator, found[1]["step"] if found else None)
     if accelerator.is_main_process:
         write_text(output / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False))
@@ -789,6 +789,8 @@ _SHOWN = ("loss", "cross_entropy", "ratio", "logit_kl", "token")
 def _save(run: _Run) -> None:
     place = {
         "config": asdict(run.config),
+        "images": run.feed.images,
+        "class_names": run.feed.data.class_names,
         "batch": run.layout.total,
         "epoch": run.epoch,
         "seen": run.seen,
@@ -800,7 +802,9 @@ def _save(run: _Run) -> None:
     save_checkpoint(run.output, place, run.saved, run.config.keep_checkpoints)
 
 
-def _check_same_run(path: Path, config: TrainConfig, place: dict[str, Any]) -> None:
+def _check_same_run(
+    path: Path, config: TrainConfig, class_names: list[str] | None, place: dict[str, Any]
+) -> None:
     ours, saved = asdict(config), place["config"]
     changed = [key for key in ours if key not in _FREE and ours[key] != saved.get(key)]
     if changed:
@@ -808,12 +812,23 @@ def _check_same_run(path: Path, config: TrainConfig, place: dict[str, Any]) -> N
             f"{path} belongs to a run with another config: "
             + "; ".join(f"{key} was {saved.get(key)!r}, got {ours[key]!r}" for key in changed)
         )
+    if class_names != place["class_names"]:
+        raise ValueError(
+            f"{path} belongs to a run on data of the classes {place['class_names']}, "
+            f"got {class_names}"
+        )
 
 
 def _restore(run: _Run, path: Path, place: dict[str, Any], state: dict[str, Any]) -> None:
     load_parts(path, state, run.saved)
     run.epoch, run.seen, run.best = place["epoch"], place["seen"], place["best"]
     run.skipped, run.skipped_in_row = place["skipped"], place["skipped_in_row"]
+    if place["images"] != run.feed.images:
+        run.records.warn(
+            run.total_step,
+            f"the training split had {place['images']} images, now it has {run.feed.images}: the "
+            f"run goes on after as many images of its epoch, but is another one",
+        )
     if place["batch"] != run.layout.total:
         run.records.console.print(
             f"the global batch was {place['batch']} images, now it is {run.layout.total}: the run "
