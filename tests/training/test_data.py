@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import io
 import json
+import pickle
 import re
 import struct
 import subprocess
@@ -348,7 +349,9 @@ def test_the_paper_s_augmentation_takes_every_magnitude(images: Path) -> None:
         device=torch.device("cpu"),
         auto_augment="rand-m10-inc1",
     )
-    [augment] = [item for item in data.dataset.transform.transforms if hasattr(item, "ops")]
+    # As loader processes get it that are spawned.
+    transform = pickle.loads(pickle.dumps(data.dataset.transform))
+    [augment] = [item for item in transform.transforms if hasattr(item, "ops")]
     image = Image.new("RGB", (32, 32), (200, 100, 50))
     for operation in augment.ops:
         operation.prob = 1.0

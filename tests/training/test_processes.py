@@ -354,11 +354,16 @@ def test_a_run_under_torchrun_ends_with_its_lost_process_and_resumes(place: Path
 
 
 def test_what_a_launcher_cannot_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    start_processes()
+    start_processes("no")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="the launcher's fsdp_version must be 2, got 1"):
-        start_processes()
+        start_processes("no")
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    for asked in ("bf16", "fp16"):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+        with pytest.raises(ValueError, match=f"mixed_precision must be 'no', got '{asked}'"):
+            start_processes("no")
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"started 2 processes, .* cannot join .*, got 1"):
-        start_processes()
+        start_processes("no")

@@ -238,11 +238,11 @@ def _keep_one_bit(transforms: Any) -> None:
         policies = [getattr(transform, "ops", []), *getattr(transform, "policy", [])]
         for operation in (operation for policy in policies for operation in policy):
             if operation.name.startswith("Posterize"):
-                operation.level_fn = _at_least_one_bit(operation.level_fn)
+                operation.level_fn = partial(_at_least_one_bit, operation.level_fn)
 
 
-def _at_least_one_bit(level_to_bits: Callable[..., tuple[int]]) -> Callable[..., tuple[int]]:
-    return lambda *arguments: (max(1, level_to_bits(*arguments)[0]),)
+def _at_least_one_bit(level_to_bits: Callable[..., tuple[int]], *arguments: Any) -> tuple[int]:
+    return (max(1, level_to_bits(*arguments)[0]),)
 
 
 class Unreadable:
