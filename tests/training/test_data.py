@@ -3,8 +3,10 @@ from __future__ import annotations
 import gc
 import io
 import json
+import pickle
 import re
 import struct
+import subprocess
 import sys
 import tarfile
 import traceback
@@ -189,6 +191,29 @@ def test_a_data_set_without_a_readable_image_ends(images: Path) -> None:
         _batches(open_data(str(images), "val", skip_unreadable=True, training=True))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere any SIGTERM ends them")
+def test_loader_processes_end_by_their_parent_s_sigterm_alone(images: Path) -> None:
+    loader = create_image_loader(
+        open_data(str(images), "train"),
+        1,
+        CONFIG,
+        training=True,
+        workers=1,
+        device=torch.device("cpu"),
+    )
+    iterator: Any = iter(loader)
+    next(iterator)
+    [worker] = iterator._workers
+    subprocess.run(["kill", str(worker.pid)], check=True)
+    assert len(list(iterator)) == 15
+    iterator = iter(loader)
+    next(iterator)
+    [worker] = iterator._workers
+    worker.terminate()
+    worker.join(timeout=10)
+    assert worker.exitcode == 0
+
+
 def test_palette_and_alpha_images_are_converted(images: Path) -> None:
     file = images / "val" / "bright" / "00.png"
     with Image.open(file) as image:
@@ -324,7 +349,9 @@ def test_the_paper_s_augmentation_takes_every_magnitude(images: Path) -> None:
         device=torch.device("cpu"),
         auto_augment="rand-m10-inc1",
     )
-    [augment] = [item for item in data.dataset.transform.transforms if hasattr(item, "ops")]
+    # As loader processes get it that are spawned.
+    transform = pickle.loads(pickle.dumps(data.dataset.transform))
+    [augment] = [item for item in transform.transforms if hasattr(item, "ops")]
     image = Image.new("RGB", (32, 32), (200, 100, 50))
     for operation in augment.ops:
         operation.prob = 1.0

@@ -26,6 +26,7 @@ from dynamicvit.training.checkpoints import CHECKPOINTS, find_checkpoints
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.defaults import complete
 from dynamicvit.training.fit import BEST, CONFIG, METRICS, parameter_groups, train
+from dynamicvit.training.task import SparseTask
 from tests.conftest import tiny_vit, write_images
 from tests.training.test_data import _write_shards, collected, shard_files  # noqa: F401
 from tests.training.worker import Stopped, not_finite_at, stopped_after
@@ -76,6 +77,19 @@ def test_dense_training_learns_and_gets_the_data_s_head(options: dict[str, Any])
     assert evaluation.top1 == 100.0, "bright and dark are easily told apart"
     model = dynamicvit.load(Path(options["output"]) / BEST)
     assert model.num_classes == 2
+
+
+def test_dense_training_has_stochastic_depth_too(options: dict[str, Any]) -> None:
+    losses = []
+    for rate in (0.0, 0.9):
+        output = f"{options['output']}_{rate}"
+        changes = {"output": output, "keep_ratio": None, "epochs": 1, "drop_path": rate}
+        train(TrainConfig(**options | changes))
+        losses.append([line["loss"] for line in _lines(output) if line["kind"] == "train"])
+    assert all(one != other for one, other in zip(*losses, strict=True))
+    small = {"model": "resnet10t", "pretrained": False, "keep_ratio": None, "drop_path": 0.1}
+    with pytest.raises(ValueError, match="drop_path must be 0 for a ResNet, which has no blocks"):
+        train(TrainConfig(**options | small))
 
 
 def test_frozen_epochs_train_the_scorers_alone(options: dict[str, Any]) -> None:
@@ -174,7 +188,7 @@ def test_bad_steps_are_left_out_and_too_many_end_the_run(
 
     options["output"] += "_2"
     path = Path(options["output"]) / "bad_batch_0.safetensors"
-    message = rf"3 steps in a row .* up to step 6; the last batch is in {path};"
+    message = rf"3 steps in a row .* up to step 6; the batch whose loss was not is in {path};"
     with not_finite_at([1, 3, 4, 5, 6], rank=0), pytest.raises(ValueError, match=message):
         train(TrainConfig(**options))
     batch = load_file(path)
@@ -183,6 +197,34 @@ def test_bad_steps_are_left_out_and_too_many_end_the_run(
     assert batch["step"].item() == 6
     weights = _last(options["output"])["student"].values()
     assert all(value.isfinite().all() for value in weights)
+
+
+def test_the_bad_batch_is_saved_not_the_last(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options |= {"max_skipped": 2, "accumulate": 4, "batch_size": 2}
+    seen: list[torch.Tensor] = []
+    forward = SparseTask.forward
+
+    def noted(task: SparseTask, images: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(images.clone())
+        return forward(task, images, *args, **kwargs)
+
+    monkeypatch.setattr(SparseTask, "forward", noted)
+    path = Path(options["output"]) / "bad_batch_0.safetensors"
+    with not_finite_at([1, 5, 6], rank=0), pytest.raises(ValueError, match="2 steps in a row"):
+        train(TrainConfig(**options))
+    assert len(seen) == 8
+    assert torch.equal(load_file(path)["images"], seen[5])
+
+
+def test_where_gradients_alone_are_bad_no_batch_is_blamed(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "clip_gradients", lambda *_: torch.tensor(float("inf")))
+    with pytest.raises(ValueError, match="up to step 1; a lower lr"):
+        train(TrainConfig(**options, max_skipped=1))
+    assert not list(Path(options["output"]).glob("bad_batch*"))
 
 
 def test_a_skipped_step_changes_nothing(
@@ -357,7 +399,7 @@ def _payload(path: Path) -> None:
 DAMAGES = [
     (_truncate, r"epoch-0002-image-0000000000\.pt is damaged or not a checkpoint"),
     (_flip_a_bit, r"epoch-0002-image-0000000000\.pt is damaged: the checksum of .* is wrong"),
-    (_foreign, r"\.pt is not a dynamicvit training checkpoint 2"),
+    (_foreign, r"\.pt is not a dynamicvit training checkpoint 3"),
     (_payload, r"\.pt is damaged or not a checkpoint"),
 ]
 
@@ -379,6 +421,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert re.search(f"warning: .*{message}.*going on from {before}", warning), warning
     assert (first.top1, first.loss) == (again.top1, again.loss)
     _same_weights(options["output"], tmp_path / "whole")
+    names = sorted(path.name for path in before.parent.iterdir())
+    assert names == [before.name, last.name, f"{last.name}.damaged"], "none left for a damaged one"
 
 
 def test_without_a_whole_checkpoint_there_is_nothing_to_go_on_from(
@@ -417,6 +461,35 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another(options: dict[str, 
         train(TrainConfig(**options))
     with pytest.raises(ValueError, match=r"another config: keep_ratio was 0\.7, got 0\.5"):
         train(TrainConfig(**options | {"keep_ratio": 0.5}), resume=True)
+
+
+def test_a_run_goes_on_with_other_images_but_not_with_other_classes(
+    options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(TrainConfig(**options | {"epochs": 1}))
+    other = write_images(tmp_path / "other", {"train": 8, "val": 4}, ("day", "night"))
+    with pytest.raises(
+        ValueError, match=r"of the classes \['bright', 'dark'\], got \['day', 'night'\]"
+    ):
+        train(TrainConfig(**options | {"data": str(other)}), resume=True)
+    more = write_images(tmp_path / "more", {"train": 10, "val": 4})
+    train(TrainConfig(**options | {"data": str(more)}), resume=True)
+    message = "the training split had 16 images, now it has 20"
+    assert f"warning: {message}" in capsys.readouterr().out
+    [warning] = [line for line in _lines(options["output"]) if line["kind"] == "warning"]
+    assert message in warning["message"]
+
+
+def test_a_run_stopped_late_in_an_epoch_goes_on_with_fewer_images(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    options["checkpoint_steps"] = 1
+    with stopped_after(3), pytest.raises(Stopped):
+        train(TrainConfig(**options))
+    fewer = write_images(tmp_path / "fewer", {"train": 4, "val": 4})
+    train(TrainConfig(**options | {"data": str(fewer)}), resume=True)
+    steps = [line["epoch"] for line in _lines(options["output"]) if line["kind"] == "train"]
+    assert steps == [0, 0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(

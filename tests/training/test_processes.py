@@ -285,6 +285,31 @@ def test_sigterm_to_one_process_stops_all_with_a_checkpoint(place: Path) -> None
     assert _last_state(place / "stopped")["place"]["step"] == last
 
 
+def test_sigterm_to_the_process_group_stops_with_a_checkpoint(place: Path) -> None:
+    """As GNU timeout, systemd and srun send it: to the loader processes too."""
+    config = _config(place, "group", **LONG | {"workers": 2})
+    command = [sys.executable, "-m", "dynamicvit.cli", "train", "--config", str(config)]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        command,
+        env=_environment(),
+        cwd=ROOT,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        _metrics_grow(place / "group" / METRICS, 4, [process])
+        os.killpg(process.pid, signal.SIGTERM)
+        output = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143, output
+    last = _lines(place / "group", "train")[-1]["step"]
+    assert _last_state(place / "group")["place"]["step"] == last
+
+
 def test_a_lost_process_ends_the_other_with_one_line(place: Path) -> None:
     processes = _start_alone(_config(place, "lost", **LONG))
     try:
@@ -329,11 +354,16 @@ def test_a_run_under_torchrun_ends_with_its_lost_process_and_resumes(place: Path
 
 
 def test_what_a_launcher_cannot_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    start_processes()
+    start_processes("no")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="the launcher's fsdp_version must be 2, got 1"):
-        start_processes()
+        start_processes("no")
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    for asked in ("bf16", "fp16"):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+        with pytest.raises(ValueError, match=f"mixed_precision must be 'no', got '{asked}'"):
+            start_processes("no")
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"started 2 processes, .* cannot join .*, got 1"):
-        start_processes()
+        start_processes("no")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 
 import dynamicvit.training.fit as fit
 import dynamicvit.training.records as records
@@ -14,6 +15,7 @@ from dynamicvit.core.scorer import TokenScorer
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.fit import METRICS, train
 from dynamicvit.training.records import CollapseWatch, check_trackers
+from dynamicvit.training.task import SparseTask
 
 
 def _lines(options: dict[str, Any]) -> list[dict[str, Any]]:
@@ -68,6 +70,25 @@ def test_a_collapsed_scorer_is_told_of_once(
     )
     assert message in warning["message"]
     assert message in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_skipped_step_hides_no_collapse(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = SparseTask.forward
+    calls = 0
+
+    def spoil(task: SparseTask, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        result = forward(task, *args, **kwargs)
+        factor = math.nan if calls == 2 else 1.0
+        return result | {"loss": factor * result["loss"], "kept": factor * torch.ones(3)}
+
+    monkeypatch.setattr(SparseTask, "forward", spoil)
+    train(TrainConfig(**options | {"epochs": 1, "log_steps": 4}))
+    warnings = [line["message"] for line in _lines(options) if line["kind"] == "warning"]
+    assert ["over the last 3 steps it kept 100.0%" in message for message in warnings] == [True] * 3
 
 
 def test_tensorboard_is_logged_to_where_it_is_installed(options: dict[str, Any]) -> None:

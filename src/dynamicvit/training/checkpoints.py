@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from dynamicvit.checkpoint import check_weights
 from dynamicvit.files import read_checkpoint, write_checkpoint
 
-FORMAT = "dynamicvit training checkpoint 2"
+FORMAT = "dynamicvit training checkpoint 3"
 CHECKPOINTS = "checkpoints"
 
 
@@ -129,17 +129,24 @@ def _gather(part: nn.Module | tuple[nn.Module, Optimizer] | None) -> dict[str, A
 
 
 def _last_whole(output: Path) -> tuple[Path, dict[str, Any]]:
-    damaged: list[str] = []
+    damaged: list[tuple[Path, str]] = []
     for path in reversed(find_checkpoints(output)):
         try:
             state = _read(path)
         except ValueError as error:
-            damaged.append(str(error).splitlines()[0])
+            damaged.append((path, str(error).splitlines()[0]))
             continue
-        for message in damaged:
-            Console(stderr=True).print(f"warning: {message}; going on from {path}", soft_wrap=True)
+        for bad, message in damaged:
+            # Under another name, so that no whole one is removed in its stead.
+            bad.rename(bad.with_name(f"{bad.name}.damaged"))
+            Console(stderr=True).print(
+                f"warning: {message}; renamed to {bad.name}.damaged, going on from {path}",
+                soft_wrap=True,
+            )
         return path, state
-    raise ValueError(f"no checkpoint of {output} is whole: " + "; ".join(damaged))
+    raise ValueError(
+        f"no checkpoint of {output} is whole: " + "; ".join(message for _, message in damaged)
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -53,7 +53,10 @@ class TrainConfig:
             dense_epochs), and evaluates and writes the model.
         batch_size: images that each process computes on at once.
         accumulate: such batches a step. The global batch, batch_size × processes × accumulate, is
-            what defines a run: divided in another way it is the same run.
+            what defines a run: divided over another number of processes it is the same run.
+            Accumulated in another way it nearly is: the token loss is the mean over the tokens kept
+            of each micro-batch (of all processes), and the mean of these means is not that over all
+            tokens, as images keep different numbers of them.
         lr: learning rate of the scorers (dense training: of everything), for a global batch of
             1024; scaled in proportion. By default the paper's 1e-3; with fewer than 100,000
             training images, what gives 1e-3 (dense training: 1e-4) at the batch there is.
@@ -65,7 +68,7 @@ class TrainConfig:
         min_lr: learning rate at the start and at the end, for a global batch of 1024.
         weight_decay: AdamW's; none on biases, norms, position embeddings and prefix tokens.
         clip_grad: greatest norm of the gradient; null for no limit.
-        drop_path: stochastic depth of the student.
+        drop_path: stochastic depth of the model that learns, sparse or dense.
         ema: decay of the weights' moving average, which is what is validated and saved as best;
             null for none. It rises towards this value over the first steps.
         cross_entropy_weight: weight of the classification loss.
@@ -91,7 +94,8 @@ class TrainConfig:
             alone.
         keep_checkpoints: how many checkpoints stay, the last ones.
         max_skipped: stop after so many steps in a row whose loss or gradient was not finite (each
-            is left out, and counted), with the last batch saved in the run's folder.
+            is left out, and counted). The first batch of the last one whose own loss was not is
+            saved in the run's folder, by the process that had it.
         validate_steps: also validate every so many steps, for an early look; 0 for at each epoch's
             end alone.
         log_steps: steps between lines of metrics.jsonl.

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
+import signal
+import sys
+import threading
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -194,8 +199,27 @@ def create_image_loader(
         **config,
         **augmentation,
     )
+    loader.worker_init_fn = partial(_start_worker, cast(Any, loader.worker_init_fn))
     _keep_one_bit(data.dataset.transform)
     return loader
+
+
+def _start_worker(start: Callable[[int], None], number: int) -> None:
+    """Begin a loader process, which outlives a SIGTERM to the whole process group: the main one
+    still needs its images, to end the step and save."""
+    if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_when_told_by_parent, daemon=True).start()
+    start(number)
+
+
+def _end_when_told_by_parent() -> None:
+    # Only the parent means this process: Python, when it exits, so ends those that are left, and
+    # would wait for ever for one that ignores it. (A handler is not told who sent a signal.)
+    if sys.platform == "linux":
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+            pass
+        os._exit(0)
 
 
 def check_labels(targets: torch.Tensor, num_classes: int) -> None:
@@ -214,11 +238,11 @@ def _keep_one_bit(transforms: Any) -> None:
         policies = [getattr(transform, "ops", []), *getattr(transform, "policy", [])]
         for operation in (operation for policy in policies for operation in policy):
             if operation.name.startswith("Posterize"):
-                operation.level_fn = _at_least_one_bit(operation.level_fn)
+                operation.level_fn = partial(_at_least_one_bit, operation.level_fn)
 
 
-def _at_least_one_bit(level_to_bits: Callable[..., tuple[int]]) -> Callable[..., tuple[int]]:
-    return lambda *arguments: (max(1, level_to_bits(*arguments)[0]),)
+def _at_least_one_bit(level_to_bits: Callable[..., tuple[int]], *arguments: Any) -> tuple[int]:
+    return (max(1, level_to_bits(*arguments)[0]),)
 
 
 class Unreadable:

@@ -134,7 +134,7 @@ def evaluate(
     if not models:
         raise ValueError("models must name at least one model, got none")
     check_precision(precision)
-    accelerator = start_processes(mixed_precision=precision)
+    accelerator = start_processes(precision)
     results: dict[str, Any] = {}
     for name in models:
         model = load_model(name)

@@ -193,7 +193,7 @@ def _set_up(config: TrainConfig, resume: bool) -> _Run:
     # Gradients of frozen-out tokens fade into denormals, which x86 computes many times slower.
     torch.set_flush_denormal(True)
     accelerator = start_processes(
-        mixed_precision=config.precision, log_with=trackers or None, project_dir=str(output)
+        config.precision, log_with=trackers or None, project_dir=str(output)
     )
     set_seed(config.seed)
     # The data first: a mistake in it is told before weights are downloaded.
@@ -258,7 +258,7 @@ def _set_up(config: TrainConfig, resume: bool) -> _Run:
     student.to(accelerator.device)
     found = load_place(output) if resume else None
     if found is not None:
-        _check_same_run(found[0], config, found[1])
+        _check_same_run(found[0], config, train_data.class_names, found[1])
     records = Records(config, accelerator, found[1]["step"] if found else None)
     if accelerator.is_main_process:
         write_text(output / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False))
@@ -357,6 +357,8 @@ def _create_student(
     if config.crop_pct is not None:
         dense.pretrained_cfg["crop_pct"] = config.crop_pct
     if not config.sparse:
+        if config.drop_path:
+            _set_drop_path(dense, config.drop_path)
         return dense, None
     if not config.pretrained and timm.is_model(config.model):
         Console(stderr=True).print("warning: pretrained is false, so the teacher is untrained")
@@ -374,10 +376,15 @@ def _create_student(
     return sparse, cast(Backbone, dense)
 
 
-def _set_drop_path(model: Backbone, rate: float) -> None:
+def _set_drop_path(model: nn.Module, rate: float) -> None:
     """Stochastic depth rising linearly over the blocks, as timm builds it."""
-    rates = np.linspace(0.0, rate, len(model.blocks))
-    for block, block_rate in zip(model.blocks, rates, strict=True):
+    blocks = cast(Any, getattr(model, "blocks", ()))
+    if not blocks:
+        raise ValueError(
+            f"drop_path must be 0 for a {type(model).__name__}, which has no blocks, got {rate}"
+        )
+    rates = np.linspace(0.0, rate, len(blocks))
+    for block, block_rate in zip(blocks, rates, strict=True):
         names = [n for n in ("drop_path", "drop_path1", "drop_path2") if hasattr(block, n)]
         if not names:
             raise ValueError(f"drop_path must be 0 for blocks {type(block).__name__}, got {rate}")
@@ -567,7 +574,7 @@ def _epoch(run: _Run, stop_asked: Callable[[], bool]) -> Iterator[dict[str, Any]
     inside = run.seen + run.layout.total <= run.feed.images
     while inside:
         numbers, stop = _step(run, clock.waiting(batches), stop_asked())
-        if "kept" in numbers:
+        if "kept" in numbers and not run.skipped_in_row:  # what was left out may be no number
             run.watch.add(numbers["kept"])
         inside = run.seen + run.layout.total <= run.feed.images
         if (run.total_step - run.epoch * run.steps) % config.log_steps == 0 or not inside:
@@ -618,6 +625,9 @@ def _step(
     _apply_learning_rates(run)
     draws: Draws | None = None
     total: dict[str, Tensor] = {}
+    # To look for the bad micro-batch is to wait for the device: only where one ends the run.
+    last_chance = run.skipped_in_row + 1 >= config.max_skipped
+    bad: tuple[Tensor, Tensor] | None = None
     for micro in range(layout.accumulate):
         images, targets = next(batches)
         if run.feed.data.class_names is None:  # then their count could not be checked before
@@ -632,6 +642,8 @@ def _step(
             with run.accelerator.autocast():
                 result = run.task(images, targets, **options)
             (result["loss"] / layout.accumulate).backward()
+        if last_chance and bad is None and not result["loss"].isfinite():
+            bad = images, targets
         for name, value in _vector(result).items():
             total[name] = total.get(name, 0.0) + value / layout.accumulate
     norm = clip_gradients(run.student, config.clip_grad)
@@ -647,7 +659,7 @@ def _step(
     numbers["grad_norm"] = float(norm)
     run.seen += layout.total
     if skip:
-        _skip(run, images, targets, mine=not bool(finite))
+        _skip(run, bad)
     else:
         run.skipped_in_row = 0
         run.optimizer.step()
@@ -668,13 +680,14 @@ def _draw(run: _Run, images: Tensor) -> Draws:
     return Draws.of_step(run.layout, seed, stages, tokens, len(run.drop_paths), images.device)
 
 
-def _skip(run: _Run, images: Tensor, targets: Tensor, mine: bool) -> None:
+def _skip(run: _Run, bad: tuple[Tensor, Tensor] | None) -> None:
     """Leave a step out; too many in a row end the run.
 
     Args:
         run: the run.
-        images, targets: this process's last micro-batch, as the student saw it.
-        mine: whether it is among what was not finite.
+        bad: this process's first micro-batch whose own loss was not finite, as the student saw it:
+            images [B, C, H, W] and targets [B] or [B, K]. None if there was none, or if the run
+            does not end here.
     """
     run.optimizer.zero_grad()
     run.skipped += 1
@@ -683,17 +696,11 @@ def _skip(run: _Run, images: Tensor, targets: Tensor, mine: bool) -> None:
     if run.skipped_in_row < run.config.max_skipped:
         return
     where = ""
-    if mine:
+    if bad is not None:
         path = run.output / f"{BAD_BATCH}_{run.layout.rank}.safetensors"
-        save_file(
-            {
-                "images": images.contiguous().cpu(),
-                "targets": targets.contiguous().cpu(),
-                "step": torch.tensor(step),
-            },
-            path,
-        )
-        where = f"; the last batch is in {path}"
+        images, targets = (tensor.contiguous().cpu() for tensor in bad)
+        save_file({"images": images, "targets": targets, "step": torch.tensor(step)}, path)
+        where = f"; the batch whose loss was not is in {path}"
     raise ValueError(
         f"{run.config.max_skipped} steps in a row (max_skipped) had a loss or gradient that was "
         f"not finite, up to step {step}{where}; a lower lr or a clip_grad may help"
@@ -791,6 +798,8 @@ _SHOWN = ("loss", "cross_entropy", "ratio", "logit_kl", "token")
 def _save(run: _Run) -> None:
     place = {
         "config": asdict(run.config),
+        "images": run.feed.images,
+        "class_names": run.feed.data.class_names,
         "batch": run.layout.total,
         "epoch": run.epoch,
         "seen": run.seen,
@@ -802,7 +811,9 @@ def _save(run: _Run) -> None:
     save_checkpoint(run.output, place, run.saved, run.config.keep_checkpoints)
 
 
-def _check_same_run(path: Path, config: TrainConfig, place: dict[str, Any]) -> None:
+def _check_same_run(
+    path: Path, config: TrainConfig, class_names: list[str] | None, place: dict[str, Any]
+) -> None:
     ours, saved = asdict(config), place["config"]
     changed = [key for key in ours if key not in _FREE and ours[key] != saved.get(key)]
     if changed:
@@ -810,12 +821,23 @@ def _check_same_run(path: Path, config: TrainConfig, place: dict[str, Any]) -> N
             f"{path} belongs to a run with another config: "
             + "; ".join(f"{key} was {saved.get(key)!r}, got {ours[key]!r}" for key in changed)
         )
+    if class_names != place["class_names"]:
+        raise ValueError(
+            f"{path} belongs to a run on data of the classes {place['class_names']}, "
+            f"got {class_names}"
+        )
 
 
 def _restore(run: _Run, path: Path, place: dict[str, Any], state: dict[str, Any]) -> None:
     load_parts(path, state, run.saved)
     run.epoch, run.seen, run.best = place["epoch"], place["seen"], place["best"]
     run.skipped, run.skipped_in_row = place["skipped"], place["skipped_in_row"]
+    if place["images"] != run.feed.images:
+        run.records.warn(
+            run.total_step,
+            f"the training split had {place['images']} images, now it has {run.feed.images}: the "
+            f"run goes on after as many images of its epoch, but is another one",
+        )
     if place["batch"] != run.layout.total:
         run.records.console.print(
             f"the global batch was {place['batch']} images, now it is {run.layout.total}: the run "

@@ -38,7 +38,7 @@ class EpochOrder(Sampler[int]):
     def set_place(self, epoch: int, seen: int, batch: int) -> None:
         """Go on in `epoch` after `seen` images, while whole batches of `batch` are left."""
         self.epoch, self.start = epoch, seen
-        self.stop = seen + (self.images - seen) // batch * batch
+        self.stop = seen + max(0, self.images - seen) // batch * batch
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(seed_of(self.seed, "order", self.epoch))

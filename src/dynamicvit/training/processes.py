@@ -24,11 +24,12 @@ TIMEOUT = timedelta(minutes=10)
 _UNSUPPORTED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
-def start_processes(**options: Any) -> Accelerator:
+def start_processes(precision: str, **options: Any) -> Accelerator:
     """accelerate's Accelerator, for whatever launched this process.
 
     Args:
-        options: of the Accelerator.
+        precision: "no" or "bf16".
+        options: further ones of the Accelerator.
 
     Raises:
         ValueError: if the launcher asks for what training does not do.
@@ -36,8 +37,13 @@ def start_processes(**options: Any) -> Accelerator:
     version = os.environ.get("FSDP_VERSION", "1")
     if launched_with_fsdp() and version != "2":
         raise ValueError(f"the launcher's fsdp_version must be 2, got {version}")
+    # "no" is what accelerate's launcher says if it is told nothing.
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", precision):
+        raise ValueError(f"the launcher's mixed_precision must be {precision!r}, got {asked!r}")
     # Unless it is told that there is no device, accelerate takes launched processes for lone ones.
     accelerator = Accelerator(
+        mixed_precision=precision,
         cpu=not torch.accelerator.is_available(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
         **options,
