@@ -110,7 +110,7 @@ class SparseTask(_WithTeacher):
         parts, and kept: [S] share of tokens kept at each stage. The rest as for
         `SparseViT.masked`."""
         save = self.student.kept_gradients and not torch.compiler.is_compiling()
-        # Not inference_mode: the losses save the teacher's outputs for the backward pass.
+        # Not inference_mode: torch.compile fails on a step that has it inside.
         with torch.no_grad(), KeptGradients() if save else nullcontext():
             teacher_logits, teacher_tokens = masked_head(
                 self.teacher, self.teacher.forward_features(images)
