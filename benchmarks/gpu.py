@@ -33,17 +33,17 @@ START = time.perf_counter()
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the script's own folder is what Python puts there
 
-import timm  # noqa: E402
-import torch  # noqa: E402
-from accelerate import Accelerator  # noqa: E402
-from accelerate.utils import set_seed  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-from timm.data import resolve_input_data_config  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.console import Console
+from rich.table import Table
+from timm.data import resolve_input_data_config
+from torch import Tensor, nn
 
-import dynamicvit  # noqa: E402
-from benchmarks.training_step import (  # noqa: E402
+import dynamicvit
+from benchmarks.training_step import (
     SIDES,
     Setting,
     Step,
@@ -51,26 +51,26 @@ from benchmarks.training_step import (  # noqa: E402
     compare_steps,
     print_steps,
 )
-from dynamicvit import SparseViT, count_gmacs, sparsify  # noqa: E402
-from dynamicvit.core.folder import save_folder  # noqa: E402
-from dynamicvit.core.scorer import RandomScorer  # noqa: E402
-from dynamicvit.deploy.benchmark import (  # noqa: E402
+from dynamicvit import SparseViT, count_gmacs, sparsify
+from dynamicvit.core.folder import save_folder
+from dynamicvit.core.scorer import RandomScorer
+from dynamicvit.deploy.benchmark import (
     interleave,
     peak_bytes,
     random_batches,
     weight_bytes,
 )
-from dynamicvit.deploy.engines import Engine, build, find_device  # noqa: E402
-from dynamicvit.deploy.verify import TIE  # noqa: E402
-from dynamicvit.embedded import ASSETS, embedded_images  # noqa: E402
-from dynamicvit.environment import environment  # noqa: E402
-from dynamicvit.files import write_text  # noqa: E402
-from dynamicvit.quickstart import RECIPE, unpack_images  # noqa: E402
-from dynamicvit.training.config import TrainConfig  # noqa: E402
-from dynamicvit.training.data import create_image_loader, open_data  # noqa: E402
-from dynamicvit.training.evaluate import evaluate_model, input_size, token_counts  # noqa: E402
-from dynamicvit.training.fit import BEST, train  # noqa: E402
-from tests import parity  # noqa: E402
+from dynamicvit.deploy.engines import Engine, build, find_device
+from dynamicvit.deploy.verify import TIE
+from dynamicvit.embedded import ASSETS, embedded_images
+from dynamicvit.environment import environment
+from dynamicvit.files import write_text
+from dynamicvit.quickstart import RECIPE, unpack_images
+from dynamicvit.training.config import TrainConfig
+from dynamicvit.training.data import create_image_loader, open_data
+from dynamicvit.training.evaluate import evaluate_model, input_size, token_counts
+from dynamicvit.training.fit import BEST, train
+from tests import parity
 
 PARTS = ("correct", "inference", "training", "accuracy")
 PRECISION = "bfloat16"

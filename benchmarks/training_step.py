@@ -18,7 +18,6 @@ import copy
 import json
 import math
 import multiprocessing
-import re
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -40,6 +39,7 @@ from dynamicvit.core.model import SparseOutput
 from dynamicvit.core.tokens import sample_keep
 from dynamicvit.deploy.benchmark import interleave, random_batches
 from dynamicvit.deploy.engines import find_device
+from dynamicvit.deploy.memory import resident
 from dynamicvit.environment import environment
 from dynamicvit.files import write_text
 from dynamicvit.training.evaluate import input_size
@@ -362,21 +362,11 @@ def _peak_growth(side: str, setting: Setting, threads: int) -> float | None:
     [images] = step.batches()
     with suppress(OSError):  # forget the peak of making the model, where the system lets us
         Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = resident("VmRSS")
     for _ in range(2):
         step(images)
-    peak = _status("VmHWM")
+    peak = resident()
     return None if before is None or peak is None else peak - before
-
-
-def _status(field: str) -> float | None:
-    """A line of Linux's /proc/self/status, in megabytes."""
-    try:
-        text = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    found = re.search(rf"^{field}:\s+(\d+) kB$", text, re.MULTILINE)
-    return None if found is None else int(found[1]) * 1024 / 1e6
 
 
 def print_steps(rows: Sequence[dict[str, Any]]) -> None:

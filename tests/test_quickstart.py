@@ -80,7 +80,7 @@ def test_quickstart_fits_a_head_first_where_classes_differ(
     save_folder(tiny_vit(num_classes=7), tmp_path / "seven")
     output = tmp_path / "quickstart"
     metrics = quickstart(str(output), str(images), str(tmp_path / "seven"), batch_size=4)
-    assert metrics["settings"]["model"] == str(output / "dense_run" / "best")
+    assert metrics["settings"]["model"] == str(output / "sparse_run" / "dense" / "best")
     assert dynamicvit.load(output / "sparse").num_classes == 2
 
 

@@ -30,7 +30,7 @@ from dynamicvit.files import write_text
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.data import ImageData, create_image_loader, open_data
 from dynamicvit.training.evaluate import Evaluation, evaluate_model, input_size, print_evaluations
-from dynamicvit.training.fit import BEST, CONFIG, METRICS, train
+from dynamicvit.training.fit import BEST, CONFIG, DENSE, METRICS, train
 
 
 def quickstart(
@@ -82,6 +82,7 @@ def quickstart(
         model=str(ASSETS / "model") if model is None else model,
         keep_ratio=keep_ratio,
         epochs=epochs,
+        dense_epochs=epochs,
         batch_size=batch_size,
         seed=seed,
         **RECIPE,
@@ -93,35 +94,21 @@ def quickstart(
         unpack_images(Path(config.data))
     images = open_data(config.data, "val", in_chans=dense.in_chans)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("sparse_run", "dense_run"):
-        _remove_run(folder / name)
+    _remove_run(Path(config.output))
 
-    if images.class_names is not None and dense.num_classes != len(images.class_names):
-        console.print(
-            f"{model} has {dense.num_classes} classes, the data has {len(images.class_names)}: "
-            f"fitting a new head first"
-        )
-        dense_config = replace(
-            config,
-            output=str(folder / "dense_run"),
-            keep_ratio=None,
-            lr=RECIPE["lr"] * config.backbone_lr,
-            start_at_ratio=False,
-            warm_start=0,
-        )
-        train(dense_config)
-        config = replace(config, model=str(Path(dense_config.output) / BEST))
+    console.print(f"[bold]1/5[/] fine-tuning at keep ratio {keep_ratio} with the paper's losses")
+    train(config)
+    sparse = cast(SparseViT, dynamicvit.load(Path(config.output) / BEST))
+    save_folder(sparse, folder / "sparse")
+    with_new_head = Path(config.output) / DENSE / BEST
+    if with_new_head.exists():  # the data has other classes than the given model
+        config = replace(config, model=str(with_new_head))
         dense = load_model(config.model)
 
     accelerator = Accelerator()
     loader = _loader(images, dense, accelerator)
-    console.print("[bold]1/5[/] evaluating the dense model")
+    console.print("[bold]2/5[/] evaluating the dense model")
     results: dict[str, Evaluation] = {"dense": evaluate_model(dense, loader, accelerator)}
-
-    console.print(f"[bold]2/5[/] fine-tuning at keep ratio {keep_ratio} with the paper's losses")
-    train(config)
-    sparse = cast(SparseViT, dynamicvit.load(Path(config.output) / BEST))
-    save_folder(sparse, folder / "sparse")
 
     console.print("[bold]3/5[/] evaluating the sparse model, and random selection beside it")
     results["sparse"] = evaluate_model(sparse, loader, accelerator)

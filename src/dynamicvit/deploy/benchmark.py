@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from dynamicvit.deploy.engines import (
     available,
     build,
     check_engine,
+    check_engines,
     find_device,
     first_line,
     installed,
@@ -82,18 +84,23 @@ def compare_speed(
     for model in models:
         model.eval()
     device = next(dense.parameters()).device
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
+
+    def repeat(model: nn.Module, calls: int) -> Engine:
+        def run(images: Tensor) -> None:
+            with autocast():
+                for _ in range(calls):
+                    model(images)
+
+        return run
+
     results = []
     for batch_size in batch_sizes:
         images = torch.randn(batch_size, *input_size, device=device)
         # As many calls a timing as make about 50 ms, so that the clock's grain does not matter.
-        once = min(_seconds(dense, images, precision) for _ in range(3))
+        once = min(time_call(repeat(dense, 1), images) for _ in range(3))
         calls = max(1, round(0.05 / once))
-        times: list[tuple[float, float]] = []
-        start = time.perf_counter()
-        while len(times) < 7 or time.perf_counter() - start < seconds:
-            order = models if len(times) % 2 == 0 else models[::-1]
-            took = {id(model): _seconds(model, images, precision, calls) for model in order}
-            times.append((took[id(dense)], took[id(sparse)]))
+        times = interleave([repeat(model, calls) for model in models], [images], seconds)
         ratios = [a / b for a, b in times]
         low, _, high = statistics.quantiles(ratios, n=4)
         images_a_time = batch_size * calls
@@ -191,21 +198,14 @@ def benchmark(
     place = find_device(device)
     gpu = place.type == "cuda"
     wanted = precisions or ["float32", "bfloat16"]
+    check_engines(engines or (), wanted, place.type)
     pairs = [
         (engine, precision)
         for engine in engines or (TORCH_ENGINES if gpu else filter(installed, ENGINES))
         for precision in wanted
         # What was asked for by name and cannot be had is an error, below.
-        if (engines and precisions)
-        or engine not in ENGINES
-        or available(engine, precision, place.type)
+        if (engines and precisions) or available(engine, precision, place.type)
     ]
-    for precision in wanted:
-        if all(precision != paired for _, paired in pairs):
-            check_engine("eager", precision, place.type)
-    for engine in engines or ():
-        if all(engine != paired for paired, _ in pairs):
-            check_engine(engine, wanted[0], place.type)
     for engine, precision in pairs:
         check_engine(engine, precision, place.type)
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
@@ -528,18 +528,6 @@ def _plot(result: dict[str, Any], path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix.removeprefix(".") or "png", dpi=150)
     write_bytes(path, buffer.getvalue())
-
-
-def _seconds(model: nn.Module, images: Tensor, precision: str, calls: int = 1) -> float:
-    device = images.device.type
-    autocast: Any = torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()
-    with autocast:
-        _wait(images.device)
-        start = time.perf_counter()
-        for _ in range(calls):
-            model(images)
-        _wait(images.device)
-        return time.perf_counter() - start
 
 
 def _wait(device: torch.device) -> None:

@@ -7,7 +7,7 @@ import importlib.util
 import io
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,21 @@ def available(engine: str, precision: str, device: str = "cpu") -> bool:
     except ValueError:
         return False
     return True
+
+
+def check_engines(engines: Sequence[str], precisions: Sequence[str], device: str) -> None:
+    """Raise ValueError where an engine has none of the precisions, or a precision no engine.
+
+    Args:
+        engines: none for all.
+        precisions, device: as for `check_engine`.
+    """
+    for precision in precisions:
+        if not any(available(engine, precision, device) for engine in engines or ENGINES):
+            check_engine(engines[0] if engines else "eager", precision, device)
+    for engine in engines:
+        if not any(available(engine, precision, device) for precision in precisions):
+            check_engine(engine, precisions[0], device)
 
 
 def first_line(error: Exception) -> str:

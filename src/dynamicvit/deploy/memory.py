@@ -37,26 +37,35 @@ def peak_memory(
         numbers = map(str, (torch.get_num_threads(), *shape))
         command = [sys.executable, "-m", __name__, str(path), engine, precision, *numbers]
         done = subprocess.run(command, capture_output=True, text=True)
-        return float(done.stdout) if done.returncode == 0 else None
+        return float(done.stdout.split()[-1]) if done.returncode == 0 else None
+
+
+def resident(field: str = "VmHWM") -> float | None:
+    """A line of Linux's /proc/self/status in 10⁶ bytes: most memory resident so far, or VmRSS, what
+    is now; None on other systems."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    return next(
+        int(line.split()[1]) * 1024 / 1e6 for line in status.splitlines() if line.startswith(field)
+    )
 
 
 def _main() -> None:
     path, engine, precision, threads, *shape = sys.argv[1:]
     torch.set_num_threads(int(threads))
     images = torch.zeros([int(size) for size in shape])
-
-    def most_resident() -> float:
-        status = Path("/proc/self/status").read_text()
-        line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024 / 1e6
-
     for package in ENGINES[engine][0]:
         importlib.import_module(package)
-    before = most_resident()
+    before = resident()
     run = load(Path(path), engine, precision)
     for _ in range(2):
         run(images)
-    print(most_resident() - before)
+    after = resident()
+    if before is None or after is None:
+        raise SystemExit("this system does not tell how much memory is resident")
+    print(after - before)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from dynamicvit.deploy.engines import (
     ENGINES,
     TORCH_ENGINES,
     Engine,
-    available,
     build,
     check_engine,
+    check_engines,
     first_line,
     installed,
 )
@@ -108,13 +108,7 @@ def optimize(
     if rounds < 1:
         raise ValueError(f"rounds must be 1 or more, got {rounds!r}")
     device = example.device.type
-    for precision in precisions:
-        if not any(available(engine, precision, device) for engine in engines or ENGINES):
-            # Says what is wrong with it, or with the first engine.
-            check_engine(engines[0] if engines else "eager", precision, device)
-    for engine in engines or ():
-        if not any(available(engine, precision, device) for precision in precisions):
-            check_engine(engine, precisions[0], device)
+    check_engines(engines or (), precisions, device)
     # What every candidate is compared with is measured, even if it was not asked for.
     base = Candidate("eager", "float32", "fused")
     asked = [
