@@ -88,6 +88,55 @@ def test_the_speeds_are_those_measured() -> None:
         assert found["speed_up"] > 1.0
 
 
+def _rows(pattern: str) -> list[tuple[str, ...]]:
+    return re.findall(pattern, (ROOT / "docs" / "speed.md").read_text(), re.MULTILINE)
+
+
+def test_the_other_tables_are_those_measured() -> None:
+    steps = json.loads((RESULTS / "training_step.json").read_text())["steps"]
+    assert _rows(r"^\| (\w[\w, ]+) \| (\w+) \| (\d+) \| ([\d.]+) \| ([\d.]+)× .* \| (\d+) \|$") == [
+        (
+            *(row["side"], row["precision"], str(row["batch_size"])),
+            *(f"{row['images_per_second']:.1f}", f"{row['speed_up']:.2f}", f"{row['peak_mb']:.0f}"),
+        )
+        for row in steps
+    ]
+    fastest = json.loads((RESULTS / "fastest.json").read_text())["rows"]
+    pattern = (
+        r"^\| (\d+) \| ([\w ]+) \| (\w+), .* \| (\w+), (\w+) \| ([\d.]+) → ([\d.]+) \| ([\d.]+)×"
+    )
+    assert _rows(pattern) == [
+        (
+            *(str(row["batch_size"]), row["schedule"], row["dense"]["precision"]),
+            *(row["sparse"]["engine"], row["sparse"]["precision"]),
+            f"{row['dense_images_per_second']:.1f}",
+            f"{row['sparse_images_per_second']:.1f}",
+            f"{row['speed_up']:.2f}",
+        )
+        for row in fastest
+    ]
+    exports = json.loads((RESULTS / "export_quickstart.json").read_text())["exports"]
+    pattern = (
+        r"^\| (\w+) \| (\w+) \| [\d.]+ \| .* \| ([\d.]+)% \| ([\d.]+)% \| ([\d.]+)% → ([\d.]+)% \|$"
+    )
+    assert _rows(pattern) == [
+        (
+            *(row["format"], row["precision"]),
+            f"{row['agreement']['top1_agreement']:.2f}",
+            f"{row['agreement']['kept_agreement']:.2f}",
+            *(f"{share:.2f}" for share in row["agreement"]["accuracy"]),
+        )
+        for row in exports
+    ]
+    profile = json.loads((RESULTS / "profile_openvino.json").read_text())["milliseconds"]
+    shown = _rows(r"^\| (float32|bfloat16) \| (\w+) \| ([\d.]+) → ([\d.]+) \|$")
+    assert shown
+    assert set(shown) <= {
+        (row["precision"], row["operation"], f"{row['dense']:.2f}", f"{row['pruned']:.2f}")
+        for row in profile
+    }
+
+
 def test_the_cost_of_training_is_what_is_counted() -> None:
     """The guide's own code gives the guide's own numbers."""
     [code] = re.findall(r"```python\n(.*?)```", TRAINING, re.DOTALL)
