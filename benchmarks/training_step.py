@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+import dynamicvit
 from dynamicvit import SparseViT, sparsify
 from dynamicvit.core import backbone as adapter
 from dynamicvit.core.model import SparseOutput
@@ -40,6 +41,7 @@ from dynamicvit.core.tokens import sample_keep
 from dynamicvit.deploy.benchmark import interleave, random_batches
 from dynamicvit.deploy.engines import find_device
 from dynamicvit.deploy.memory import resident
+from dynamicvit.embedded import ASSETS
 from dynamicvit.environment import environment
 from dynamicvit.files import write_text
 from dynamicvit.training.evaluate import input_size
@@ -151,8 +153,8 @@ class Setting:
     """What a step is run on.
 
     Attributes:
-        model: timm name of the dense model; its weights are fresh, and its scorers set to keep the
-            schedule's shares.
+        model: timm name of the dense model, whose weights are then fresh, or a folder. Its scorers
+            are set to keep the schedule's shares.
         model_kwargs: of timm.create_model.
         keep_ratio: of each of three stages.
         batch_size: images a step.
@@ -181,7 +183,11 @@ class Step:
         self.dtype = DTYPES[setting.precision]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            teacher: Any = timm.create_model(setting.model, **dict(setting.model_kwargs))
+            teacher: Any = (
+                dynamicvit.load(setting.model)
+                if Path(setting.model).is_dir()
+                else timm.create_model(setting.model, **dict(setting.model_kwargs))
+            )
             self.student = sparsify(teacher, keep_ratio=setting.keep_ratio)
         scorer: Any
         for scorer, ratio in zip(
@@ -398,9 +404,14 @@ def main() -> None:
     device = str(find_device(options.device))
     torch.set_flush_denormal(True)  # as training does
     gradients = {
-        side: compare_gradients(Setting(batch_size=8, device=device), (SIDES[0], side))
-        for side in options.sides[1:]
-        if "compiled" not in side
+        of: {
+            side: compare_gradients(
+                Setting(model=model, batch_size=8, device=device), (SIDES[0], side)
+            )
+            for side in options.sides[1:]
+            if "compiled" not in side
+        }
+        for of, model in {"fresh": Setting.model, "trained": str(ASSETS / "model")}.items()
     }
     rows = [
         asdict(row)

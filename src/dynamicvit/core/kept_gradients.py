@@ -13,30 +13,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.backends import mkldnn as onednn
 from torch.overrides import TorchFunctionMode
+
+GROUP = 2**18  # attention weights that are computed together on a CPU
 
 
 class KeptGradients(TorchFunctionMode):
     """While active, linear layers, GELU and masked attention learn from kept tokens alone.
 
-    The modules that call them, such as timm's blocks, run as they are. On a CPU attention goes
-    image by image, so that its weights stay in the cache and out of memory: torch's fused kernel
-    there gives no gradient to a mask, and is the slower one in bfloat16. Elsewhere it is torch's.
+    The modules that call them, such as timm's blocks, run as they are. Linear, GELU, linear in a
+    row, with nothing in between, has one backward pass.
+
+    On a CPU attention goes by few images at a time, so that its weights stay in the cache and out
+    of memory: torch's fused kernel there gives no gradient to a mask, and is the slower one in
+    bfloat16. Elsewhere it is torch's.
 
     Args:
         keep_BN: keep mask, of prefix tokens too; tokens of value 0 are the dropped ones. None where
-            all are there: then attention alone is other than torch's.
+            all are there: then only a CPU computes otherwise than without this.
     """
 
     def __init__(self, keep_BN: Tensor | None = None) -> None:
         super().__init__()
         self.rows: Tensor | None = None
         self.columns: list[Tensor] | None = None
+        self.product: _Product | None = None  # the last ones, for what may follow
+        self.activation: _Activation | None = None
         if keep_BN is not None:
             self.shape = tuple(keep_BN.shape)
             kept = keep_BN.detach() > 0
@@ -50,16 +58,40 @@ class KeptGradients(TorchFunctionMode):
         return (func if stand_in is None else partial(stand_in, self))(*args, **kwargs or {})
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        x, weight, bias = _autocast(input, weight, bias)
         if not self._holds_tokens(input):
-            return F.linear(input, weight, bias)
-        y: Tensor = _Linear.apply(*_autocast(input, weight, bias), self.rows)
+            return _linear(x, weight, bias)
+        before = self.activation
+        if before is not None and _untouched(before, input):
+            y: Tensor = _MLP.apply(
+                *before.product.arguments,
+                before.product.x_kept,
+                before.x_kept,
+                before.approximate,
+                x.detach(),
+                weight,
+                bias,
+                self.rows,
+            )
+            self.product = self.activation = None
+            return y
+        x_kept = self._kept(x)
+        y = _Linear.apply(x, weight, bias, x_kept, self.rows)
+        self.product = _Product(y, y._version, (x, weight, bias), x_kept)
         return y
 
     def _gelu(self, input: Tensor, approximate: str = "none") -> Tensor:
         if not self._holds_tokens(input):
             return F.gelu(input, approximate=approximate)
-        y: Tensor = _GELU.apply(input, approximate, self.rows)
+        x_kept = self._kept(input)
+        y: Tensor = _GELU.apply(input, approximate, x_kept, self.rows)
+        if self.product is not None and _untouched(self.product, input):
+            self.activation = _Activation(y, y._version, self.product, x_kept, approximate)
         return y
+
+    def _kept(self, x: Tensor) -> Tensor:
+        """Rows of kept tokens, [rows, C]."""
+        return x.detach().flatten(0, -2)[self.rows]
 
     def _attention(
         self,
@@ -104,39 +136,151 @@ def _autocast(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
+def _as_image(x_MC: Tensor) -> Tensor:
+    """[M, C] → [1, C, 1, M], channels-last: a view. (As [1, C, M, 1] a prime M is slow.)"""
+    return x_MC[None, None].permute(0, 3, 1, 2)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """torch.nn.functional.linear; on a CPU as a 1×1 convolution: the same sums, by oneDNN.
+
+    torch leaves float32 products on a CPU to MKL, which takes twice the time on AMD's processors;
+    and writes the bias before a bfloat16 product, not with it.
+    """
+    if x.device.type != "cpu" or not onednn.is_available():
+        return F.linear(x, weight, bias)
+    y_1O1M = F.conv2d(_as_image(x.flatten(0, -2)), weight[:, :, None, None], bias)
+    # Not a view: what a custom function returns could not be written into then.
+    shape = [*x.shape[:-1], len(weight)]
+    y: Tensor = torch.ops.aten._unsafe_view(y_1O1M.permute(0, 2, 3, 1), shape)
+    return y
+
+
+def _linear_backward(
+    grad_MO: Tensor, x_MC: Tensor, weight_OC: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of input, weight and bias, those that are needed."""
+    if x_MC.device.type != "cpu" or x_MC.dtype != torch.float32 or not onednn.is_available():
+        return (
+            grad_MO @ weight_OC if needs[0] else None,
+            grad_MO.t() @ x_MC if needs[1] else None,
+            grad_MO.sum(0) if needs[2] else None,
+        )
+    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        _as_image(grad_MO),
+        _as_image(x_MC),
+        weight_OC[:, :, None, None],
+        [len(weight_OC)],
+        [1, 1],
+        [0, 0],
+        [1, 1],
+        False,
+        [0, 0],
+        1,
+        needs,
+    )
+    if needs[0]:
+        grad_x = grad_x.permute(0, 2, 3, 1).flatten(0, 2)
+    if needs[1]:
+        grad_weight = grad_weight.flatten(1)
+    return grad_x, grad_weight, grad_bias
+
+
+class _Product(NamedTuple):
+    """A linear layer's output, and what it was made from: input, weight and bias."""
+
+    output: Tensor
+    version: int
+    arguments: tuple[Tensor, Tensor, Tensor | None]
+    x_kept: Tensor
+
+
+class _Activation(NamedTuple):
+    """A GELU's output, the product it was made from, and the kept rows of that."""
+
+    output: Tensor
+    version: int
+    product: _Product
+    x_kept: Tensor
+    approximate: str
+
+
+def _untouched(made: _Product | _Activation, x: Tensor) -> bool:
+    """Whether x is what was made, and nothing has been written into it since."""
+    return x is made.output and x._version == made.version
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(x.flatten(0, -2)[rows], weight, rows)
-        ctx.shape, ctx.has_bias = x.shape, bias is not None
-        return F.linear(x, weight, bias)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, x_kept: Tensor, rows: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x_kept, weight, rows)
+        ctx.shape = x.shape
+        return _linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, rows = ctx.saved_tensors
+        x_kept, weight, rows = ctx.saved_tensors
         grad = grad.flatten(0, -2)[rows]
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _spread(grad @ weight, rows, ctx.shape)
-        grad_weight = grad.t() @ x if ctx.needs_input_grad[1] else None
-        grad_bias = grad.sum(0) if ctx.has_bias else None
-        return grad_x, grad_weight, grad_bias, None
+        grads = _linear_backward(grad, x_kept, weight, ctx.needs_input_grad[:3])
+        return _spread(grads[0], rows, ctx.shape), *grads[1:], None, None
 
 
 class _GELU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, approximate: str, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(x.flatten(0, -2)[rows], rows)
+    def forward(ctx: Any, x: Tensor, approximate: str, x_kept: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(x_kept, rows)
         ctx.approximate = approximate
         return F.gelu(x, approximate=approximate)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, rows = ctx.saved_tensors
+        x_kept, rows = ctx.saved_tensors
         kept = torch.ops.aten.gelu_backward(
-            grad.flatten(0, -2)[rows], x, approximate=ctx.approximate
+            grad.flatten(0, -2)[rows], x_kept, approximate=ctx.approximate
         )
-        return _spread(kept, rows, grad.shape), None, None
+        return _spread(kept, rows, grad.shape), None, None, None
+
+
+class _MLP(torch.autograd.Function):
+    """Linear, GELU, linear: the last product of a chain whose other parts have been computed.
+
+    Its backward pass goes through the whole chain, so that between its parts no gradient of dropped
+    tokens is written, not even as zeros; and the activation is made anew, not kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight_in: Tensor,
+        bias_in: Tensor | None,
+        x_kept: Tensor,
+        hidden_kept: Tensor,
+        approximate: str,
+        activated: Tensor,
+        weight_out: Tensor,
+        bias_out: Tensor | None,
+        rows: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(x_kept, hidden_kept, weight_in, weight_out, rows)
+        ctx.shape, ctx.approximate = x.shape, approximate
+        return _linear(activated, weight_out, bias_out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x_kept, hidden_kept, weight_in, weight_out, rows = ctx.saved_tensors
+        grad = grad.flatten(0, -2)[rows]
+        activated = F.gelu(hidden_kept, approximate=ctx.approximate)
+        needs_out = (True, *ctx.needs_input_grad[7:9])
+        grad_hidden, *grads_out = _linear_backward(grad, activated, weight_out, needs_out)
+        grad_hidden = torch.ops.aten.gelu_backward(
+            grad_hidden, hidden_kept, approximate=ctx.approximate
+        )
+        needs_in = ctx.needs_input_grad[:3]
+        grad_x, *grads_in = _linear_backward(grad_hidden, x_kept, weight_in, needs_in)
+        return _spread(grad_x, rows, ctx.shape), *grads_in, None, None, None, None, *grads_out, None
 
 
 class _Attention(torch.autograd.Function):
@@ -160,9 +304,9 @@ class _Attention(torch.autograd.Function):
         ctx.scale, ctx.columns = scale, columns
         batch, heads, tokens, _ = q.shape
         out = v.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)  # as blocks read it
-        for image in range(len(q)):
-            bias = None if mask is None else mask[image]
-            out[image] = _weights(q[image] * scale, k[image], bias) @ v[image]
+        for some in _groups(q):
+            bias = None if mask is None else mask[some]
+            out[some] = _weights(q[some] * scale, k[some], bias) @ v[some]
         return out
 
     @staticmethod
@@ -170,29 +314,48 @@ class _Attention(torch.autograd.Function):
         q, k, v, mask = ctx.saved_tensors
         grad_q, grad_k, grad_v = torch.zeros_like(q), torch.empty_like(k), torch.empty_like(v)
         grad_mask = None if mask is None else mask.new_zeros(mask.shape)
-        for image in range(len(q)):
-            kept = slice(None) if ctx.columns is None else ctx.columns[image]
-            q_HMD, grad_HMD = q[image][:, kept] * ctx.scale, grad[image][:, kept]
-            weight_HMN = _weights(q_HMD, k[image], None if mask is None else mask[image][:, kept])
-            grad_v[image] = weight_HMN.transpose(1, 2) @ grad_HMD
+        groups = _groups(q)
+        for some in groups:
+            # The kept rows of one image. Where images are so small that several go together, the
+            # gradient of other rows is zero all the same.
+            alone = ctx.columns is not None and len(groups) == len(q)
+            rows = ctx.columns[some.start] if alone else slice(None)
+            bias = None if mask is None else mask[some][..., rows, :]
+            q_GHMD, grad_GHMD = q[some][..., rows, :] * ctx.scale, grad[some][..., rows, :]
+            weight_GHMN = _weights(q_GHMD, k[some], bias)
+            grad_v[some] = weight_GHMN.transpose(-2, -1) @ grad_GHMD
             grad_score = torch._softmax_backward_data(
-                grad_HMD @ v[image].transpose(1, 2), weight_HMN, -1, q.dtype
+                grad_GHMD @ v[some].transpose(-2, -1), weight_GHMN, -1, q.dtype
             )
             if grad_mask is not None:
-                grad_mask[image, 0, kept] = grad_score.sum(0)
-            grad_q[image][:, kept] = (grad_score @ k[image]) * ctx.scale
-            grad_k[image] = grad_score.transpose(1, 2) @ q_HMD
+                grad_mask[some][:, 0, rows] = grad_score.sum(1)
+            grad_q[some][..., rows, :] = (grad_score @ k[some]) * ctx.scale
+            grad_k[some] = grad_score.transpose(-2, -1) @ q_GHMD
         return grad_q, grad_k, grad_v, grad_mask, None, None
 
 
-def _weights(q_HMD: Tensor, k_HND: Tensor, bias: Tensor | None) -> Tensor:
-    k_HDN = k_HND.transpose(1, 2)
-    score = q_HMD @ k_HDN if bias is None else torch.baddbmm(bias, q_HMD, k_HDN)
-    return score.softmax(-1)
+def _groups(q: Tensor) -> list[slice]:
+    """Images whose attention weights fit into a core's cache together; or one, if none do."""
+    batch, heads, tokens, _ = q.shape
+    size = max(1, GROUP // (heads * tokens * tokens))
+    return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
 
 
-def _spread(values: Tensor, rows: Tensor, shape: Any) -> Tensor:
+def _weights(q_GHMD: Tensor, k_GHND: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention weights [G, H, M, N] under a bias [G, 1, M, N]."""
+    q, k = q_GHMD.flatten(0, 1), k_GHND.flatten(0, 1).transpose(1, 2)
+    if bias is None:
+        score = q @ k
+    else:
+        bias = bias.expand(-1, q_GHMD.shape[1], -1, -1)
+        score = torch.baddbmm(bias[0] if len(bias) == 1 else bias.flatten(0, 1), q, k)
+    return score.softmax(-1).unflatten(0, q_GHMD.shape[:2])
+
+
+def _spread(values: Tensor | None, rows: Tensor, shape: Any) -> Tensor | None:
     """Rows in their places of a tensor of zeros: [..., C]."""
+    if values is None:
+        return None
     whole = values.new_zeros(shape)
     whole.flatten(0, -2)[rows] = values
     return whole
