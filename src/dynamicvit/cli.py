@@ -25,6 +25,8 @@ from dynamicvit.core.backbone import UnsupportedBackbone
 from dynamicvit.deploy.benchmark import benchmark
 from dynamicvit.deploy.export import export
 from dynamicvit.deploy.predict import predict
+from dynamicvit.deploy.sweep import sweep
+from dynamicvit.explain.compare import compare
 from dynamicvit.quickstart import quickstart
 from dynamicvit.training.evaluate import evaluate
 from dynamicvit.training.fit import train
@@ -34,6 +36,8 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "quickstart": quickstart,
     "train": train,
     "evaluate": evaluate,
+    "sweep": sweep,
+    "compare": compare,
     "plot": plot,
     "predict": predict,
     "export": export,

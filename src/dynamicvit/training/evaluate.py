@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +17,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 from timm.data import resolve_input_data_config
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dynamicvit.checkpoint import load_model
@@ -23,7 +25,13 @@ from dynamicvit.core.backbone import Backbone
 from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseViT
 from dynamicvit.files import write_text
-from dynamicvit.training.data import DataError, check_labels, create_image_loader, open_data
+from dynamicvit.training.data import (
+    DataError,
+    ImageData,
+    check_labels,
+    create_image_loader,
+    open_data,
+)
 from dynamicvit.training.processes import start_processes
 
 
@@ -69,27 +77,27 @@ def evaluate_model(
     model = model.to(accelerator.device).eval()
     top1 = top5 = images = 0
     loss = seconds = 0.0
-    for inputs, targets in loader:
-        inputs, targets = inputs.to(accelerator.device), targets.to(accelerator.device)
-        _wait(accelerator.device)
+
+    def timed(inputs: Tensor) -> tuple[Tensor, ...]:
+        nonlocal seconds
+        _wait(inputs.device)
         start = time.perf_counter()
-        with accelerator.autocast():
-            logits = model(inputs)
-        _wait(accelerator.device)
+        logits = model(inputs)
+        _wait(inputs.device)
         seconds += time.perf_counter() - start
-        # gather_for_metrics leaves out the images that padded the last batch.
-        logits, targets = accelerator.gather_for_metrics((logits.float(), targets))
-        check_labels(targets, logits.shape[-1])
-        logits, targets = logits[targets >= 0], targets[targets >= 0]  # -1: could not be read
-        best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
-        hits = best == targets.unsqueeze(-1)
-        top1 += int(hits[:, 0].sum())
-        top5 += int(hits.sum())
-        loss += float(F.cross_entropy(logits, targets, reduction="sum"))
-        images += len(targets)
-    model.train(training)
-    if images == 0:
-        raise DataError("the evaluation data gave no images")
+        return (logits.float(),)
+
+    try:
+        for logits, targets in run_batches(loader, timed, accelerator):
+            check_labels(targets, logits.shape[-1])
+            best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
+            hits = best == targets.unsqueeze(-1)
+            top1 += int(hits[:, 0].sum())
+            top5 += int(hits.sum())
+            loss += float(F.cross_entropy(logits, targets, reduction="sum"))
+            images += len(targets)
+    finally:
+        model.train(training)
     return Evaluation(
         top1=100.0 * top1 / images,
         top5=100.0 * top5 / images,
@@ -98,6 +106,83 @@ def evaluate_model(
         tokens=token_counts(model),
         gmacs=count_gmacs(model, input_size(model)),
         images_per_second=images / seconds,
+    )
+
+
+def run_batches(
+    loader: DataLoader,
+    call: Callable[[Tensor], tuple[Tensor, ...]],
+    accelerator: Accelerator,
+) -> Iterator[tuple[Tensor, ...]]:
+    """What a function gives for each batch of images, of all processes together.
+
+    Args:
+        loader: of normalised images and class indices; prepared by the accelerator, if several
+            processes share it.
+        call: images [B, C, H, W] on the accelerator's device → tensors [B, …].
+        accelerator: device, precision and processes.
+
+    Yields:
+        The tensors, then the class indices [B]; without images that could not be read.
+
+    Raises:
+        DataError: if there is no image.
+    """
+    images = 0
+    for inputs, targets in loader:
+        with accelerator.autocast():
+            results = call(inputs.to(accelerator.device))
+        # gather_for_metrics leaves out the images that padded the last batch.
+        *results, targets = accelerator.gather_for_metrics(
+            (*results, targets.to(accelerator.device))
+        )
+        read = targets >= 0  # -1: could not be read
+        images += int(read.sum())
+        yield (*(result[read] for result in results), targets[read])
+    if images == 0:
+        raise DataError("the evaluation data gave no images")
+
+
+@dataclass(frozen=True)
+class Change:
+    """How often another model is right where one was wrong, and the reverse, on the same images.
+
+    Attributes:
+        points_lost: percentage points of top-1 by which the other model is worse.
+        interval: where, with 95% confidence, that lies for all images of this kind.
+        right_to_wrong, wrong_to_right: images that the one, or the other, alone gets right.
+    """
+
+    points_lost: float
+    interval: tuple[float, float]
+    right_to_wrong: int
+    wrong_to_right: int
+
+
+def compare_answers(one: Tensor, other: Tensor) -> Change:
+    """What is gained and lost from one model to another, and how sure that is.
+
+    Images that both get right, or wrong, say nothing about the difference, so it is known better
+    than either accuracy. Where no answer changed, the interval still has a width: with few images
+    that says little.
+
+    Args:
+        one, other: [n] bool, whether each image was classified rightly; n ≥ 1.
+
+    Source of the interval: Bonett and Price, Adjusted Wald confidence interval for a difference of
+    binomial proportions based on paired data, 2012.
+    """
+    images = len(one)
+    lost, gained = int((one & ~other).sum()), int((other & ~one).sum())
+    share_lost, share_gained = (lost + 1) / (images + 2), (gained + 1) / (images + 2)
+    middle = share_lost - share_gained
+    variance = (share_lost + share_gained - middle**2) / (images + 2)
+    half = statistics.NormalDist().inv_cdf(0.975) * math.sqrt(variance)
+    return Change(
+        points_lost=100.0 * (lost - gained) / images,
+        interval=(100.0 * max(-1.0, middle - half), 100.0 * min(1.0, middle + half)),
+        right_to_wrong=lost,
+        wrong_to_right=gained,
     )
 
 
@@ -133,31 +218,20 @@ def evaluate(
     """
     if not models:
         raise ValueError("models must name at least one model, got none")
-    check_precision(precision)
-    accelerator = start_processes(precision)
+    accelerator = start_evaluation(precision)
     results: dict[str, Any] = {}
     for name in models:
         model = load_model(name)
-        options: dict[str, Any] = {
-            "data_dir": data_dir,
-            "in_chans": input_size(model)[0],
-            "skip_unreadable": skip_unreadable,
-            "batch_size": batch_size,
-        }
-        images = open_data(data, split, **options)
-        known = cast(Any, backbone_of(model)).pretrained_cfg.get("label_names") or ()
-        if images.class_names is not None and set(images.class_names) < set(known):
-            images = open_data(data, split, class_names=known, **options)
-        check_classes(images.class_names, model, name)
-        loader = accelerator.prepare(
-            create_image_loader(
-                images,
-                batch_size,
-                resolve_input_data_config(backbone_of(model)),
-                training=False,
-                workers=workers,
-                device=accelerator.device,
-            )
+        images, loader = open_images(
+            model,
+            name,
+            accelerator,
+            data,
+            data_dir,
+            split,
+            batch_size,
+            workers,
+            skip_unreadable,
         )
         results[name] = asdict(evaluate_model(model, loader, accelerator))
         if images.unreadable is not None:
@@ -167,6 +241,90 @@ def evaluate(
         if output:
             write_text(Path(output), json.dumps(results, indent=2) + "\n")
     return results
+
+
+def start_evaluation(precision: str) -> Accelerator:
+    """accelerate's Accelerator, for whatever launched this process.
+
+    Raises:
+        ValueError: if the precision, or what the launcher asks for, is not supported.
+    """
+    check_precision(precision)
+    return start_processes(precision)
+
+
+def open_images(
+    model: nn.Module,
+    model_name: str,
+    accelerator: Accelerator,
+    data: str,
+    data_dir: str | None,
+    split: str,
+    batch_size: int,
+    workers: int,
+    skip_unreadable: bool,
+) -> tuple[ImageData, DataLoader]:
+    """A split as a model takes it: opened, checked against its classes, and a loader of it.
+
+    Arguments and errors as for `evaluate`.
+    """
+    options: dict[str, Any] = {
+        "data_dir": data_dir,
+        "in_chans": input_size(model)[0],
+        "skip_unreadable": skip_unreadable,
+        "batch_size": batch_size,
+    }
+    images = open_data(data, split, **options)
+    known = cast(Any, backbone_of(model)).pretrained_cfg.get("label_names") or ()
+    if images.class_names is not None and set(images.class_names) < set(known):
+        images = open_data(data, split, class_names=known, **options)
+    check_classes(images.class_names, model, model_name)
+    loader = create_image_loader(
+        images,
+        batch_size,
+        resolve_input_data_config(backbone_of(model)),
+        training=False,
+        workers=workers,
+        device=accelerator.device,
+    )
+    return images, accelerator.prepare(loader)
+
+
+def load_pair(model: str, dense: str | None = None) -> tuple[SparseViT, nn.Module]:
+    """A sparse model, and the dense one that it is compared with.
+
+    Args:
+        model: model folder or hub id of a sparse model.
+        dense: that of a dense model, or a timm name. By default the sparse model's own backbone,
+            all tokens present.
+
+    Raises:
+        ValueError, FileNotFoundError: if there is no such model, it is not sparse (dense), or the
+            two do not take the same images or do not have the same classes.
+    """
+    sparse = load_model(model)
+    if not isinstance(sparse, SparseViT):
+        raise ValueError(f"model must be sparse, got the dense model {model}")
+    if dense is None:
+        return sparse, cast(nn.Module, sparse.backbone)
+    other = load_model(dense)
+    if isinstance(other, SparseViT):
+        raise ValueError(f"dense must be a dense model, got the sparse model {dense}")
+    configs = [resolve_input_data_config(backbone_of(item)) for item in (sparse, other)]
+    for key in ("input_size", "mean", "std"):
+        ours, theirs = (config[key] for config in configs)
+        if tuple(ours) != tuple(theirs):
+            raise ValueError(f"dense must have the {key} of {model}, {ours}, got {theirs}")
+    if sparse.num_classes != other.num_classes:
+        raise ValueError(
+            f"dense must have the {sparse.num_classes} classes of {model}, got {other.num_classes}"
+        )
+    ours, theirs = (
+        cast(Any, backbone_of(item)).pretrained_cfg.get("label_names") for item in (sparse, other)
+    )
+    if ours and theirs and list(ours) != list(theirs) and sorted(ours) == sorted(theirs):
+        raise ValueError(f"dense must have its classes in the order {ours}, got {theirs}")
+    return sparse, other
 
 
 def print_evaluations(results: dict[str, dict[str, Any]]) -> None:
