@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from accelerate import Accelerator
 import dynamicvit
 from dynamicvit.core.model import sparsify
 from dynamicvit.training.data import DataError
-from dynamicvit.training.evaluate import evaluate, evaluate_model
+from dynamicvit.training.evaluate import compare_answers, evaluate, evaluate_model
 from tests.conftest import tiny_vit
 
 
@@ -89,3 +90,38 @@ def test_evaluate_names_what_is_wrong(images: Path, dense_folder: Path, tmp_path
     (images / "val" / "dark").rename(images / "val" / "dim")
     with pytest.raises(ValueError, match="no data folder at nowhere"):
         evaluate([str(dense_folder)], "nowhere")
+
+
+def _answers(images: int, lost: int, gained: int) -> tuple[torch.Tensor, torch.Tensor]:
+    one, other = torch.ones(images, dtype=torch.bool), torch.ones(images, dtype=torch.bool)
+    other[:lost] = False
+    one[lost : lost + gained] = False
+    return one, other
+
+
+def test_a_difference_comes_with_how_sure_it_is() -> None:
+    found = compare_answers(*_answers(200, 5, 4))
+    assert (found.points_lost, found.right_to_wrong, found.wrong_to_right) == (0.5, 5, 4)
+    assert compare_answers(*_answers(200, 4, 5)).points_lost == -0.5
+    low, high = compare_answers(*_answers(200, 0, 0)).interval
+    assert low == -high
+    # Had 1.5% of all images changed, 200 that did not would be a 5% chance.
+    assert high == pytest.approx(100 * (1 - 0.05 ** (1 / 200)), abs=0.2)
+    widths = [compare_answers(*_answers(n, n // 40, n // 40)).interval[1] for n in (80, 800, 8000)]
+    assert widths == sorted(widths, reverse=True)
+    assert compare_answers(*_answers(1, 1, 0)).interval[1] == 100.0
+
+
+@pytest.mark.parametrize(("lose", "gain"), [(0.1, 0.1), (0.1, 0.02), (0.02, 0.02), (0.3, 0.1)])
+def test_the_interval_holds_the_truth_as_often_as_it_says(lose: float, gain: float) -> None:
+    """The chance of every outcome of 60 images, counted where the interval has the truth."""
+    images, truth, covered = 60, 100 * (lose - gain), 0.0
+    for lost in range(images + 1):
+        for gained in range(images + 1 - lost):
+            same = images - lost - gained
+            ways = math.comb(images, lost) * math.comb(images - lost, gained)
+            chance = ways * lose**lost * gain**gained * (1 - lose - gain) ** same
+            if chance > 1e-7:
+                low, high = compare_answers(*_answers(images, lost, gained)).interval
+                covered += chance * (low <= truth <= high)
+    assert covered >= 0.94

@@ -217,11 +217,14 @@ def list_schedules(
     """
     num_tokens = _num_tokens(model)
     places = [model.schedule.blocks] if blocks is None else [tuple(item) for item in blocks]
-    if keep_ratios is None:
-        keep_ratios = KEEP_RATIOS if ratios is None else ()
-    for ratio in keep_ratios:
+    for ratio in keep_ratios or ():
         if not 0 < ratio <= 1:
             raise ValueError(f"keep_ratios must lie in (0, 1], got {ratio}")
+    if keep_ratios is None:
+        stages = max(map(len, places), default=0)
+        usual = KEEP_RATIOS if ratios is None else ()
+        # Of few tokens a small share is none: not what was asked for, then, so not an error.
+        keep_ratios = [ratio for ratio in usual if ratio**stages * num_tokens >= 1]
     for shares in ratios or ():
         if all(len(shares) != len(place) for place in places):
             raise ValueError(f"ratios must be one a stage for blocks {places}, got {shares}")
@@ -365,9 +368,8 @@ def _print(
     dense, images = result["dense"], result["images"]
     places = len({point.schedule.blocks for point in points}) > 1
     timed = points[0].speed is not None
-    table = Table(
-        "keep", "tokens left", "top-1", "points lost (95%)", "lost, won", "GMACs", "fewer"
-    )
+    # Narrow enough for a terminal of 80 characters; the JSON file has the rest.
+    table = Table("keep", "top-1", "points", "95%", "lost, won", "GMACs", "fewer")
     if timed:
         table.add_column("images/s")
     for point in points:
@@ -375,21 +377,21 @@ def _print(
         low, high = change.interval
         row = [
             ("• " if point.frontier else "  ") + _describe(point.schedule, places),
-            "→".join(map(str, point.tokens[1:])),
             f"{point.top1:.2f}",
-            f"{change.points_lost:.2f} ({low:.2f} to {high:.2f})",
+            f"{-change.points_lost + 0.0:+.2f}",
+            f"{-high:+.1f}…{-low:+.1f}",
             f"{change.right_to_wrong}, {change.wrong_to_right}",
             f"{point.gmacs:.3f}",
             f"{_fewer(point, result):.1f}%",
         ]
         if speed is not None:
-            row.append(f"{speed.sparse:.0f} ({speed.speed_up:.2f}×)")
+            row.append(f"{speed.sparse:.0f}, {speed.speed_up:.2f}×")
         table.add_row(*row, style="bold" if point == chosen else None)
     console.print(table)
     console.print(
         f"dense: top-1 {dense['top1']:.2f}% of {images} images, {dense['gmacs']:.3f} GMACs; "
-        "lost, won: images that dense alone, or pruned alone, gets right; •: no other is as "
-        "accurate for less"
+        "points: against dense, and what is likely for other images; lost, won: images that dense "
+        "alone, or pruned alone, gets right; •: no other is as accurate for less"
     )
     console.print(_recommendation(result, points, chosen), style="bold")
 
@@ -415,11 +417,8 @@ def _recommendation(result: dict[str, Any], points: Sequence[Point], chosen: Poi
     return (
         f"{text}. {images} images are too few to be sure: it may lose "
         f"{chosen.change.interval[1]:.2f}. "
-        + (
-            "Of none of these is it sure"
-            if safe is None
-            else f"Sure is it of keep {_describe(safe.schedule, places)} (--sure)"
-        )
+        + ("None of these" if safe is None else f"Keep {_describe(safe.schedule, places)}")
+        + " surely holds it (--sure)"
     )
 
 
