@@ -198,7 +198,7 @@ def test_sweep_names_what_is_wrong(
     save_folder(tiny_vit(num_classes=2), reverse, class_names=CLASSES[::-1])
     three = tmp_path / "three"
     sparsify(tiny_vit(num_classes=3), 0.7).save_pretrained(three)
-    for name, options, message in (
+    cases: list[tuple[Path, dict[str, Any], str]] = [
         (dense_folder, {}, "model must be sparse, got the dense model"),
         (tmp_path / "nowhere", {}, "no model folder at"),
         (three, {}, "the data has 2 classes, .* has 3"),
@@ -214,7 +214,8 @@ def test_sweep_names_what_is_wrong(
         (sparse_folder, {"max_gmacs": 1, "sure": True}, "sure goes with max_loss"),
         (sparse_folder, {"seconds": -1}, "seconds must be 0 or more, got -1"),
         (sparse_folder, {"keep_ratios": [2.0]}, r"keep_ratios must lie in \(0, 1\], got 2.0"),
-    ):
+    ]
+    for name, options, message in cases:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             sweep(str(name), **{"data": data, "workers": 0, **options})
 

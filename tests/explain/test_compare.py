@@ -126,7 +126,7 @@ def test_compare_from_the_command_line(
         right = (arrays["sparse"] == arrays["targets"]).mean()
         assert result["sparse_top1"] == pytest.approx(100 * right)
     with Image.open(output / "keep_maps.png") as picture:
-        assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
+        assert np.unique(np.asarray(picture.convert("L"))).size > 10
     assert "7 images: top-1" in capsys.readouterr().out
 
 

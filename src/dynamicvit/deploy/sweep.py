@@ -369,9 +369,10 @@ def _print(
     places = len({point.schedule.blocks for point in points}) > 1
     timed = points[0].speed is not None
     # Narrow enough for a terminal of 80 characters; the JSON file has the rest.
-    table = Table("keep", "top-1", "points", "95%", "lost, won", "GMACs", "fewer")
-    if timed:
-        table.add_column("images/s")
+    table = Table("keep")
+    titles = ["top-1", "points", "95%", "lost, won", "GMACs", "fewer", "images/s"]
+    for title in titles if timed else titles[:-1]:
+        table.add_column(title, no_wrap=True)
     for point in points:
         change, speed = point.change, point.speed
         low, high = change.interval
@@ -379,7 +380,7 @@ def _print(
             ("• " if point.frontier else "  ") + _describe(point.schedule, places),
             f"{point.top1:.2f}",
             f"{-change.points_lost + 0.0:+.2f}",
-            f"{-high:+.1f}…{-low:+.1f}",
+            f"{-high:+.1f} to {-low:+.1f}",
             f"{change.right_to_wrong}, {change.wrong_to_right}",
             f"{point.gmacs:.3f}",
             f"{_fewer(point, result):.1f}%",
