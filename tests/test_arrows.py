@@ -40,10 +40,10 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"core", "backbones", "files"},
     "training": LAYER,
     "deploy": LAYER,
-    "explain": LAYER,
-    "quickstart": LAYER | {PUBLIC, "training", "deploy", "explain"},
-    "cli": LAYER | {PUBLIC, "training", "deploy", "explain", "quickstart"},
-    PUBLIC: {"core", "backbones", "checkpoint", "training", "deploy", "explain"},
+    "views": LAYER,
+    "quickstart": LAYER | {PUBLIC, "training", "deploy", "views"},
+    "cli": LAYER | {PUBLIC, "training", "deploy", "views", "quickstart"},
+    PUBLIC: {"core", "backbones", "checkpoint", "training", "deploy", "views"},
 }
 
 
@@ -103,11 +103,11 @@ def test_imports_follow_the_arrows(module: str) -> None:
         ("checkpoint", "from dynamicvit.core.folder import CONFIG", []),
         ("checkpoint", "from dynamicvit import training", ["training"]),
         ("training.fit", "from dynamicvit.files import write_text", []),
-        ("training.fit", "import dynamicvit.explain.report as r", ["explain.report"]),
-        ("explain.report", "from dynamicvit.training.evaluate import evaluate", []),
-        ("explain.report", "from dynamicvit.training import evaluate", []),
-        ("explain.report", "from dynamicvit.training.fit import train", ["training.fit.train"]),
-        ("deploy.export", "from dynamicvit.explain import demo", ["explain.demo"]),
+        ("training.fit", "import dynamicvit.views.report as r", ["views.report"]),
+        ("views.report", "from dynamicvit.training.evaluate import evaluate", []),
+        ("views.report", "from dynamicvit.training import evaluate", []),
+        ("views.report", "from dynamicvit.training.fit import train", ["training.fit.train"]),
+        ("deploy.export", "from dynamicvit.views import demo", ["views.demo"]),
         ("quickstart", "from dynamicvit.training.fit import train", []),
         ("quickstart", "from dynamicvit.cli import main", ["cli.main"]),
         ("training.fit", "from dynamicvit import cli", ["cli"]),
@@ -131,5 +131,5 @@ def test_importing_the_package_costs_no_more_than_its_foundations() -> None:
     loaded = set(run.stdout.split())
     assert "dynamicvit.core.model" in loaded
     assert {name.split(".")[0] for name in loaded} & (heavy | {"yaml"}) == set()
-    above = {name for name in loaded if _part(name) in ("training", "deploy", "explain", "cli")}
+    above = {name for name in loaded if _part(name) in ("training", "deploy", "views", "cli")}
     assert above == set()

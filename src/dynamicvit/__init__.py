@@ -1,5 +1,6 @@
 """Vision transformers made fast by letting uninformative tokens leave (arXiv 2106.02034)."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from dynamicvit import backbones
@@ -12,6 +13,7 @@ from dynamicvit.core.scorer import TokenScorer
 
 if TYPE_CHECKING:
     from dynamicvit.deploy.optimize import optimize
+    from dynamicvit.views.explanation import explain
 
 __version__ = "0.1.0"
 
@@ -23,6 +25,7 @@ __all__ = [
     "UnsupportedBackbone",
     "backbones",
     "count_gmacs",
+    "explain",
     "from_released",
     "load",
     "optimize",
@@ -30,10 +33,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # What takes more than timm does is imported when it is asked for.
-    if name == "optimize":
-        from dynamicvit.deploy.optimize import optimize  # noqa: PLC0415
+# What takes more than timm does is imported when it is asked for.
+_LAZY = {"explain": "dynamicvit.views.explanation", "optimize": "dynamicvit.deploy.optimize"}
 
-        return optimize
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,6 +31,7 @@ from dynamicvit.quickstart import quickstart
 from dynamicvit.training.evaluate import evaluate
 from dynamicvit.training.fit import train
 from dynamicvit.training.plot import plot
+from dynamicvit.views.explain import explain
 
 COMMANDS: dict[str, Callable[..., object]] = {
     "quickstart": quickstart,
@@ -40,6 +41,7 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "compare": compare,
     "plot": plot,
     "predict": predict,
+    "explain": explain,
     "export": export,
     "benchmark": benchmark,
     "convert": convert,

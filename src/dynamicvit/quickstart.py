@@ -25,12 +25,13 @@ from dynamicvit.core.scorer import RandomScorer
 from dynamicvit.deploy.benchmark import Speed, compare_speed
 from dynamicvit.embedded import ASSETS, embedded_images
 from dynamicvit.environment import environment
-from dynamicvit.explain.keep_maps import draw_keep_maps
-from dynamicvit.files import write_text
+from dynamicvit.files import write_text, written_whole
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.data import ImageData, create_image_loader, open_data
 from dynamicvit.training.evaluate import Evaluation, evaluate_model, input_size, print_evaluations
 from dynamicvit.training.fit import BEST, CONFIG, DENSE, METRICS, train
+from dynamicvit.views.explanation import explain
+from dynamicvit.views.pictures import draw_sheet
 
 
 def quickstart(
@@ -216,22 +217,20 @@ def _loader(images: ImageData, model: Any, accelerator: Accelerator) -> DataLoad
     )
 
 
-@torch.no_grad()
 def _draw(model: SparseViT, images: ImageData, loader: DataLoader, path: Path) -> None:
     """Eight images from all over the data set, with what they are and are taken for."""
     count = len(images.dataset)
     chosen = [images.dataset[index] for index in range(count // 16, count, max(1, count // 8))][:8]
     inputs = torch.stack([image for image, _ in chosen])
     names = images.class_names or [str(index) for index in range(model.num_classes)]
-    predicted = model(inputs).argmax(dim=-1).tolist()
+    found = explain(model, inputs)
     captions = [
-        f"{names[target]}, taken for {names[guess]}"
-        for (_, target), guess in zip(chosen, predicted, strict=True)
+        names[target] + ("" if item.pruned[0].index == target else f", taken for {guess}")
+        for (_, target), item in zip(chosen, found, strict=True)
+        for guess in [names[item.pruned[0].index]]
     ]
-    picture = draw_keep_maps(model, inputs, captions)
-    temporary = path.with_name(f".{path.name}.tmp")
-    picture.save(temporary, format="PNG")
-    temporary.replace(path)
+    with written_whole(path) as temporary:
+        draw_sheet(found, captions).save(temporary, format="PNG")
 
 
 def _print_speeds(console: Console, speeds: list[Speed]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+# Files of a folder that count as images; timm by itself leaves all but PNG and JPEG out unsaid.
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels → Pillow's name of what they are
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import torch
 from PIL import Image, ImageOps
@@ -76,34 +76,55 @@ def predict(
         raise TypeError(f"top_k must be an integer, got {top_k!r}")
     if top_k < 1:
         raise ValueError(f"top_k must be 1 or more, got {top_k}")
+    sources = check_sources(image)
+    names = class_names(model)
+    found: list[list[Prediction]] = []
+    for batch in batches(sources, model):
+        found += as_predictions(run(model, batch), names, top_k)
+    return found[0] if _is_source(image) else found
+
+
+def check_sources(image: Any) -> dict[str, ImageSource]:
+    """What to call each picture in an error → the picture.
+
+    Raises:
+        TypeError: if `image` is neither a picture nor a sequence of pictures.
+    """
     if _is_source(image):
-        sources = {"image": cast(ImageSource, image)}
-    elif isinstance(image, Sequence) and not isinstance(image, bytes | bytearray):
-        sources = {f"image[{index}]": item for index, item in enumerate(image)}
-        for label, item in sources.items():
-            if not _is_source(item):
-                raise TypeError(f"{label} must be a path or a PIL image, got {_type(item)}")
-    else:
+        return {"image": image}
+    if not isinstance(image, Sequence) or isinstance(image, bytes | bytearray):
         raise TypeError(
             f"image must be a path, a PIL image or a sequence of these, got {_type(image)}"
         )
-    names = class_names(model)
+    sources = {f"image[{index}]": item for index, item in enumerate(image)}
+    for label, item in sources.items():
+        if not _is_source(item):
+            raise TypeError(f"{label} must be a path or a PIL image, got {_type(item)}")
+    return sources
+
+
+def batches(sources: dict[str, ImageSource], model: Any) -> Iterator[Tensor]:
+    """Pictures, as `check_sources` gives them, prepared for the model: [B, C, H, W] at a time.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_image` and `preprocessing` do.
+    """
     mode, transform = preprocessing(model)
-    found: list[list[Prediction]] = []
     for start in range(0, len(sources), _BATCH):
         batch = list(sources.items())[start : start + _BATCH]
-        images = torch.stack([transform(read_image(item, mode, label)) for label, item in batch])
-        best = _probabilities(model, images).topk(min(top_k, len(names)))
-        found += [
-            [
-                Prediction(names[index], index, probability)
-                for index, probability in zip(indices, probabilities, strict=True)
-            ]
-            for indices, probabilities in zip(
-                best.indices.tolist(), best.values.tolist(), strict=True
-            )
+        yield torch.stack([transform(read_image(item, mode, label)) for label, item in batch])
+
+
+def as_predictions(logits: Tensor, names: Sequence[str], top_k: int) -> list[list[Prediction]]:
+    """[B, num_classes] → the `top_k` likeliest classes of each image, best first."""
+    best = logits.float().softmax(dim=-1).cpu().topk(min(top_k, len(names)))
+    return [
+        [
+            Prediction(names[index], index, probability)
+            for index, probability in zip(indices, probabilities, strict=True)
         ]
-    return found[0] if "image" in sources else found
+        for indices, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
 
 
 def class_names(model: Any) -> list[str]:
@@ -189,17 +210,17 @@ def _upright(image: Image.Image, mode: str) -> Image.Image:
     return convert_image(ImageOps.exif_transpose(image), mode)
 
 
-def _probabilities(model: nn.Module, images: Tensor) -> Tensor:
-    """[B, C, H, W] → [B, num_classes] on the CPU, float32. The mode of each module is restored."""
+def run(model: nn.Module, images: Tensor, method: str = "__call__") -> Any:
+    """What a method of the model gives for images [B, C, H, W], in eval mode, on the model's own
+    device and in its dtype. The mode of each module is restored."""
     like = next(model.parameters())
     modes = [(module, module.training) for module in model.modules()]
     try:
         with torch.inference_mode():
-            logits = model.eval()(images.to(like.device, like.dtype))
+            return getattr(model.eval(), method)(images.to(like.device, like.dtype))
     finally:
         for module, training in modes:
             module.training = training
-    return logits.float().softmax(dim=-1).cpu()
 
 
 def _is_source(value: object) -> bool:

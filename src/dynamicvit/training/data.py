@@ -22,11 +22,9 @@ from PIL import Image
 from timm.data import ImageDataset, IterableImageDataset, create_dataset, create_loader
 from torch.utils.data import DataLoader, Dataset
 
-from dynamicvit.core.images import MODES, convert_image
+from dynamicvit.core.images import IMAGE_SUFFIXES, MODES, convert_image
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "test")}
-# Files of a folder that count as images; timm by itself leaves all but PNG and JPEG out unsaid.
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 # Of a picture 20,000 pixels wide and 1 high, a resize to a usual height would make gigabytes.
 _MOST_ELONGATED = 1000
 _FACTORIES = ("torch", "hfds", "hfids", "wds", "tfds")
@@ -363,11 +361,11 @@ def _open_folder(folder: Path, mode: str, expected: Sequence[str] | None) -> Ima
             root=str(folder),
             search_split=False,
             input_img_mode=mode,
-            input_key=";".join(_SUFFIXES),
+            input_key=";".join(IMAGE_SUFFIXES),
         )
     except RuntimeError as error:
         raise DataError(
-            f"{folder} has no images in its class folders ({', '.join(_SUFFIXES)})"
+            f"{folder} has no images in its class folders ({', '.join(IMAGE_SUFFIXES)})"
         ) from error
     reader = dataset.reader
     nested = sorted(set(reader.class_to_idx) - set(classes))
