@@ -7,9 +7,13 @@ BIN := .venv/bin
 demo: .venv/installed  ## install, then make a dense model fast, on real images, without a network
 	$(BIN)/dynamicvit quickstart
 
-results: demo  ## the quickstart's numbers and picture, as README shows them
+results: demo  ## the quickstart's numbers and picture, as README and docs show them
 	cp quickstart/metrics.json benchmarks/results/quickstart.json
 	cp quickstart/keep_maps.png docs/keep_maps.png
+	$(BIN)/dynamicvit explain 'quickstart/fashion_mnist/val/9 Ankle boot/003.png' \
+	    --model quickstart/sparse --output quickstart/explain --formats '[png]'
+	cp quickstart/explain/003.png docs/explain.png
+	$(BIN)/python tools/run_notebook.py examples/explain.ipynb
 
 # The engines' tests run in a process of their own: one that has run them has crashed some hundred
 # tests later, inside Python's own int(), with Python 3.11.

@@ -64,6 +64,8 @@ def test_train_offers_every_field_of_its_config() -> None:
         (["predict", "cat.jpg"], "model"),
         (["predict", "cat.jpg", "--model", "./nowhere"], "no model folder at nowhere"),
         (["predict", "cat.jpg", "--model", "x", "--top_k", "many"], 'key "top_k"'),
+        (["explain", "cat.jpg", "--model", "x"], "images must be files or folders, got no file at"),
+        (["explain", ".", "--model", "x", "--formats", "[bmp]"], "formats must be of png, gif"),
     ],
 )
 def test_a_user_s_mistake_is_one_line(

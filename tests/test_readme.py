@@ -17,6 +17,7 @@ from dynamicvit.training.defaults import FEW_IMAGES, complete
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 TRAINING = (ROOT / "docs" / "training.md").read_text()
+EXPLAIN = (ROOT / "docs" / "explain.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results"
 RESULT = json.loads((ROOT / "benchmarks" / "results" / "quickstart.json").read_text())
 
@@ -58,7 +59,7 @@ def test_the_embedded_model_s_accuracy_is_what_was_measured() -> None:
     "line",
     re.findall(
         r"^    (?:torchrun .* -m )?(dynamicvit(?:\.cli)? .+)$",
-        (README + TRAINING).replace("\\\n", " "),
+        (README + TRAINING + EXPLAIN).replace("\\\n", " "),
         re.MULTILINE,
     ),
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from dynamicvit.checkpoint import load_model
 from dynamicvit.core.images import IMAGE_SUFFIXES
@@ -78,7 +78,7 @@ def explain(
         read_image(source, mode, "image")
 
     written: list[Path] = []
-    table = Table("image", "patches", "dense", "pruned")
+    table = Table(Column("image", overflow="fold"), "dense", "pruned")
     sheet: list[explanation.Explanation] = []
     for start in range(0, len(stills), _BATCH):
         batch = stills[start : start + _BATCH]
@@ -87,8 +87,7 @@ def explain(
                 path = targets[source].with_name(f"{targets[source].name}.{kind}")
                 found.save(path)
                 written.append(path)
-            patches = " → ".join(map(str, found.counts))
-            table.add_row(escape(str(source)), patches, _best(found.dense), _best(found.pruned))
+            table.add_row(escape(str(source)), _best(found.dense), _best(found.pruned))
             if len(sheet) < _SHEET:
                 sheet.append(found)
     if len(stills) > 1:
@@ -99,13 +98,15 @@ def explain(
     for source in films:
         path = targets[source].with_name(f"{targets[source].name}.mp4")
         frames = video.explain_video(sparse, source, path, other)
-        table.add_row(escape(str(source)), f"{frames} frames", "", "")
+        table.add_row(escape(str(source)), f"{frames} frames", "")
         written.append(path)
     console = Console()
     console.print(table)
+    if sheet:
+        console.print(f"patches: {' → '.join(map(str, sheet[0].counts))}")
     if len(stills) > len(sheet):
         console.print(f"the contact sheet has the first {len(sheet)} images")
-    console.print(f"{len(written)} files in {output}", markup=False)
+    console.print(f"files written to {output}: {len(written)}", markup=False)
     return written
 
 

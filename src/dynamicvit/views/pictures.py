@@ -127,8 +127,6 @@ def draw_sheet(
     Returns:
         An RGB picture.
     """
-    if captions is None:
-        captions = [", ".join(_captions(explanation)) for explanation in explanations]
     size = max(12, round(side / 9)) if side < _SIDE else max(13, round(side / 17))
     gap, line = 2 * size // 3, round(1.35 * size)
     first = _panels(explanations[0], side)
@@ -153,14 +151,17 @@ def draw_sheet(
         for column, title in enumerate(titles):
             place = (gap + group * group_w + column * cell_w, gap // 2)
             _write(draw, place, title, size, _PALE_INK)
-    for index, (explanation, caption) in enumerate(zip(explanations, captions, strict=True)):
+    for index, explanation in enumerate(explanations):
         group, row = divmod(index, rows)
         left, top = gap + group * group_w, head + row * cell_h
         shown = first if index == 0 else _panels(explanation, side)
         for column, picture in enumerate(shown):
             sheet.paste(picture, (left + column * cell_w, top))
-        text = _cut(caption, group_w - 3 * gap, size)
-        _write(draw, (left, top + first[0].height + gap // 2), text, size)
+        below = _captions(explanation) if captions is None else [captions[index]]
+        width = (group_w - 3 * gap) // max(1, len(below))
+        for column, text in enumerate(below):
+            place = (left + column * width, top + first[0].height + gap // 2)
+            _write(draw, place, _cut(text, width - gap, size), size)
     return sheet
 
 

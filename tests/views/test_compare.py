@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from PIL import Image
 
 import dynamicvit
-import dynamicvit.explain.compare as compare_module
+import dynamicvit.views.compare as compare_module
 from dynamicvit import cli
 from dynamicvit.core.model import sparsify
-from dynamicvit.explain.compare import Comparison, compare_models, describe, draw_keep_rates
+from dynamicvit.views.compare import Comparison, compare_models, describe, draw_keep_rates
 from tests.conftest import CLASSES, tiny_vit
 
 
