@@ -207,6 +207,9 @@ def _explain(
     model: SparseViT, images: Tensor, dense: nn.Module | None, dense_images: Tensor
 ) -> list[Explanation]:
     output: SparseOutput = run(model, images, "pruned")
+    if not output.keep:
+        kind = type(model.scorers[0]).__name__
+        raise ValueError(f"model must choose tokens, got {kind}, which merges them")
     height, width = images.shape[-2:]
     embed: Any = model.backbone.patch_embed
     scores = torch.stack([score.float() for score in output.scores], dim=1).cpu().numpy()
