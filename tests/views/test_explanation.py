@@ -49,8 +49,10 @@ def _picture(width: int = 32, height: int = 32, mode: str = "RGB") -> Image.Imag
 )
 def test_planted_decisions_are_what_is_dimmed(size: tuple[int, int], patch: int) -> None:
     """Also at a width of 384, which 14 does not divide: the model pads it."""
-    padded = {"dynamic_img_size": True, "dynamic_img_pad": True} if size[1] % patch else {}
-    sparse = _sparse(img_size=size, patch_size=patch, **padded)
+    padded = size[1] % patch > 0
+    sparse = _sparse(
+        img_size=size, patch_size=patch, dynamic_img_size=padded, dynamic_img_pad=padded
+    )
     rows, columns = (-(-side // patch) for side in size)
     count = rows * columns
     numbers = np.random.default_rng(1)
