@@ -26,11 +26,11 @@ from dynamicvit.deploy.benchmark import benchmark
 from dynamicvit.deploy.export import export
 from dynamicvit.deploy.predict import predict
 from dynamicvit.deploy.sweep import sweep
-from dynamicvit.views.compare import compare
 from dynamicvit.quickstart import quickstart
 from dynamicvit.training.evaluate import evaluate
 from dynamicvit.training.fit import train
 from dynamicvit.training.plot import plot
+from dynamicvit.views.compare import compare
 from dynamicvit.views.explain import explain
 
 COMMANDS: dict[str, Callable[..., object]] = {
