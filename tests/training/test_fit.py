@@ -128,7 +128,7 @@ def test_parameter_groups_have_two_speeds_and_spare_norms_and_biases() -> None:
 def test_a_run_killed_ten_times_is_the_run_never_stopped(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
-    """With all that draws; killed in the middle of epochs, and of writing checkpoints."""
+    """With all that draws; killed in the middle of epochs, validating, and writing checkpoints."""
     options |= {
         "data": str(write_images(tmp_path / "more", {"train": 16, "val": 4})),
         "epochs": 4,
@@ -173,6 +173,31 @@ def test_a_run_resumes_the_same_at_any_step(
     rates = [line["lr"] for line in _lines(options["output"]) if line["kind"] == "train"]
     assert [rate["backbone"] > 0 for rate in rates] == [False] * 4 + [True] * 8
     assert rates[5]["backbone"] == pytest.approx(0.01 * rates[5]["scorers"])
+
+
+def test_an_epoch_is_not_lost_with_its_validation(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in it, twice."""
+    straight = options | {"output": str(tmp_path / "straight")}
+    train(TrainConfig(**straight))
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "evaluate_model", lambda *_: 1 / 0)
+        for resume in (False, True):
+            with pytest.raises(ZeroDivisionError):
+                train(TrainConfig(**options), resume)
+    trained = _lines(options["output"])
+    assert [line["kind"] for line in trained] == ["train"] * 4
+    train(TrainConfig(**options), resume=True)
+    lines = _lines(options["output"])
+    assert lines[:4] == trained, "with their times: they were not trained again"
+    train(TrainConfig(**options), resume=True)  # complete: it is validated again, and told once
+    again = _lines(options["output"])
+    assert [line["kind"] for line in again] == (["train"] * 4 + ["validation"]) * 2
+    assert [line["top1"] for line in again[4::5]] == [
+        line["top1"] for line in _lines(straight["output"])[4::5]
+    ]
+    _same_weights(options["output"], straight["output"])
 
 
 def test_bad_steps_are_left_out_and_too_many_end_the_run(

@@ -58,25 +58,36 @@ def not_finite_at(calls: list[int], rank: int) -> Iterator[None]:
 
 
 @contextmanager
-def killed_at(step: int, writing: bool) -> Iterator[None]:
-    """SIGKILL this process after a step, or in the middle of writing the next checkpoint."""
-    train_step, replace = fit._step, os.replace
+def killed_at(step: int, doing: str) -> Iterator[None]:
+    """SIGKILL this process after a step, or in the middle of what it next does of this kind:
+    "writing" a checkpoint, or "validating"."""
+    train_step, replace, evaluate_model = fit._step, os.replace, fit.evaluate_model
     reached = False
+
+    def die_if(now: bool) -> None:
+        if reached and now:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def step_and_die(run: Any, *args: Any) -> Any:
         nonlocal reached
         result = train_step(run, *args)
         reached = run.total_step >= step
-        if reached and not writing:
-            os.kill(os.getpid(), signal.SIGKILL)
+        die_if(doing == "a step")
         return result
 
     def replace_or_die(source: Any, target: Any) -> None:
-        if reached and str(target).endswith(".pt"):
-            os.kill(os.getpid(), signal.SIGKILL)
+        die_if(doing == "writing" and str(target).endswith(".pt"))
         replace(source, target)
 
-    with mock.patch.object(fit, "_step", step_and_die), mock.patch("os.replace", replace_or_die):
+    def evaluate_or_die(*args: Any) -> Any:
+        die_if(doing == "validating")
+        return evaluate_model(*args)
+
+    with (
+        mock.patch.object(fit, "_step", step_and_die),
+        mock.patch.object(fit, "evaluate_model", evaluate_or_die),
+        mock.patch("os.replace", replace_or_die),
+    ):
         yield
 
 
@@ -88,7 +99,8 @@ def run_killed(options: dict[str, Any], kills: list[int]) -> None:
         if child == 0:
             try:
                 config = TrainConfig(**options | {"workers": number % 2})
-                with killed_at(step, number % 3 == 2) if step else nullcontext():
+                doing = ("validating", "a step", "writing")[number % 3]
+                with killed_at(step, doing) if step else nullcontext():
                     fit.train(config, resume=number > 0)
                 os._exit(0)
             finally:

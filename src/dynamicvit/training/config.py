@@ -91,7 +91,7 @@ class TrainConfig:
         shard: divide weights, gradients and optimizer over the processes (FSDP2), where they do not
             fit into each. A launcher's own FSDP setting asks for the same.
         checkpoint_steps: also write a checkpoint every so many steps; 0 for at each epoch's end
-            alone.
+            alone, before it is validated: a run that goes on from there validates first.
         keep_checkpoints: how many checkpoints stay, the last ones.
         max_skipped: stop after so many steps in a row whose loss or gradient was not finite (each
             is left out, and counted). The first batch of the last one whose own loss was not is

@@ -259,7 +259,7 @@ def _set_up(config: TrainConfig, resume: bool) -> _Run:
     found = load_place(output) if resume else None
     if found is not None:
         _check_same_run(found[0], config, train_data.class_names, found[1])
-    records = Records(config, accelerator, found[1]["step"] if found else None)
+    records = Records(config, accelerator, found[1] if found else None)
     if accelerator.is_main_process:
         write_text(output / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False))
     if found is None and config.warm_start and isinstance(student, SparseViT):
@@ -547,18 +547,16 @@ def _fit(run: _Run) -> Evaluation:
         Progress(*columns, console=console, disable=not show) as progress,
         sigterm_noted() as stop_asked,
     ):
+        if run.epoch >= config.epochs or (run.epoch and not run.seen):
+            evaluation = _validate(run)  # the checkpoint at an epoch's end was written before
         bar = progress.add_task("train", total=config.epochs * run.steps, status="")
         while run.epoch < config.epochs:
             progress.update(bar, description=f"epoch {run.epoch + 1}/{config.epochs}")
             for line in _epoch(run, stop_asked):
                 progress.update(bar, completed=run.total_step, status=_status(line))
+            _save(run)  # first: a kill while it validates does not cost the epoch
             evaluation = _validate(run)
-            _save(run)
-    if evaluation is None and config.epochs == 0:
-        evaluation = _validate(run)
-    if evaluation is None:  # the run was complete already
-        evaluation = evaluate_model(_evaluated(run), run.val_loader, run.accelerator)
-    return evaluation
+    return cast(Evaluation, evaluation)
 
 
 def _epoch(run: _Run, stop_asked: Callable[[], bool]) -> Iterator[dict[str, Any]]:

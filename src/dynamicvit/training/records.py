@@ -45,21 +45,21 @@ class Records:
     Args:
         config: of the run.
         accelerator: made with the trackers as `log_with`.
-        last_step: the step that the run goes on from; None if it starts. Lines written after it
-            are dropped: they will come again.
+        place: of the checkpoint that the run goes on from; None if it starts. Lines written after
+            it are dropped: they will come again.
     """
 
     def __init__(
-        self, config: TrainConfig, accelerator: Accelerator, last_step: int | None
+        self, config: TrainConfig, accelerator: Accelerator, place: dict[str, Any] | None
     ) -> None:
         self.path = Path(config.output) / METRICS
         self.accelerator = accelerator
         self.console = Console(quiet=not accelerator.is_main_process)
         if accelerator.is_main_process:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._drop_after(last_step)
+            self._drop_after(place)
         # What TensorBoard shows of later steps is hidden, as they will come again.
-        options = {"tensorboard": {"purge_step": (last_step or 0) + 1}}
+        options = {"tensorboard": {"purge_step": (place["step"] if place else 0) + 1}}
         accelerator.init_trackers("dynamicvit", init_kwargs=options)
         for tracker in accelerator.trackers:
             if tracker.name != "tensorboard":  # which makes a run of its own of them
@@ -95,7 +95,7 @@ class Records:
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
-    def _drop_after(self, last_step: int | None) -> None:
+    def _drop_after(self, place: dict[str, Any] | None) -> None:
         if not self.path.exists():
             return
         kept = []
@@ -104,11 +104,18 @@ class Records:
                 line = json.loads(text)
             except json.JSONDecodeError:  # cut off by the kill
                 continue
-            if last_step is not None and (
-                line["kind"] == "warm_start" or line["step"] <= last_step
-            ):
+            if place is not None and _before(line, place):
                 kept.append(text + "\n")
         write_text(self.path, "".join(kept))
+
+
+def _before(line: dict[str, Any], place: dict[str, Any]) -> bool:
+    """Whether a line was written before the checkpoint of this place."""
+    if line["kind"] == "warm_start":
+        return True
+    if line["kind"] == "validation" and place["seen"] == 0:  # at an epoch's end it comes after
+        return bool(line["step"] < place["step"])
+    return bool(line["step"] <= place["step"])
 
 
 def _without_nan(value: Any) -> Any:
