@@ -27,7 +27,7 @@ from dynamicvit.training.checkpoints import CHECKPOINTS, find_checkpoints
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.defaults import complete
 from dynamicvit.training.fit import BEST, CONFIG, METRICS, parameter_groups, train
-from dynamicvit.training.task import SparseTask
+from dynamicvit.training.task import SparseTask, WarmStartTask
 from tests.conftest import tiny_vit, write_images
 from tests.training.test_data import _write_shards, collected, shard_files  # noqa: F401
 from tests.training.worker import Stopped, not_finite_at, stopped_after
@@ -223,6 +223,33 @@ def test_bad_steps_are_left_out_and_too_many_end_the_run(
     assert batch["step"].item() == 6
     weights = _last(options["output"])["student"].values()
     assert all(value.isfinite().all() for value in weights)
+
+
+def test_bad_steps_of_the_warm_start_are_left_out_too(
+    options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options |= {"epochs": 0, "warm_start": 4, "max_skipped": 2}
+    scorers = []
+    for bad in ([], [1, 3], [0, 1, 2, 3]):
+        run = options | {"output": f"{options['output']}_{len(bad)}"}
+        if len(bad) == 4:  # with nothing learnt it would be the model that a run starts from
+            message = r"2 steps in a row .* up to step 2 of the warm start; the batch .* is in"
+            with not_finite_at(bad, 0, WarmStartTask), pytest.raises(ValueError, match=message):
+                train(TrainConfig(**run))
+            batch = load_file(Path(run["output"]) / "bad_batch_0.safetensors")
+            assert (batch["images"].shape, batch["step"].item()) == ((4, 3, 32, 32), 2)
+            continue
+        with not_finite_at(bad, 0, WarmStartTask):
+            train(TrainConfig(**run))
+        lines = [line for line in _lines(run["output"]) if line["kind"] == "warm_start"]
+        assert [line["loss"] is None for line in lines] == [call in bad for call in range(4)]
+        assert lines[-1]["skipped"] == len(bad)
+        told = "not being finite: 2" in capsys.readouterr().out
+        assert told == bool(bad)
+        weights = load_file(Path(run["output"]) / BEST / "model.safetensors")
+        assert all(value.isfinite().all() for value in weights.values())
+        scorers.append(weights["scorers.0.embed.weight"])
+    assert not torch.equal(*scorers)
 
 
 def test_the_bad_batch_is_saved_not_the_last(

@@ -40,12 +40,12 @@ def stopped_after(step: int) -> Iterator[None]:
 
 
 @contextmanager
-def not_finite_at(calls: list[int], rank: int) -> Iterator[None]:
-    """Make the loss of these calls (from 0) NaN in one process."""
-    forward = SparseTask.forward
+def not_finite_at(calls: list[int], rank: int, kind: type[Any] = SparseTask) -> Iterator[None]:
+    """Make the loss of these calls (from 0) of a kind of task NaN in one process."""
+    forward = kind.forward
     count = -1
 
-    def spoil(task: SparseTask, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    def spoil(task: Any, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         nonlocal count
         count += 1
         result = forward(task, *args, **kwargs)
@@ -53,7 +53,7 @@ def not_finite_at(calls: list[int], rank: int) -> Iterator[None]:
             result["loss"] = result["loss"] * float("nan")
         return result
 
-    with mock.patch.object(SparseTask, "forward", spoil):
+    with mock.patch.object(kind, "forward", spoil):
         yield
 
 

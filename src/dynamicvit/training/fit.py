@@ -94,6 +94,56 @@ _FREE = (
 
 
 @dataclass
+class _Skips:
+    """Steps that were left out, their loss or gradient not being finite.
+
+    Attributes:
+        most: so many in a row end the run.
+        path: where the batch that was to blame is saved then.
+        total: how many there were.
+        in_row: how many since the last one that was not.
+    """
+
+    most: int
+    path: Path
+    total: int = 0
+    in_row: int = 0
+
+    @property
+    def last_chance(self) -> bool:
+        """Whether one more ends the run."""
+        return self.in_row + 1 >= self.most
+
+    def add(self, step: int, bad: tuple[Tensor, Tensor] | None, of: str = "") -> None:
+        """Count one.
+
+        Args:
+            step: which, counted from 1.
+            bad: this process's first micro-batch whose own loss was not finite, as the student saw
+                it: images [B, C, H, W] and targets [B] or [B, K]. None if there was none, or if the
+                run does not end here.
+            of: what the step is one of, for the message.
+
+        Raises:
+            ValueError: if it is one too many.
+        """
+        self.total += 1
+        self.in_row += 1
+        if self.in_row < self.most:
+            return
+        where = ""
+        if bad is not None:
+            images, targets = (tensor.contiguous().cpu() for tensor in bad)
+            tensors = {"images": images, "targets": targets, "step": torch.tensor(step)}
+            save_file(tensors, self.path)
+            where = f"; the batch whose loss was not is in {self.path}"
+        raise ValueError(
+            f"{self.most} steps in a row (max_skipped) had a loss or gradient that was not finite, "
+            f"up to step {step}{of}{where}; a lower lr or a clip_grad may help"
+        )
+
+
+@dataclass
 class _Run:
     """What a training loop holds; `epoch` and `seen` (images of it) are where it goes on."""
 
@@ -113,12 +163,11 @@ class _Run:
     drop_paths: list[PlacedDropPath]
     records: Records
     watch: CollapseWatch
+    skips: _Skips
     steps: int  # in an epoch
     epoch: int = 0
     seen: int = 0
     best: float = -1.0
-    skipped: int = 0
-    skipped_in_row: int = 0
 
     @property
     def layout(self) -> Layout:
@@ -172,8 +221,8 @@ def train(config: TrainConfig, resume: bool = False) -> Evaluation:
         finally:
             run.records.close()
         console = run.records.console
-        if run.skipped:
-            console.print(f"steps left out, their loss or gradient not being finite: {run.skipped}")
+        if left_out := run.skips.total:
+            console.print(f"steps left out, their loss or gradient not being finite: {left_out}")
         for name, images in (("training", run.feed.data), ("validation", run.val_data)):
             if (met := images.describe_unreadable()) is not None:
                 console.print(f"unreadable {name} images met: {met}", soft_wrap=True)
@@ -262,8 +311,9 @@ def _set_up(config: TrainConfig, resume: bool) -> _Run:
     records = Records(config, accelerator, found[1] if found else None)
     if accelerator.is_main_process:
         write_text(output / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False))
+    skips = _Skips(config.max_skipped, output / f"{BAD_BATCH}_{layout.rank}.safetensors")
     if found is None and config.warm_start and isinstance(student, SparseViT):
-        _warm_start(config, student, cast(Backbone, teacher), feed, accelerator, records)
+        _warm_start(config, student, cast(Backbone, teacher), feed, accelerator, records, skips)
     ema = ModelEmaV3(student, decay=config.ema, use_warmup=True) if config.ema else None
     task, whole = _distribute(config, accelerator, student, teacher, ema)
     # fused: one kernel for all parameters, on the CPU too
@@ -296,6 +346,7 @@ def _set_up(config: TrainConfig, resume: bool) -> _Run:
         watch=CollapseWatch(
             student.schedule.step_ratios() if isinstance(student, SparseViT) else ()
         ),
+        skips=skips,
         steps=steps,
     )
     if found is not None:
@@ -497,38 +548,54 @@ def _warm_start(
     feed: Feed,
     accelerator: Accelerator,
     records: Records,
+    skips: _Skips,
 ) -> None:
     """Fit the scorers to the teacher's attention for `config.warm_start` steps, at constant lr.
 
-    The scorers are small: their gradients are averaged over processes one by one.
+    The scorers are small: their gradients are averaged over processes one by one. With them a loss
+    that is not finite in one process makes all of them leave the step out.
     """
     task = WarmStartTask(student, teacher.to(accelerator.device)).train()
     student.backbone.requires_grad_(False).eval()  # nothing of it learns, nothing of it is dropped
     learnt = list(student.scorers.parameters())
     optimizer = AdamW(learnt, lr=1e-3, weight_decay=config.weight_decay, fused=True)
     done = micro = 0
+    total: dict[str, Tensor] = {}
+    bad: tuple[Tensor, Tensor] | None = None
     while done < config.warm_start:
         for images, targets in feed.batches(-1, 0):
             set_seed(seed_of(config.seed, "warm start", done, micro, accelerator.process_index))
             with accelerator.autocast():
                 result = task(images, targets)
             (result["loss"] / config.accumulate).backward()
+            if skips.last_chance and bad is None and not result["loss"].isfinite():
+                bad = images, targets
+            for name, value in _vector(result).items():
+                total[name] = total.get(name, 0.0) + value / config.accumulate
             micro += 1
             if micro < config.accumulate:
                 continue
             for parameter in learnt:
                 parameter.grad = mean_over_processes(cast(Tensor, parameter.grad))
-            optimizer.step()
-            optimizer.zero_grad()
+            numbers = {name: mean_over_processes(value) for name, value in total.items()}
             done, micro = done + 1, 0
-            numbers = {k: mean_over_processes(v) for k, v in _vector(result).items()}
+            norm = clip_gradients(student.scorers, None)
+            if numbers["loss"].isfinite() and norm.isfinite():  # means over processes: they agree
+                skips.in_row = 0
+                optimizer.step()
+            else:
+                skips.add(done, bad, of=" of the warm start")
+            optimizer.zero_grad()
+            total, bad = {}, None
             if done % config.log_steps == 0 or done == config.warm_start:
                 line = {k: v.tolist() for k, v in numbers.items()}
-                records.log({"kind": "warm_start", "step": done, **line})
+                skipped = {"skipped": skips.total}
+                records.log({"kind": "warm_start", "step": done, **line, **skipped})
             if done == config.warm_start:
                 break
     student.backbone.requires_grad_(True)
     optimizer.zero_grad()
+    skips.in_row = 0
 
 
 def _fit(run: _Run) -> Evaluation:
@@ -572,7 +639,7 @@ def _epoch(run: _Run, stop_asked: Callable[[], bool]) -> Iterator[dict[str, Any]
     inside = run.seen + run.layout.total <= run.feed.images
     while inside:
         numbers, stop = _step(run, clock.waiting(batches), stop_asked())
-        if "kept" in numbers and not run.skipped_in_row:  # what was left out may be no number
+        if "kept" in numbers and not run.skips.in_row:  # what was left out may be no number
             run.watch.add(numbers["kept"])
         inside = run.seen + run.layout.total <= run.feed.images
         if (run.total_step - run.epoch * run.steps) % config.log_steps == 0 or not inside:
@@ -583,7 +650,7 @@ def _epoch(run: _Run, stop_asked: Callable[[], bool]) -> Iterator[dict[str, Any]
                 **numbers,
                 "lr": {group["name"]: group["lr"] for group in run.optimizer.param_groups},
                 "temperature": _temperature(run),
-                "skipped": run.skipped,
+                "skipped": run.skips.total,
                 **clock.read(run.layout.total),
             }
             run.records.log(line)
@@ -624,7 +691,7 @@ def _step(
     draws: Draws | None = None
     total: dict[str, Tensor] = {}
     # To look for the bad micro-batch is to wait for the device: only where one ends the run.
-    last_chance = run.skipped_in_row + 1 >= config.max_skipped
+    last_chance = run.skips.last_chance
     bad: tuple[Tensor, Tensor] | None = None
     for micro in range(layout.accumulate):
         images, targets = next(batches)
@@ -657,9 +724,10 @@ def _step(
     numbers["grad_norm"] = float(norm)
     run.seen += layout.total
     if skip:
-        _skip(run, bad)
+        run.optimizer.zero_grad()
+        run.skips.add(run.total_step, bad)
     else:
-        run.skipped_in_row = 0
+        run.skips.in_row = 0
         run.optimizer.step()
         run.optimizer.zero_grad()
         if run.ema is not None:
@@ -676,33 +744,6 @@ def _draw(run: _Run, images: Tensor) -> Draws:
         stages, tokens = len(run.student.schedule.blocks), math.prod(grid)
     seed = seed_of(run.config.seed, "step", run.epoch, run.seen)
     return Draws.of_step(run.layout, seed, stages, tokens, len(run.drop_paths), images.device)
-
-
-def _skip(run: _Run, bad: tuple[Tensor, Tensor] | None) -> None:
-    """Leave a step out; too many in a row end the run.
-
-    Args:
-        run: the run.
-        bad: this process's first micro-batch whose own loss was not finite, as the student saw it:
-            images [B, C, H, W] and targets [B] or [B, K]. None if there was none, or if the run
-            does not end here.
-    """
-    run.optimizer.zero_grad()
-    run.skipped += 1
-    run.skipped_in_row += 1
-    step = run.total_step
-    if run.skipped_in_row < run.config.max_skipped:
-        return
-    where = ""
-    if bad is not None:
-        path = run.output / f"{BAD_BATCH}_{run.layout.rank}.safetensors"
-        images, targets = (tensor.contiguous().cpu() for tensor in bad)
-        save_file({"images": images, "targets": targets, "step": torch.tensor(step)}, path)
-        where = f"; the batch whose loss was not is in {path}"
-    raise ValueError(
-        f"{run.config.max_skipped} steps in a row (max_skipped) had a loss or gradient that was "
-        f"not finite, up to step {step}{where}; a lower lr or a clip_grad may help"
-    )
 
 
 def _validate(run: _Run) -> Evaluation:
@@ -803,8 +844,8 @@ def _save(run: _Run) -> None:
         "seen": run.seen,
         "step": run.total_step,
         "best": run.best,
-        "skipped": run.skipped,
-        "skipped_in_row": run.skipped_in_row,
+        "skipped": run.skips.total,
+        "skipped_in_row": run.skips.in_row,
     }
     save_checkpoint(run.output, place, run.saved, run.config.keep_checkpoints)
 
@@ -829,7 +870,7 @@ def _check_same_run(
 def _restore(run: _Run, path: Path, place: dict[str, Any], state: dict[str, Any]) -> None:
     load_parts(path, state, run.saved)
     run.epoch, run.seen, run.best = place["epoch"], place["seen"], place["best"]
-    run.skipped, run.skipped_in_row = place["skipped"], place["skipped_in_row"]
+    run.skips.total, run.skips.in_row = place["skipped"], place["skipped_in_row"]
     if place["images"] != run.feed.images:
         run.records.warn(
             run.total_step,
