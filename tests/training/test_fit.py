@@ -268,6 +268,7 @@ def test_the_bad_batch_is_saved_not_the_last(
     with not_finite_at([1, 5, 6], rank=0), pytest.raises(ValueError, match="2 steps in a row"):
         train(TrainConfig(**options))
     assert len(seen) == 8
+    assert all(images.is_contiguous(memory_format=torch.channels_last) for images in seen)
     assert torch.equal(load_file(path)["images"], seen[5])
 
 

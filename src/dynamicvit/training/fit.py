@@ -564,6 +564,7 @@ def _warm_start(
     bad: tuple[Tensor, Tensor] | None = None
     while done < config.warm_start:
         for images, targets in feed.batches(-1, 0):
+            images = images.contiguous(memory_format=torch.channels_last)
             set_seed(seed_of(config.seed, "warm start", done, micro, accelerator.process_index))
             with accelerator.autocast():
                 result = task(images, targets)
@@ -700,6 +701,9 @@ def _step(
         draws = draws or _draw(run, images)
         if run.mixup is not None:
             images, targets = draws.mix(run.mixup, images, targets)
+        # For convolutions, an LV-ViT's stem above all: weights stay as they are, which FSDP2 wants
+        # contiguous.
+        images = images.contiguous(memory_format=torch.channels_last)
         options = draws.apply(micro, run.drop_paths)
         if "noise" in options:
             options["temperature"] = _temperature(run)
