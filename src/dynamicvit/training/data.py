@@ -11,7 +11,7 @@ import threading
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +27,9 @@ from dynamicvit.core.images import IMAGE_SUFFIXES, MODES, convert_image
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "test")}
 # Of a picture 20,000 pixels wide and 1 high, a resize to a usual height would make gigabytes.
 _MOST_ELONGATED = 1000
+# What is told of images met, beside those that cannot be read.
+_HUGE = 10_000
+_KINDS = ("grey", "transparent", f"with a side of {_HUGE:,} pixels or more")
 _FACTORIES = ("torch", "hfds", "hfids", "wds", "tfds")
 # The package that a source needs, and the extra of ours that it comes with.
 EXTRAS = {
@@ -52,6 +55,35 @@ class ImageData:
     dataset: Any
     class_names: list[str] | None
 
+    def describe(self, most: int = 5) -> str:
+        """How many images and classes there are, and as far as the source tells without reading
+        images, how many images a class has, with up to `most` names of those with one or none."""
+        text = f"{len(self.dataset):,} images"
+        names = self.class_names
+        if names is None:
+            return text
+        text += f", {len(names):,} classes"
+        labels = self._labels
+        if labels is None:
+            return text
+        counts = np.bincount(labels, minlength=len(names))[: len(names)]
+        text += f" of {counts.min():,} to {counts.max():,}"
+        for count, what in ((1, "with a single image"), (0, "without any")):
+            found = [names[index] for index in np.flatnonzero(counts == count)]
+            if found:
+                text += f"; {len(found):,} {what}: {_some(found, most, of=len(found))}"
+        return text
+
+    def describe_met(self) -> str | None:
+        """How many images met so far, in all processes of a run, can be read, and of which kinds
+        they are; None if not counted. To be called in all processes together."""
+        if not isinstance(self.dataset, _Images):
+            return None
+        met = reduce(torch.bitwise_or, gather_object([self.dataset.kinds]))
+        counts = [int((met >> bit & 1).sum()) for bit in range(len(_KINDS) + 1)]
+        parts = [f"{count:,} {kind}" for count, kind in zip(counts[1:], _KINDS, strict=True)]
+        return f"{counts[0]:,}; of these {', '.join(parts)}"
+
     @property
     def unreadable(self) -> int | None:
         """Images met so far, by any loader process, that cannot be read; None if not counted."""
@@ -70,13 +102,23 @@ class ImageData:
             names.update(ours[1])
         if not numbers:
             return "0"
-        some = sorted(names)[:most]
-        return f"{len(numbers)}: {', '.join(some)}" + (", …" if len(numbers) > len(some) else "")
+        return f"{len(numbers)}: {_some(sorted(names), most, of=len(numbers))}"
 
     @property
     def _unreadable(self) -> Unreadable | None:
         found = getattr(getattr(self.dataset, "reader", self.dataset), "unreadable", None)
         return cast(Unreadable | None, found)
+
+    @property
+    def _labels(self) -> np.ndarray[Any, Any] | None:
+        """The class index of each image, where they are at hand."""
+        source = getattr(self.dataset, "source", None)
+        samples = getattr(getattr(source, "reader", None), "samples", None)
+        found = np.asarray(
+            getattr(source, "targets", []) if samples is None else [label for _, label in samples]
+        )
+        known = len(found) == len(self.dataset) and found.ndim == 1 and found.dtype.kind in "iu"
+        return found if known else None
 
     def set_channels(self, in_chans: int) -> None:
         """Open images as a model of so many channels takes them, whatever `open_data` was told."""
@@ -91,6 +133,12 @@ class ImageData:
             self.dataset.set_epoch(epoch)
         if isinstance(self.dataset, _Images):
             self.dataset.place = (seed, epoch)
+
+
+def _some(names: Sequence[str], most: int, of: int) -> str:
+    """Up to `most` of the names that are known of so many things."""
+    some = names[:most]
+    return ", ".join(some) + (", …" if of > len(some) else "")
 
 
 def open_data(
@@ -116,7 +164,8 @@ def open_data(
             not have images of all of them.
         skip_unreadable: count images that cannot be read, instead of raising: in training the next
             image takes their place, else their class index is -1, for `evaluate_model` to leave
-            out; WebDataset shards give the next image in both. hfids and tfds do as they do.
+            out; WebDataset shards give the next image in both. hfids and tfds neither skip nor
+            count: what their readers do is what happens.
         batch_size: hint for sources that are read as a stream.
         training: the images are for training: shuffle sources that are read as a stream.
 
@@ -282,6 +331,8 @@ class _Images(Dataset):
         self.transform: Any = None  # set by timm's loader
         self.place: tuple[int, int] | None = None  # (seed, epoch); None leaves generators alone
         self.unreadable = Unreadable(len(source)) if skip_unreadable else None
+        # For each image, in memory that loader processes share: bit 0 if it was read, then _KINDS.
+        self.kinds = torch.zeros(len(source), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
         return len(self.source)
@@ -320,17 +371,21 @@ class _Images(Dataset):
             image, target, *_ = self.source.reader[index]
             if not isinstance(image, Image.Image):
                 with image:
-                    return self._convert(Image.open(image)), target
+                    return self._convert(Image.open(image), index), target
         else:
             image, target = self.source[index]
-        return self._convert(image), target
+        return self._convert(image, index), target
 
-    def _convert(self, image: Image.Image) -> Image.Image:
+    def _convert(self, image: Image.Image, index: int) -> Image.Image:
         if max(image.size) > _MOST_ELONGATED * min(image.size):
             raise ValueError(
                 f"one side must be at most {_MOST_ELONGATED} times the other, got {image.size}"
             )
-        return convert_image(image, self.mode)
+        converted = convert_image(image, self.mode)
+        grey = image.mode in ("1", "L", "LA") or image.mode.startswith("I")
+        kinds = (True, grey, image.has_transparency_data, max(image.size) >= _HUGE)
+        self.kinds[index] = sum(is_one << bit for bit, is_one in enumerate(kinds))
+        return converted
 
     def _name(self, index: int) -> str:
         if isinstance(self.source, ImageDataset):

@@ -224,8 +224,12 @@ def train(config: TrainConfig, resume: bool = False) -> Evaluation:
         if left_out := run.skips.total:
             console.print(f"steps left out, their loss or gradient not being finite: {left_out}")
         for name, images in (("training", run.feed.data), ("validation", run.val_data)):
-            if (met := images.describe_unreadable()) is not None:
-                console.print(f"unreadable {name} images met: {met}", soft_wrap=True)
+            for what, met in (
+                (f"{name} images", images.describe_met()),
+                (f"unreadable {name} images", images.describe_unreadable()),
+            ):
+                if met is not None:
+                    console.print(f"{what} met: {met}", markup=False, soft_wrap=True)
     return evaluation
 
 
@@ -309,6 +313,8 @@ def _set_up(config: TrainConfig, resume: bool) -> _Run:
     if found is not None:
         _check_same_run(found[0], config, train_data.class_names, found[1])
     records = Records(config, accelerator, found[1] if found else None)
+    for name, images_of in (("training", train_data), ("validation", val_data)):
+        records.console.print(f"{name} data: {images_of.describe()}", markup=False, soft_wrap=True)
     if accelerator.is_main_process:
         write_text(output / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False))
     skips = _Skips(config.max_skipped, output / f"{BAD_BATCH}_{layout.rank}.safetensors")
