@@ -67,7 +67,8 @@ class ImageData:
         if labels is None:
             return text
         counts = np.bincount(labels, minlength=len(names))[: len(names)]
-        text += f" of {counts.min():,} to {counts.max():,}"
+        fewest, most_images = int(counts.min()), int(counts.max())
+        text += f" of {fewest:,}" + (f" to {most_images:,}" if fewest < most_images else "")
         for count, what in ((1, "with a single image"), (0, "without any")):
             found = [names[index] for index in np.flatnonzero(counts == count)]
             if found:
