@@ -337,6 +337,34 @@ def test_recomputed_activations_give_the_same_weights(
         torch.testing.assert_close(ours[name], value, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler")
+def test_a_compiled_step_makes_the_same_run_and_resumes(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    save_folder(tiny_vit(num_classes=2, depth=1), options["model"])
+    options |= {"epochs": 1, "checkpoint_steps": 2, "blocks": [0], "ratios": [0.5]}
+    train(TrainConfig(**options))
+    compiled = options | {"output": str(tmp_path / "compiled"), "compile": True}
+    frames = torch._dynamo.utils.counters["frames"]
+    before = frames["ok"]
+    train(TrainConfig(**compiled))
+    assert frames["ok"] > before
+    again = compiled | {"output": str(tmp_path / "again")}
+    shutil.copytree(compiled["output"], again["output"])
+    find_checkpoints(Path(again["output"]))[-1].unlink()  # as if it was stopped after step 2
+    train(TrainConfig(**again), resume=True)
+    _same_weights(again["output"], compiled["output"])
+    runs = [
+        [line for line in _lines(run["output"]) if line["kind"] == "train"]
+        for run in (options, compiled, again)
+    ]
+    for expected, *others in zip(*runs, strict=True):
+        for ours in others:
+            for name in ("loss", "grad_norm"):
+                assert ours[name] == pytest.approx(expected[name], rel=1e-4)
+
+
 def test_gradients_of_kept_tokens_alone_make_the_same_run(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
