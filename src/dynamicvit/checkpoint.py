@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dynamicvit.backbones.lvvit import from_official
 from dynamicvit.core import backbone as adapter
 from dynamicvit.core.backbone import Backbone, UnsupportedBackbone
+from dynamicvit.core.baselines import check_scorer
 from dynamicvit.core.folder import CONFIG, WEIGHTS, save_folder
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.schedule import KeepSchedule
@@ -118,7 +119,9 @@ def load_folder(folder: str | os.PathLike[str]) -> nn.Module:
         if not isinstance(sparse, dict) or not {"blocks", "ratios"} <= sparse.keys():
             raise ValueError(f"{where}: 'dynamicvit' must hold blocks and ratios, got {sparse!r}")
         try:
-            model = SparseViT(model, KeepSchedule(sparse["blocks"], sparse["ratios"]))
+            scorer = sparse.get("scorer", "learned")  # older folders do not name it
+            check_scorer(scorer)
+            model = SparseViT(model, KeepSchedule(sparse["blocks"], sparse["ratios"]), scorer)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from error
     try:

@@ -9,7 +9,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ import dynamicvit
 import dynamicvit.core.backbone as backbone
 import dynamicvit.training.fit as fit
 from dynamicvit.core.backbone import UnsupportedBackbone
+from dynamicvit.core.baselines import READING, scorer_name
 from dynamicvit.core.folder import save_folder
 from dynamicvit.core.kept_gradients import KeptGradients
 from dynamicvit.core.model import SparseViT, sparsify
@@ -67,6 +69,58 @@ def test_a_run_writes_model_metrics_config_and_checkpoint(options: dict[str, Any
     assert model.pretrained_cfg["label_names"] == ["bright", "dark"]
     assert TrainConfig(**yaml.safe_load((output / CONFIG).read_text())) == TrainConfig(**options)
     assert not list(output.glob(".*")), "temporary files were left"
+
+
+def test_epochs_may_be_shorter_than_the_data(options: dict[str, Any]) -> None:
+    train(TrainConfig(**options, epoch_images=9))
+    steps = [line["step"] for line in _lines(options["output"]) if line["kind"] == "validation"]
+    assert steps == [2, 4]  # of 4 images each; of all 16 there would be 8
+
+
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [
+        (17, "epoch_images must not exceed the training split's 16 images, got 17"),
+        (3, "batch_size must not exceed the epoch's 3 images, got 4"),
+        (0, "epoch_images must be 1 or more, got 0"),
+    ],
+)
+def test_an_epoch_that_cannot_be_is_refused(
+    options: dict[str, Any], length: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(TrainConfig(**options, epoch_images=length))
+
+
+@shard_files
+def test_a_stream_has_no_shorter_epochs(
+    options: dict[str, Any], images: Path, tmp_path: Path
+) -> None:
+    _write_shards(images, tmp_path / "shards")
+    options |= {"data": "wds/tiny", "data_dir": str(tmp_path / "shards")}
+    with pytest.raises(ValueError, match=r"epoch_images must be null for data read .* got 8"):
+        train(TrainConfig(**options, epoch_images=8))
+
+
+@pytest.mark.parametrize("scorer", READING)
+def test_rules_that_read_blocks_are_not_sharded(options: dict[str, Any], scorer: str) -> None:
+    student, teacher = sparsify(tiny_vit(), 0.7, scorer=scorer), tiny_vit()
+    processes: Any = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    config = TrainConfig(**options, shard=True, scorer=scorer)
+    with pytest.raises(ValueError, match=f"shard must be false .* got {scorer}"):
+        fit._distribute(config, processes, student, cast(Any, teacher), None)
+
+
+@pytest.mark.parametrize("scorer", ["static", "class_attention", "similarity_merging"])
+def test_other_rules_are_trained_and_saved(options: dict[str, Any], scorer: str) -> None:
+    options |= {"scorer": scorer, "start_at_ratio": True, "kept_gradients": True, "ema": None}
+    train(TrainConfig(**options))
+    model = dynamicvit.load(Path(options["output"]) / BEST)
+    assert isinstance(model, SparseViT)
+    assert scorer_name(model.scorers) == scorer
+    before = dynamicvit.load(options["model"]).state_dict()
+    after = cast(Any, model.backbone).state_dict()
+    assert any(not torch.equal(before[key], after[key]) for key in before), "nothing was learned"
 
 
 def test_dense_training_learns_and_gets_the_data_s_head(options: dict[str, Any]) -> None:

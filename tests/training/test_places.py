@@ -49,6 +49,19 @@ def test_an_epoch_is_a_permutation_that_can_be_entered_anywhere(
     assert rest == whole[seen : seen + len(rest)]
 
 
+def test_an_epoch_may_take_some_images_and_others_the_next_time() -> None:
+    order = EpochOrder(50, seed=3, length=20)
+    epochs = []
+    for epoch in range(2):
+        order.set_place(epoch, 0, 6)
+        epochs.append(list(order))
+        assert len(order) == 18 == len(set(epochs[-1]))
+    assert set(epochs[0]) != set(epochs[1])
+    assert max(epochs[0]) >= 20, "not the first ones, which are all of one class"
+    order.set_place(0, 6, 6)
+    assert list(order) == epochs[0][6:]
+
+
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     orders = []
     for seed, epoch in ((0, 0), (0, 1), (1, 0)):

@@ -9,11 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias, cast
 
-from timm.layers import HybridEmbed, PatchEmbed
+import torch
+import torch.nn.functional as F
+from timm.layers import (
+    Attention,
+    AttentionRope,
+    HybridEmbed,
+    PatchEmbed,
+    apply_rot_embed_cat,
+)
 from timm.models import checkpoint as checkpoint_block
 from timm.models import deit, eva
 from timm.models import vision_transformer as vit
-from timm.models.eva import Eva
+from timm.models.eva import Eva, EvaAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -38,6 +46,9 @@ _BLOCKS = (
     eva.EvaBlock,
     eva.EvaBlockPostNorm,
 )
+# Those of them that normalise, then attend; and attention whose queries and keys can be read.
+_READABLE_BLOCKS = (vit.Block, eva.EvaBlock)
+_READABLE_ATTENTION = (Attention, AttentionRope, EvaAttention)
 _POOLS = ("token", "avg", "max", "avgmax", "map")
 
 
@@ -159,6 +170,74 @@ def run_block(
     if model.grad_checkpointing and model.training:
         return checkpoint_block(block, x, **options)
     return block(x, **options)
+
+
+def check_attention(model: Backbone, class_token: bool) -> None:
+    """Raise UnsupportedBackbone unless `class_attention` and `mean_keys` can read its blocks."""
+
+    def refuse(reason: str) -> UnsupportedBackbone:
+        return UnsupportedBackbone(
+            f"{type(model).__name__} is not supported by this scorer: {reason}"
+        )
+
+    if class_token and getattr(model, "cls_token", None) is None:
+        raise refuse("it has no class token, whose attention would be looked at")
+    for block in model.blocks:
+        if type(block) not in _READABLE_BLOCKS:
+            raise refuse(f"attention cannot be read from its blocks, {type(block).__name__}")
+        if type(block.attn) not in _READABLE_ATTENTION:
+            raise refuse(f"queries and keys cannot be read from {type(block.attn).__name__}")
+
+
+def class_attention(
+    model: Backbone, index: int, x: Tensor, rope: Tensor | None, keep_BN: Tensor | None = None
+) -> Tensor:
+    """What the class token will attend to in a block: [B, n] float32, mean over heads.
+
+    Args:
+        model, index, x, rope: as for `run_block`.
+        keep_BN: which patch tokens are there, if not all.
+    """
+    block: Any = model.blocks[index]
+    attn = block.attn
+    x = block.norm1(x)
+    query = attn.q_norm(_project(attn, 0, x[:, :1]))
+    keys = attn.k_norm(_project(attn, 1, x))
+    if rope is not None:  # prefix tokens, the class token among them, are not rotated
+        prefix, patches = keys.split([attn.num_prefix_tokens, rope.shape[3]], dim=2)
+        layer = rope[index if len(rope) > 1 else 0]
+        rotated = apply_rot_embed_cat(patches, layer, half=attn.rotate_half)
+        keys = torch.cat([prefix, rotated.type_as(prefix)], dim=2)
+    groups = query.shape[1] // keys.shape[1]  # query heads that share a head of keys
+    if groups > 1:
+        keys = keys.repeat_interleave(groups, dim=1)
+    logits = (query * attn.scale @ keys.transpose(2, 3)).float()
+    if keep_BN is not None:
+        bias = key_bias(keep_BN.detach())
+        logits = logits + F.pad(bias, (model.num_prefix_tokens, 0))[:, None, None, :]
+    attention: Tensor = logits.softmax(dim=-1)[:, :, 0, model.num_prefix_tokens :].mean(dim=1)
+    return attention
+
+
+def mean_keys(model: Backbone, index: int, x: Tensor) -> Tensor:
+    """Keys, mean over heads, that a block without rotary embeddings gives tokens: [B, n, D]."""
+    block: Any = model.blocks[index]
+    return block.attn.k_norm(_project(block.attn, 1, block.norm1(x))).mean(dim=1)
+
+
+def _project(attn: Any, part: int, x: Tensor) -> Tensor:
+    """Queries (part 0) or keys (1) of tokens [B, n, C]: [B, heads, n, D], neither normalised nor
+    rotated."""
+    if attn.qkv is None:
+        y = (attn.q_proj, attn.k_proj)[part](x)
+    else:
+        weight = attn.qkv.weight.chunk(3)[part]
+        if attn.qkv.bias is not None:
+            bias = attn.qkv.bias.chunk(3)[part]
+        else:  # an Eva's queries have a bias of their own, its keys have none
+            bias = getattr(attn, "q_bias", None) if part == 0 else None
+        y = F.linear(x, weight, bias)
+    return y.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
 
 
 def masked_head(model: Backbone, x: Tensor, keep_BN: Tensor | None = None) -> tuple[Tensor, Tensor]:

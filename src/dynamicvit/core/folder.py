@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from dynamicvit.core.baselines import scorer_name
 from dynamicvit.core.schedule import KeepSchedule
-from dynamicvit.core.scorer import TokenScorer
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -31,7 +31,8 @@ def save_folder(
 ) -> None:
     """Write a dense timm model or a SparseViT to `folder`, whole or not at all.
 
-    `config.json` holds architecture, preprocessing, class names and, for a SparseViT, the schedule.
+    `config.json` holds architecture, preprocessing, class names and, for a SparseViT, the schedule
+    and what decides (`dynamicvit.core.baselines.SCORERS`).
     A dense folder is one that `timm.create_model("local-dir:…", pretrained=True)` reads too.
 
     Args:
@@ -52,12 +53,14 @@ def save_folder(
             "model must come from timm.create_model, so that it can be built again; "
             f"got {type(backbone).__name__} without an architecture name"
         )
-    for scorer in getattr(model, "scorers", ()):
-        if not isinstance(scorer, TokenScorer):
-            raise TypeError(
-                f"model must hold TokenScorers to be saved, got {type(scorer).__name__}; "
-                "of a fused model, save the one it was made from"
-            )
+    scorers: Any = getattr(model, "scorers", ())
+    scorer = scorer_name(scorers)
+    if schedule is not None and scorer is None:
+        kinds = ", ".join(dict.fromkeys(type(module).__name__ for module in scorers))
+        raise TypeError(
+            f"model must hold scorers of one known kind to be saved, got {kinds}; "
+            "of a fused model, save the one it was made from"
+        )
     num_classes = backbone.num_classes
     if isinstance(class_names, str):
         raise TypeError(f"class_names must be a sequence of names, got {class_names!r}")
@@ -70,7 +73,11 @@ def save_folder(
         names = None  # those of another head
     extra: dict[str, Any] = {"label_names": names} if names else {}
     if isinstance(schedule, KeepSchedule):
-        extra["dynamicvit"] = {"blocks": schedule.blocks, "ratios": schedule.ratios}
+        extra["dynamicvit"] = {
+            "blocks": schedule.blocks,
+            "ratios": schedule.ratios,
+            "scorer": scorer,
+        }
     target = Path(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Written beside the target, then moved: an interrupted or failed save leaves no half model.

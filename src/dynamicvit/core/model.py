@@ -13,6 +13,7 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from dynamicvit.core import backbone as adapter
+from dynamicvit.core.baselines import Merger, Place, PlacedScorer, check_scorer, create_scorers
 from dynamicvit.core.folder import save_folder
 from dynamicvit.core.hub import push_to_hub
 from dynamicvit.core.kept_gradients import KeptGradients
@@ -38,6 +39,7 @@ class SparseOutput(NamedTuple):
         tokens: what the token loss sees: patch tokens after the final norm, or an LV-ViT's
             auxiliary logits. [B, N, C] from `masked`, [B, K, C] (the kept ones) from `pruned`.
         keep: for each stage, [B, N] float: 1 where a token is still there, 0 where it has left.
+            Empty, as `scores` is, where tokens are merged.
         scores: for each stage, [B, N]: log-odds of keeping. From `pruned`, tokens that had left
             before a stage have score -inf there.
     """
@@ -58,7 +60,9 @@ class SparseViT(nn.Module):
         backbone: a timm VisionTransformer or Eva, used as it is (not copied).
         schedule: where tokens leave and how many stay.
         scorers: one module a stage, [B, N, C] tokens (and optionally a [B, N] keep mask) → [B, N]
-            scores. New `TokenScorer`s by default.
+            scores; or the name of a rule in `dynamicvit.core.baselines`, whose new modules then
+            serve. Those with an attribute `ranks_only` that is true
+            give no log-odds: `masked` then keeps the best, as many as the schedule says.
 
     Raises:
         UnsupportedBackbone: if the backbone is not understood.
@@ -71,7 +75,7 @@ class SparseViT(nn.Module):
         self,
         backbone: nn.Module,
         schedule: KeepSchedule,
-        scorers: Sequence[nn.Module] | None = None,
+        scorers: Sequence[nn.Module] | str = "learned",
     ) -> None:
         super().__init__()
         adapter.check_backbone(backbone)
@@ -82,16 +86,18 @@ class SparseViT(nn.Module):
         num_patches = model.patch_embed.num_patches
         if num_patches is not None:
             schedule.counts(num_patches)  # refuses a schedule that keeps no token, here not later
-        if scorers is None:
-            # Scorers go where the backbone is (its device and dtype), the meta device included.
-            like = next(model.parameters())
-            scorers = [
-                TokenScorer(model.embed_dim).to(like.device, like.dtype) for _ in schedule.blocks
-            ]
+        if isinstance(scorers, str):
+            scorers = create_scorers(scorers, model, schedule)
         if len(scorers) != len(schedule.blocks):
             raise ValueError(
                 f"scorers must be one a stage, {len(schedule.blocks)}, got {len(scorers)}"
             )
+        for scorer in scorers:
+            if isinstance(scorer, Merger | PlacedScorer):
+                scorer.check(model)
+        if len({isinstance(scorer, Merger) for scorer in scorers}) > 1:
+            kinds = ", ".join(type(scorer).__name__ for scorer in scorers)
+            raise TypeError(f"scorers must all choose tokens or all merge them, got {kinds}")
         if isinstance(model, VisionTransformerDistilled):
             model.set_distilled_training(False)  # it would return two logits in train()
         self.backbone = model
@@ -155,7 +161,9 @@ class SparseViT(nn.Module):
 
         This is the differentiable path that training uses. Decisions are drawn from the scorers:
         by straight-through Gumbel sampling in `train()`, by threshold at probability one half in
-        `eval()`; so the number of kept tokens varies from image to image.
+        `eval()`; so the number of kept tokens varies from image to image. Scorers that only rank
+        (random, class attention) have nothing to learn: their best are kept, as in the pruned path,
+        and gradients go to the backbone alone.
 
         Args:
             images: as for `forward`.
@@ -168,8 +176,14 @@ class SparseViT(nn.Module):
 
         Raises:
             TypeError, ValueError: as for `forward`, and for decisions or noise of the wrong number
-                or shape; and for float16, in which the attention bias loses its gradient.
+                or shape; for float16, in which the attention bias loses its gradient; and for a
+                model that merges tokens: the pruned path, differentiable then, is its only one.
         """
+        if self.merges:
+            kind = type(self.scorers[0]).__name__
+            raise TypeError(
+                f"masked needs scorers that choose tokens, got {kind}, which merges them"
+            )
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
         model = self.backbone
@@ -182,6 +196,9 @@ class SparseViT(nn.Module):
             decisions = self._check_stages("decisions", decisions, len(x), num_tokens)
         if noise is not None:
             noise = self._check_stages("noise", noise, len(x), num_tokens)
+        counts = self.schedule.counts(num_tokens)
+        positions = torch.arange(num_tokens, device=x.device).expand(len(x), -1)
+        grid = _grid(model, images)
         keep = x.new_ones(len(x), num_tokens, dtype=torch.float32)
         bias: Tensor | None = None
         save = self.kept_gradients and not (
@@ -193,9 +210,12 @@ class SparseViT(nn.Module):
         for index in range(len(model.blocks)):
             if index in self.schedule.blocks:
                 stage = len(keeps)
-                score = self.scorers[stage](x[:, num_prefix:], keep)
+                score = self.score(stage, Place(model, index, x, rope, positions, grid), keep)
                 if decisions is not None:
                     decision = decisions[stage].float()
+                elif getattr(self.scorers[stage], "ranks_only", False):
+                    there = score.detach().masked_fill(keep < 0.5, float("-inf"))
+                    decision = keep_mask(topk_keep(there, counts[stage]), num_tokens)
                 elif self.training:
                     draws = None if noise is None else noise[stage]
                     decision = sample_keep(score, draws, temperature)
@@ -216,7 +236,8 @@ class SparseViT(nn.Module):
         self, images: Tensor, trace: bool = False
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]], int]:
         """Final tokens; with `trace`, for each stage the original positions of the tokens present,
-        their scores, and the original positions of those kept; and N."""
+        their scores, and the original positions of those kept (nothing, where tokens are merged);
+        and N."""
         model = self.backbone
         adapter.check_images(model, images)
         x, rope = adapter.embed(model, images)
@@ -226,23 +247,50 @@ class SparseViT(nn.Module):
         stages: list[tuple[Tensor, Tensor, Tensor]] = []
         present = torch.arange(num_tokens, device=x.device).expand(len(x), -1)
         prefix = torch.arange(num_prefix, device=x.device).expand(len(x), -1)
+        places = trace or any(isinstance(scorer, PlacedScorer) for scorer in self.scorers)
+        grid = _grid(model, images)
+        sizes = x.new_ones(len(x), num_tokens)
+        bias: Tensor | None = None
         stage = 0
         for index in range(len(model.blocks)):
             if index in self.schedule.blocks:
-                patches = x[:, num_prefix:]
+                scorer, count = self.scorers[stage], counts[stage]
+                place = Place(model, index, x, rope, present, grid)
                 # A stage that keeps everything changes nothing: no need to ask its scorer.
-                if trace or counts[stage] < patches.shape[1]:
-                    score = self.scorers[stage](patches)
-                    kept = topk_keep(score, counts[stage])
+                if isinstance(scorer, Merger):
+                    if count < x.shape[1] - num_prefix:
+                        patches, sizes = scorer(x[:, num_prefix:], count, sizes, place)
+                        x = torch.cat([x[:, :num_prefix], patches], dim=1)
+                        if scorer.weighs:
+                            weight = nn.functional.pad(sizes.log(), (num_prefix, 0))
+                            bias = weight[:, None, None, :].to(x.dtype)
+                elif trace or count < x.shape[1] - num_prefix:
+                    score = self.score(stage, place)
+                    kept = topk_keep(score, count)
                     x = gather_tokens(x, torch.cat([prefix, kept + num_prefix], dim=1))
                     if rope is not None:
                         rope = adapter.gather_rope(rope, kept)
-                    if trace:
+                    if places:
                         before, present = present, gather_tokens(present, kept)
+                    if trace:
                         stages.append((before, score, present))
                 stage += 1
-            x = adapter.run_block(model, index, x, rope)
+            x = adapter.run_block(model, index, x, rope, bias)
         return model.norm(x), stages, num_tokens
+
+    def score(self, stage: int, place: Place, keep: Tensor | None = None) -> Tensor:
+        """A stage's scores, [B, n], of the patch tokens at `place`; `keep` tells which are there,
+        if not all."""
+        scorer = self.scorers[stage]
+        patches = place.x[:, self.backbone.num_prefix_tokens :]
+        if isinstance(scorer, PlacedScorer):
+            return cast(Tensor, scorer(patches, keep, place))
+        return cast(Tensor, scorer(patches) if keep is None else scorer(patches, keep))
+
+    @property
+    def merges(self) -> bool:
+        """Whether tokens are merged, not chosen."""
+        return isinstance(self.scorers[0], Merger)
 
     def _check_stages(
         self, name: str, values: Sequence[Tensor], batch: int, num_tokens: int
@@ -427,6 +475,7 @@ def sparsify(
     *,
     schedule: KeepSchedule | None = None,
     align: int | None = None,
+    scorer: str = "learned",
 ) -> SparseViT:
     """Turn a trained dense ViT into a SparseViT: its weights, unchanged, plus untrained scorers.
 
@@ -437,6 +486,9 @@ def sparsify(
         schedule: the stages in full, instead of `keep_ratio`.
         align: round the kept counts, prefix tokens included, to multiples of this, where matrix
             engines like it (16, for example), at a cost within 2% of what was asked for.
+        scorer: what decides, "learned" or another rule to compare with. class_attention,
+            class_attention_merging, similarity_merging and pooling are of use without training;
+            random and static hardly are. Sources: arXiv 2202.07800 (EViT), 2210.09461 (ToMe).
 
     Raises:
         UnsupportedBackbone: if the model is not understood, saying why.
@@ -453,6 +505,7 @@ def sparsify(
     if isinstance(model, SparseViT):
         raise TypeError("model must be dense, got a SparseViT; its dense part is `.backbone`")
     adapter.check_backbone(model)
+    check_scorer(scorer)
     if (keep_ratio is None) == (schedule is None):
         raise ValueError(
             f"give either keep_ratio or schedule, got keep_ratio={keep_ratio!r} "
@@ -463,7 +516,7 @@ def sparsify(
         schedule = KeepSchedule.from_keep_ratio(cast(float, keep_ratio), depth=depth)
     if align is not None:
         schedule = _aligned(schedule, cast(adapter.Backbone, model), align)
-    return SparseViT(copy.deepcopy(model), schedule)
+    return SparseViT(copy.deepcopy(model), schedule, scorer)
 
 
 def _aligned(schedule: KeepSchedule, model: adapter.Backbone, align: int) -> KeepSchedule:
@@ -479,6 +532,12 @@ def _aligned(schedule: KeepSchedule, model: adapter.Backbone, align: int) -> Kee
         return tokens * per_token + 2 * tokens**2 * model.embed_dim
 
     return schedule.aligned(align, num_tokens, model.num_prefix_tokens, depth, block_cost)
+
+
+def _grid(model: adapter.Backbone, images: Tensor) -> tuple[int, int]:
+    """Rows and columns of patches."""
+    rows, columns = model.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
+    return rows, columns
 
 
 def _check_masked_dtype(x: Tensor) -> None:

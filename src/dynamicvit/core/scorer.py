@@ -129,6 +129,8 @@ def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
 class RandomScorer(nn.Module):
     """Scores drawn at random: what any learned scorer has to beat."""
 
+    ranks_only = True  # no log-odds: `masked` keeps as many of the highest as the schedule says
+
     def forward(self, x_BNC: Tensor, keep_BN: Tensor | None = None) -> Tensor:
         """[B, N, C] tokens → [B, N] uniform noise."""
         return torch.rand(x_BNC.shape[:2], device=x_BNC.device)

@@ -311,6 +311,9 @@ class _Graph(nn.Module):
 
 
 def trace(model: nn.Module, dtype: torch.dtype) -> torch.export.ExportedProgram:
+    if isinstance(model, SparseViT) and model.merges:
+        kind = type(model.scorers[0]).__name__
+        raise ValueError(f"model must choose tokens to be exported, not merge them, got {kind}")
     inner = model.fuse() if isinstance(model, SparseViT) else copy.deepcopy(model)
     graph = _Graph(inner, dtype).eval().requires_grad_(False)
     example = torch.zeros(_EXAMPLE, *input_size(model))

@@ -21,6 +21,7 @@ from timm.data.readers import get_img_extensions
 from torch import Tensor, nn
 
 from dynamicvit.core import backbone as adapter
+from dynamicvit.core.baselines import Place
 from dynamicvit.core.model import SparseOutput, SparseViT
 from dynamicvit.core.predict import ImageSource, class_names, preprocessing, read_image
 from dynamicvit.core.tokens import gather_tokens, keep_mask
@@ -282,13 +283,16 @@ def _run_given(model: SparseViT, images: Tensor, stages: Sequence[Tensor]) -> tu
     x, rope = adapter.embed(backbone, images)
     num_prefix = backbone.num_prefix_tokens
     present = torch.arange(x.shape[1] - num_prefix).expand(len(x), -1)
+    height, width = images.shape[-2:]
+    grid = backbone.patch_embed.dynamic_feat_size((height, width))
     gap = torch.zeros(len(x))
     chosen = iter(stages)
     for index in range(len(backbone.blocks)):
         if index in model.schedule.blocks:
             keep = next(chosen).sort(dim=1).values
             patches = x[:, num_prefix:]
-            score = model.scorers[model.schedule.blocks.index(index)](patches)
+            place = Place(backbone, index, x, rope, present, grid)
+            score = model.score(model.schedule.blocks.index(index), place)
             at = torch.searchsorted(present.contiguous(), keep).clamp(max=present.shape[1] - 1)
             there = (present.gather(1, at) == keep).all(1) & (keep.diff(dim=1) > 0).all(1)
             left = score.scatter(1, at, float("-inf")).amax(1)

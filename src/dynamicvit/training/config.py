@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from dynamicvit.core.baselines import LEARNING, check_scorer
 from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.training.evaluate import check_precision
 
@@ -28,6 +29,8 @@ class TrainConfig:
             faster then (docs/speed.md).
         blocks: prune before these blocks (0-based), with ratios, instead of keep_ratio.
         ratios: for each stage, the share of the original tokens kept after it.
+        scorer: what decides which tokens go on: learned; or, to compare with, random, static,
+            class_attention, class_attention_merging, similarity_merging or pooling.
         data_dir: where a named data set lies.
         train_split: split to learn from.
         val_split: split to validate on.
@@ -51,6 +54,8 @@ class TrainConfig:
             what then becomes sparse, and the teacher. 0 refuses such data.
         epochs: passes over the training split; 0 trains nothing (but for warm_start and
             dense_epochs), and evaluates and writes the model.
+        epoch_images: how many images an epoch takes, other ones each time; null for the whole
+            split.
         batch_size: images that each process computes on at once.
         accumulate: such batches a step. The global batch, batch_size × processes × accumulate, is
             what defines a run: divided over another number of processes it is the same run.
@@ -62,8 +67,8 @@ class TrainConfig:
             training images, what gives 1e-3 (dense training: 1e-4) at the batch there is.
         backbone_lr: learning rate of the backbone, as a multiple of that of the scorers, from
             warm-up to the end. Dense training ignores it.
-        freeze_epochs: epochs for which only the scorers learn; by default a sixth of all. Dense
-            training ignores it.
+        freeze_epochs: epochs for which only the scorers learn; by default a sixth of all, or none
+            if they have nothing to learn. Dense training ignores it.
         warmup_epochs: epochs over which learning rates rise from min_lr; by default a sixth of all.
         min_lr: learning rate at the start and at the end, for a global batch of 1024.
         weight_decay: AdamW's; none on biases, norms, position embeddings and prefix tokens.
@@ -113,6 +118,7 @@ class TrainConfig:
     align: int | None = None
     blocks: list[int] | None = None
     ratios: list[float] | None = None
+    scorer: str = "learned"
     data_dir: str | None = None
     train_split: str = "train"
     val_split: str = "val"
@@ -132,6 +138,7 @@ class TrainConfig:
     label_smoothing: float = 0.1
     dense_epochs: int = 30
     epochs: int = 30
+    epoch_images: int | None = None
     batch_size: int = 128
     accumulate: int = 1
     lr: float | None = None
@@ -173,9 +180,17 @@ class TrainConfig:
             KeepSchedule(tuple(self.blocks), tuple(self.ratios))
         elif self.keep_ratio is not None:
             KeepSchedule.from_keep_ratio(self.keep_ratio, depth=12)
+        check_scorer(self.scorer)
+        for name in ("warm_start", "freeze_epochs"):
+            if self.sparse and getattr(self, name) and self.scorer not in LEARNING:
+                raise ValueError(
+                    f"{name} must be 0 with scorer {self.scorer}, which has nothing to learn, "
+                    f"got {getattr(self, name)}"
+                )
         for name in _AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
         for name in _NOT_NEGATIVE:
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
@@ -205,6 +220,7 @@ class TrainConfig:
 
 _AT_LEAST_ONE = (
     "batch_size",
+    "epoch_images",
     "accumulate",
     "keep_checkpoints",
     "max_skipped",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from dynamicvit.core.baselines import LEARNING
 from dynamicvit.training.config import TrainConfig
 
 # The paper's recipe is for the 1.28 million images of ImageNet. Thirty epochs of fewer than this
@@ -17,7 +18,8 @@ def complete(
 ) -> TrainConfig:
     """Fill in `lr`, `freeze_epochs`, `warmup_epochs` and `start_at_ratio` where they are None.
 
-    Frozen and warm-up epochs are a sixth of all: the paper's 5 of 30. With `FEW_IMAGES` or more the
+    Frozen and warm-up epochs are a sixth of all: the paper's 5 of 30 (none are frozen for scorers
+    with nothing to learn). With `FEW_IMAGES` or more the
     rest is the paper's too. With fewer, Adam's steps are few and so must not shrink with the batch:
     scorers learn at 1e-3 and a dense model at 1e-4 whatever the batch is, and scorers start at the
     keep ratio.
@@ -34,7 +36,7 @@ def complete(
         lr = (1e-3 if config.sparse else 1e-4) * 1024 / batch  # it is multiplied by batch / 1024
     found = {
         "lr": lr,
-        "freeze_epochs": config.epochs // 6,
+        "freeze_epochs": config.epochs // 6 if config.scorer in LEARNING else 0,
         "warmup_epochs": config.epochs // 6,
         "start_at_ratio": few,
     }

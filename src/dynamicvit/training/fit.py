@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader
 
 from dynamicvit.checkpoint import load_model
 from dynamicvit.core.backbone import Backbone, check_backbone
+from dynamicvit.core.baselines import LEARNING, READING
 from dynamicvit.core.folder import save_folder
 from dynamicvit.core.model import SparseViT, sparsify
 from dynamicvit.core.schedule import KeepSchedule
@@ -281,16 +282,24 @@ def _set_up(config: TrainConfig, resume: bool) -> _Run:
     train_loader, val_loader = _create_loaders(
         config, student, train_data, val_data, accelerator.device
     )
-    if images < layout.total:
-        several = layout.processes * layout.accumulate
+    length = images if config.epoch_images is None else config.epoch_images
+    if length > images:
         raise ValueError(
-            f"batch_size must not exceed the training split's {images} images, got "
+            f"epoch_images must not exceed the training split's {images} images, got {length}"
+        )
+    if length < layout.total:
+        several = layout.processes * layout.accumulate
+        of = "training split's" if config.epoch_images is None else "epoch's"
+        raise ValueError(
+            f"batch_size must not exceed the {of} {length} images, got "
             f"{config.batch_size}" + (f" × {several} in a step" if several > 1 else "")
         )
     order = None
     if not isinstance(train_data.dataset, torch.utils.data.IterableDataset):
-        order = EpochOrder(images, config.seed)
+        order = EpochOrder(images, config.seed, length)
         cast(Any, train_loader.batch_sampler).sampler = order
+    elif length < images:
+        raise ValueError(f"epoch_images must be null for data read as a stream, got {length}")
     mixup = None
     if config.mixup or config.cutmix:
         if config.batch_size % 2:
@@ -325,7 +334,7 @@ def _set_up(config: TrainConfig, resume: bool) -> _Run:
     # fused: one kernel for all parameters, on the CPU too
     scale = layout.total / 1024
     optimizer = AdamW(parameter_groups(student, config, cast(float, config.lr) * scale), fused=True)
-    steps = images // layout.total
+    steps = length // layout.total
     run = _Run(
         config=config,
         accelerator=accelerator,
@@ -422,12 +431,13 @@ def _create_student(
     schedule = None
     if config.blocks is not None and config.ratios is not None:
         schedule = KeepSchedule(tuple(config.blocks), tuple(config.ratios))
+    keep_ratio = None if schedule else config.keep_ratio
     sparse = sparsify(
-        dense, None if schedule else config.keep_ratio, schedule=schedule, align=config.align
+        dense, keep_ratio, schedule=schedule, align=config.align, scorer=config.scorer
     )
     if config.drop_path:
         _set_drop_path(sparse.backbone, config.drop_path)
-    if config.start_at_ratio:
+    if config.start_at_ratio and config.scorer in LEARNING:
         for scorer, ratio in zip(sparse.scorers, sparse.schedule.step_ratios(), strict=True):
             cast(Any, scorer).set_keep_prior(ratio)
     return sparse, cast(Backbone, dense)
@@ -508,6 +518,11 @@ def _distribute(
         task.compile()
     if not (config.shard or launched_with_fsdp()) or accelerator.num_processes == 1:
         return accelerator.prepare_model(task), None
+    if teacher is not None and config.scorer in READING:
+        raise ValueError(
+            "shard must be false (and FSDP not asked for) with a scorer that reads weights of "
+            f"blocks, got {config.scorer}"
+        )
     whole = copy.deepcopy(student)
     models = [student] if teacher is None else [student, teacher]
     divide(task, [block for model in models for block in getattr(backbone_of(model), "blocks", ())])

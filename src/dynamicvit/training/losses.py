@@ -115,7 +115,9 @@ def distillation_loss(
     """The training objective with its breakdown.
 
     Args:
-        student: from `SparseViT.masked`.
+        student: from `SparseViT.masked`; or with logits as `masked_head` gives them and an empty
+            `keep`, where tokens are merged: none of the student's then is one of the teacher's, and
+            `ratio` and `token` are left out.
         teacher_logits, teacher_tokens: [B, K] and [B, N, C] of the dense teacher, from
             `dynamicvit.core.backbone.masked_head`.
         targets: class indices [B], or probabilities [B, K].
@@ -133,14 +135,11 @@ def distillation_loss(
     """
     parts = {
         "cross_entropy": cross_entropy(student.logits, targets, label_smoothing),
-        "ratio": ratio_loss(student.keep, ratios),
         "logit_kl": logit_kl(student.logits, teacher_logits),
-        "token": token_loss(student.tokens, teacher_tokens, student.keep[-1], count),
     }
-    loss = (
-        weights.cross_entropy * parts["cross_entropy"]
-        + weights.ratio / len(ratios) * parts["ratio"]
-        + weights.logit_kl * parts["logit_kl"]
-        + weights.token * parts["token"]
-    )
+    loss = weights.cross_entropy * parts["cross_entropy"] + weights.logit_kl * parts["logit_kl"]
+    if student.keep:
+        parts["ratio"] = ratio_loss(student.keep, ratios)
+        parts["token"] = token_loss(student.tokens, teacher_tokens, student.keep[-1], count)
+        loss = loss + weights.ratio / len(ratios) * parts["ratio"] + weights.token * parts["token"]
     return {"loss": loss, **parts}

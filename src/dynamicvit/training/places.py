@@ -29,16 +29,17 @@ class EpochOrder(Sampler[int]):
     Args:
         images: how many there are.
         seed: of the run.
+        length: how many of them an epoch takes, other ones each time; by default all.
     """
 
-    def __init__(self, images: int, seed: int) -> None:
-        self.images, self.seed = images, seed
+    def __init__(self, images: int, seed: int, length: int | None = None) -> None:
+        self.images, self.seed, self.length = images, seed, length or images
         self.set_place(0, 0, 1)
 
     def set_place(self, epoch: int, seen: int, batch: int) -> None:
         """Go on in `epoch` after `seen` images, while whole batches of `batch` are left."""
         self.epoch, self.start = epoch, seen
-        self.stop = seen + max(0, self.images - seen) // batch * batch
+        self.stop = seen + max(0, self.length - seen) // batch * batch
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(seed_of(self.seed, "order", self.epoch))
@@ -96,8 +97,8 @@ class Feed:
 
     @property
     def images(self) -> int:
-        """How many there are."""
-        return len(self.data.dataset)
+        """How many an epoch has."""
+        return len(self.data.dataset) if self.order is None else self.order.length
 
     def batches(self, epoch: int, seen: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's micro-batches in `epoch`, after `seen` images of all processes."""

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dynamicvit.backbones.lvvit import LVViT
 from dynamicvit.core.backbone import Backbone, UnsupportedBackbone, masked_head
 from dynamicvit.core.kept_gradients import KeptGradients
-from dynamicvit.core.model import SparseViT
+from dynamicvit.core.model import SparseOutput, SparseViT
 from dynamicvit.core.tokens import keep_mask, topk_keep
 from dynamicvit.training.losses import (
     LossWeights,
@@ -108,16 +108,22 @@ class SparseTask(_WithTeacher):
     ) -> dict[str, Tensor]:
         """images [B, C, H, W], targets [B] or [B, K] → loss, output, the four unweighted loss
         parts, and kept: [S] share of tokens kept at each stage. The rest as for
-        `SparseViT.masked`."""
+        `SparseViT.masked`.
+
+        A student that merges tokens runs as it will be used. It has the two losses on logits."""
         save = self.student.kept_gradients and not torch.compiler.is_compiling()
         # Not inference_mode: torch.compile fails on a step that has it inside.
         with torch.no_grad(), KeptGradients() if save else nullcontext():
             teacher_logits, teacher_tokens = masked_head(
                 self.teacher, self.teacher.forward_features(images)
             )
-        student = self.student.masked(images, noise=noise, temperature=temperature)
+        if self.student.merges:
+            final = self.student.forward_features(images)
+            student = SparseOutput(*masked_head(self.student.backbone, final), (), ())
+        else:
+            student = self.student.masked(images, noise=noise, temperature=temperature)
         count = None
-        if self.mean_over_processes is not None:
+        if student.keep and self.mean_over_processes is not None:
             count = self.mean_over_processes(kept_count(student.keep[-1]))
         losses = distillation_loss(
             student,
@@ -131,8 +137,10 @@ class SparseTask(_WithTeacher):
             count,
         )
         result = {name: value.detach() for name, value in losses.items()}
-        kept = torch.stack([keep.detach().mean() for keep in student.keep])
-        return result | {"loss": losses["loss"], "output": student.logits.detach(), "kept": kept}
+        result |= {"loss": losses["loss"], "output": student.logits.detach()}
+        if student.keep:
+            result["kept"] = torch.stack([keep.detach().mean() for keep in student.keep])
+        return result
 
 
 class WarmStartTask(_WithTeacher):
