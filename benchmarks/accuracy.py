@@ -1,0 +1,667 @@
+"""Accuracy against cost: learned selection beside every alternative, each with the same budget.
+
+    PYTHONPATH=src python benchmarks/accuracy.py runs/accuracy --list
+    PYTHONPATH=src python benchmarks/accuracy.py runs/accuracy --data_dir DIR --seeds 3
+    PYTHONPATH=src python benchmarks/accuracy.py runs/accuracy --rows 'learned-0.7' '*-0.5*'
+
+Each row is a training run in a folder of its own, with its result beside it. The same command goes
+on where it was stopped: rows that are done are left alone, one that is half done is resumed. After
+each row all results so far are written as one JSON and drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.console import Console
+from rich.table import Table
+from timm.data import resolve_input_data_config
+from torch import nn
+
+import dynamicvit
+from dynamicvit import KeepSchedule, SparseViT, sparsify
+from dynamicvit.core.baselines import LEARNING, SCORERS, Merger
+from dynamicvit.core.folder import save_folder
+from dynamicvit.embedded import ASSETS
+from dynamicvit.environment import environment
+from dynamicvit.files import write_bytes, write_text
+from dynamicvit.quickstart import RECIPE, unpack_images
+from dynamicvit.training.checkpoints import CHECKPOINTS, find_checkpoints
+from dynamicvit.training.config import TrainConfig
+from dynamicvit.training.data import create_image_loader, open_data
+from dynamicvit.training.evaluate import evaluate_model
+from dynamicvit.training.fit import BEST, METRICS, train
+from dynamicvit.training.task import DenseTask, SparseTask
+
+RESULT, FINAL, JSON, PLOT = "result.json", "final", "accuracy.json", "accuracy.png"
+RATIOS = (0.9, 0.8, 0.7, 0.5)
+BASELINES = tuple(name for name in SCORERS if name != "learned")
+BASELINE_RATIOS = (0.7, 0.5)
+MERGING = tuple(name for name in BASELINES if issubclass(SCORERS[name], Merger))
+LOSSES = ("cross_entropy", "ratio", "logit_kl", "token")
+WARM_START = 60  # steps, of those that a row has
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large models and budgets are.
+
+    Args:
+        model: what the dense model is trained from, as arguments of timm.create_model for a
+            vit_tiny_patch16_224; None for the embedded model, which is trained.
+        dense_images: images that its training sees.
+        epochs: of fine-tuning, which stand for the paper's 30.
+        epoch_images: in each.
+        batch_size: of both.
+        steps: budgets of the rows that tell how much training it takes.
+    """
+
+    model: dict[str, Any] | None
+    dense_images: int
+    epochs: int
+    epoch_images: int
+    batch_size: int
+    steps: tuple[int, ...]
+
+
+def _vit(**sizes: Any) -> dict[str, Any]:
+    cfg = {"input_size": [1, 28, 28], "mean": [0.286], "std": [0.353], "crop_pct": 1.0}
+    shared = {"img_size": 28, "in_chans": 1, "num_classes": 10, "pretrained_cfg_overlay": cfg}
+    return {**shared, **sizes}
+
+
+SCALES = {
+    # two cores, some hours
+    "small": Scale(
+        _vit(patch_size=4, embed_dim=64, num_heads=2, reg_tokens=4, init_values=0.1),
+        dense_images=600_000,
+        epochs=30,
+        epoch_images=6000,
+        batch_size=128,
+        steps=(100, 200, 400, 800),
+    ),
+    # a GPU, or the headline rows on two cores
+    "full": Scale(
+        None, dense_images=0, epochs=30, epoch_images=6000, batch_size=128, steps=(100, 200, 400)
+    ),
+    # to try the command
+    "tiny": Scale(
+        _vit(patch_size=7, embed_dim=16, num_heads=2, depth=4),
+        dense_images=40,
+        epochs=2,
+        epoch_images=20,
+        batch_size=10,
+        steps=(3,),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Args:
+        name: of its folder, without the seed.
+        table: which comparison it belongs to.
+        scorer: as of `sparsify`; None for the dense model.
+        keep_ratio: of each stage.
+        stages: how many, evenly spaced.
+        budget: share of the scale's epochs, or a number of steps; 0 for no training.
+        headline: whether it is run with every seed.
+        options: of TrainConfig, where they differ.
+    """
+
+    name: str
+    table: str
+    scorer: str | None = None
+    keep_ratio: float | None = None
+    stages: int = 3
+    budget: float | int = 1.0
+    headline: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    @property
+    def folder(self) -> str:
+        return self.name if self.seed == 0 else f"{self.name}-seed{self.seed}"
+
+
+def plan(scale: Scale, seeds: int = 1, depth: int = 12) -> list[Row]:
+    """All rows, in the order of their importance."""
+    learned = [
+        Row(f"learned-{ratio}", "main", "learned", ratio, headline=ratio in BASELINE_RATIOS)
+        for ratio in RATIOS
+    ]
+    untrained, tuned = [], []
+    for ratio in BASELINE_RATIOS:
+        for name in BASELINES:
+            row = f"{name}-{ratio}"
+            untrained.append(
+                Row(f"{row}-untrained", "main", name, ratio, budget=0, headline=name == "random")
+            )
+            tuned.append(Row(row, "main", name, ratio, headline=True))
+    first = [row for row in learned if row.headline]
+    rows = [Row("dense", "dense"), *first, *untrained, *tuned]
+    rows += [row for row in learned if not row.headline]
+    for stages in (1, 2):
+        ratio = same_cost_ratio(0.7, stages, depth)
+        rows.append(Row(f"stages-{stages}", "stages", "learned", ratio, stages=stages))
+    for loss in LOSSES:
+        without = {f"{loss}_weight": 0.0}
+        rows.append(Row(f"without-{loss}", "losses", "learned", 0.7, options=without))
+    rows.append(Row("half-budget", "budget", "learned", 0.7, budget=0.5))
+    variants: dict[str, tuple[str, dict[str, Any]]] = {
+        "learned": ("learned", {"start_at_ratio": False}),
+        "learned_at_ratio": ("learned", {}),
+        "learned_warm": ("learned", {"start_at_ratio": False, "warm_start": WARM_START}),
+        "learned_warm_at_ratio": ("learned", {"warm_start": WARM_START}),
+        "random": ("random", {}),
+        "class_attention": ("class_attention", {}),
+    }
+    for steps in (*scale.steps, 1.0):
+        for name, (scorer, options) in variants.items():
+            if steps == 1.0 and not (options.keys() - {"scorer"}):
+                continue  # a row of the main table
+            label = "full" if steps == 1.0 else steps
+            rows.append(
+                Row(f"steps-{label}-{name}", "steps", scorer, 0.7, budget=steps, options=options)
+            )
+    more = [
+        Row(**{**_fields(row), "seed": seed})
+        for seed in range(1, seeds)
+        for row in rows
+        if row.headline
+    ]
+    return rows + more
+
+
+def _fields(row: Row) -> dict[str, Any]:
+    return dict(vars(row))
+
+
+def same_cost_ratio(keep_ratio: float, stages: int, depth: int) -> float:
+    """The ratio at which blocks see as many tokens, on the mean, as with three stages."""
+
+    def share(ratio: float, stages: int) -> float:
+        schedule = KeepSchedule.from_keep_ratio(ratio, depth, stages)
+        edges = (0, *schedule.blocks, depth)
+        kept = (1.0, *schedule.ratios)
+        spans = [after - before for before, after in pairwise(edges)]
+        return sum(k * span for k, span in zip(kept, spans, strict=True))
+
+    low, high = 1e-3, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (
+            (middle, high) if share(middle, stages) < share(keep_ratio, 3) else (low, middle)
+        )
+    return round(low, 4)
+
+
+@dataclass
+class Bench:
+    """A run of this command."""
+
+    folder: Path
+    scale_name: str
+    scale: Scale
+    data: str
+    data_dir: str | None
+    model: str | None  # the dense one's folder, where it is not trained here
+    model_name: str | None
+    precision: str
+    workers: int
+    console: Console = field(default_factory=lambda: Console(width=120))
+
+    def __post_init__(self) -> None:
+        self.accelerator = Accelerator(mixed_precision=self.precision)
+        self.images = {
+            split: len(open_data(self.data, split, data_dir=self.data_dir, in_chans=1).dataset)
+            for split in ("train", "val")
+        }
+
+    @property
+    def dense(self) -> str:
+        """The folder of the dense model."""
+        return self.model or str(self.folder / "dense" / FINAL)
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the dense model."""
+        if self.model is None:
+            return int((self.scale.model or {}).get("depth", 12))
+        return len(cast(Any, dynamicvit.load(self.model)).blocks)
+
+    def steps_and_warm(self, row: Row) -> tuple[int, int]:
+        """Steps of training, and how many of a row's budget its warm start takes before them."""
+        scale = self.scale
+        if row.scorer is None:
+            return (0 if self.model else scale.dense_images // scale.batch_size), 0
+        full = scale.epochs * (min(scale.epoch_images, self.images["train"]) // scale.batch_size)
+        steps = row.budget if isinstance(row.budget, int) else round(row.budget * full)
+        warm = min(row.options.get("warm_start", 0), steps // 2)
+        return steps - warm, warm
+
+    def config(self, row: Row) -> TrainConfig | None:
+        """The training of a row; None if it is without."""
+        steps, warm = self.steps_and_warm(row)
+        if steps == 0:
+            return None
+        batch = self.scale.batch_size
+        # Epochs are as long as the scale or the data allows, and alike, so that all steps count.
+        longest = self.images["train"]
+        if row.scorer is not None:
+            longest = min(self.scale.epoch_images, longest)
+        epochs = -(-steps // max(1, longest // batch))
+        schedule: dict[str, Any] = {"keep_ratio": None}
+        model: dict[str, Any] = {"model": self.dense}
+        if row.scorer is None:
+            model = {
+                "model": "vit_tiny_patch16_224",
+                "model_kwargs": self.scale.model,
+                "pretrained": False,
+            }
+        else:
+            ratio = cast(float, row.keep_ratio)
+            found = KeepSchedule.from_keep_ratio(ratio, self.depth, row.stages)
+            schedule = {"blocks": list(found.blocks), "ratios": list(found.ratios)}
+        options = {
+            **RECIPE,
+            "lr": 1e-3 * 1024 / batch,  # 1e-3 in each step; it is multiplied by batch / 1024
+            "warmup_epochs": epochs // 6 if row.scorer is None else 0,
+            "kept_gradients": self.accelerator.device.type == "cpu" and row.scorer is not None,
+            "start_at_ratio": row.scorer in LEARNING,
+            **row.options,
+            "warm_start": warm,
+            "workers": self.workers,
+        }
+        return TrainConfig(
+            data=self.data,
+            data_dir=self.data_dir,
+            output=str(self.folder / row.folder),
+            scorer=row.scorer or "learned",
+            epochs=epochs,
+            epoch_images=min(longest, round(steps / epochs) * batch),
+            batch_size=batch,
+            precision=self.precision,
+            checkpoint_steps=200,
+            keep_checkpoints=1,
+            seed=row.seed,
+            **model,
+            **schedule,
+            **options,
+        )
+
+    def settings(self, row: Row, config: TrainConfig | None) -> dict[str, Any]:
+        """What a result depends on, places left out."""
+        training = None
+        if config is not None:
+            training = {k: v for k, v in asdict(config).items() if k not in _PLACES}
+        images = "embedded" if self.data_dir is None else "torch/fashion_mnist"
+        return {"data": images, "dense": self.model_name, "train": training}
+
+    def run(self, row: Row) -> dict[str, Any]:
+        """A row's result, from its folder if it is done; trained and measured if not."""
+        folder = self.folder / row.folder
+        config = self.config(row)
+        settings = json.loads(json.dumps(self.settings(row, config)))
+        if (folder / RESULT).exists():
+            result: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+            if result["settings"] != settings or result["scale"] != self.scale_name:
+                raise ValueError(
+                    f"{folder / RESULT} has a result of other settings: choose another folder, or "
+                    f"remove it, got scale {self.scale_name}, settings {settings}"
+                )
+            return result
+        start = time.perf_counter()
+        set_seed(row.seed)
+        model = self._train(row, config) if config is not None else self._untrained(row)
+        save_folder(model, folder / FINAL)
+        evaluation = self._evaluate(model, row.seed)
+        steps, warm = self.steps_and_warm(row)
+        if config is not None:
+            steps = config.epochs * (cast(int, config.epoch_images) // config.batch_size)
+        result = {
+            "row": row.folder,
+            "table": row.table,
+            "scorer": row.scorer,
+            "keep_ratio": row.keep_ratio,
+            "stages": row.stages if row.scorer else 0,
+            "seed": row.seed,
+            "steps": steps,
+            "warm_start": warm,
+            "scale": self.scale_name,
+            **evaluation,
+            "settings": settings,
+            "environment": environment(),
+            "seconds": round(time.perf_counter() - start, 1),  # of the last call, if resumed
+        }
+        write_text(folder / RESULT, json.dumps(result, indent=2) + "\n")
+        for name in (CHECKPOINTS, BEST):  # the final model is what was measured
+            shutil.rmtree(folder / name, ignore_errors=True)
+        return result
+
+    def _train(self, row: Row, config: TrainConfig) -> nn.Module:
+        """The model after the last step: the best epoch would be chosen on the test images."""
+        output = Path(config.output)
+        train(config, resume=True)
+        model = dynamicvit.load(output / BEST)
+        state = torch.load(find_checkpoints(output)[-1], map_location="cpu", weights_only=True)
+        model.load_state_dict(state["student"])
+        return model
+
+    def _untrained(self, row: Row) -> nn.Module:
+        dense = dynamicvit.load(self.dense)
+        if row.scorer is None:
+            return dense
+        ratio = cast(float, row.keep_ratio)
+        schedule = KeepSchedule.from_keep_ratio(ratio, self.depth, row.stages)
+        return sparsify(dense, schedule=schedule, scorer=row.scorer)
+
+    def _evaluate(self, model: nn.Module, seed: int) -> dict[str, Any]:
+        images = open_data(self.data, "val", data_dir=self.data_dir, in_chans=1)
+        backbone: Any = model.backbone if isinstance(model, SparseViT) else model
+        loader = create_image_loader(
+            images,
+            256,
+            resolve_input_data_config(backbone),
+            training=False,
+            workers=self.workers,
+            device=self.accelerator.device,
+        )
+        set_seed(seed)  # random selection draws here
+        found = asdict(evaluate_model(model, self.accelerator.prepare(loader), self.accelerator))
+        del found["images_per_second"]  # of one pass, among whatever else runs
+        return found
+
+    # What it will take.
+
+    def estimates(self, rows: Iterable[Row]) -> dict[str, float]:
+        """Seconds that each row is thought to take: measured, by a training step of each kind."""
+        dense: Any
+        if self.model is None:
+            dense = timm.create_model("vit_tiny_patch16_224", **(self.scale.model or {}))
+        else:
+            dense = dynamicvit.load(self.model)
+        device = self.accelerator.device
+        batch = self.scale.batch_size
+        channels, height, width = resolve_input_data_config(dense)["input_size"]
+        images = torch.randn(batch, channels, height, width, device=device)
+        labels = torch.zeros(batch, dtype=torch.long, device=device)
+        seconds: dict[str, float] = {}
+        for kind in ("dense", "learned", "similarity_merging"):
+            student = dense if kind == "dense" else sparsify(dense, 0.7, scorer=kind)
+            if isinstance(student, SparseViT):
+                student.set_kept_gradients(device.type == "cpu")
+            task: nn.Module = DenseTask(student)
+            if kind != "dense":
+                task = SparseTask(cast(SparseViT, student), copy.deepcopy(dense))
+            task.to(device).train()
+            times = []
+            for _ in range(3):
+                start = time.perf_counter()
+                with self.accelerator.autocast():
+                    loss = task(images, labels)["loss"]
+                loss.backward()
+                loss.item()  # waits for the device
+                times.append(time.perf_counter() - start)
+            seconds[kind] = min(times)
+        found = {}
+        for row in rows:
+            steps, warm = self.steps_and_warm(row)
+            if row.scorer is None:
+                kind = "dense"
+            else:
+                kind = "similarity_merging" if row.scorer in MERGING else "learned"
+            longest = self.images["train"]
+            if row.scorer is not None:
+                longest = min(longest, self.scale.epoch_images)
+            passes = 1 + -(-steps // max(1, longest // batch))  # over the validation images
+            # An image's forward pass is about a third of its training.
+            validation = passes * self.images["val"] / batch * seconds["dense"] / 3
+            found[row.folder] = (steps + warm) * seconds[kind] + validation
+        return found
+
+
+_PLACES = ("data", "data_dir", "output", "model", "workers", "trackers", "checkpoint_steps")
+
+
+# Results.
+
+
+def report(bench: Bench, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """All rows in one JSON."""
+    return {
+        "scale": bench.scale_name,
+        "sizes": asdict(bench.scale),
+        "images": bench.images,
+        "environment": environment(),
+        "rows": results,
+    }
+
+
+def summarise(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that differ in the seed alone as one: means, and the range of top-1."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        name = result["row"].removesuffix(f"-seed{result['seed']}")
+        groups.setdefault(name, []).append(result)
+    return [
+        {
+            **{key: found[0][key] for key in ("table", "scorer", "keep_ratio", "stages", "steps")},
+            "row": name,
+            "warm_start": found[0]["warm_start"],
+            "top1": statistics.mean(result["top1"] for result in found),
+            "spread": (min(r["top1"] for r in found), max(r["top1"] for r in found)),
+            "gmacs": found[0]["gmacs"],
+            "seeds": len(found),
+        }
+        for name, found in groups.items()
+    ]
+
+
+def print_table(console: Console, rows: Iterable[dict[str, Any]]) -> None:
+    table = Table("row", "top-1 %", "range", "seeds", "GMACs", "steps")
+    for row in rows:
+        low, high = row["spread"]
+        table.add_row(
+            row["row"],
+            f"{row['top1']:.2f}",
+            f"{low:.2f}–{high:.2f}" if row["seeds"] > 1 else "",
+            str(row["seeds"]),
+            f"{row['gmacs']:.4f}",
+            str(row["steps"] + row["warm_start"]),
+        )
+    console.print(table)
+
+
+def curves(rows: Sequence[dict[str, Any]], axis: str) -> dict[str, list[dict[str, Any]]]:
+    """Named curves over `axis`: "gmacs", a curve a method, or "steps", one a variant."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    full = max((row["steps"] for row in rows if row["table"] == "main"), default=0)
+    for row in rows:
+        if axis == "gmacs" and row["table"] == "main":
+            name = row["scorer"] + (", not trained" if row["steps"] == 0 else "")
+        elif axis == "steps" and row["table"] == "steps":
+            name = row["row"].split("-", 2)[2]
+        elif (
+            axis == "steps"
+            and (row["table"], row["keep_ratio"]) == ("main", 0.7)
+            and row["steps"] == full
+            and row["scorer"] in ("learned", "random", "class_attention")
+        ):
+            name = {"learned": "learned_at_ratio"}.get(row["scorer"], row["scorer"])
+        else:
+            continue
+        found.setdefault(name, []).append(row)
+    return {name: sorted(points, key=_cost(axis)) for name, points in found.items()}
+
+
+def _cost(axis: str) -> Any:
+    if axis == "gmacs":
+        return lambda row: row["gmacs"]
+    return lambda row: row["steps"] + row["warm_start"]
+
+
+def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Both diagrams as a PNG; needs matplotlib."""
+    from io import BytesIO  # noqa: PLC0415
+
+    from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
+
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    dense = [row["top1"] for row in rows if row["table"] == "dense"]
+    for number, axis in enumerate(("gmacs", "steps")):
+        axes = figure.add_subplot(1, 2, number + 1)
+        for index, (name, points) in enumerate(curves(rows, axis).items()):
+            top1 = [row["top1"] for row in points]
+            below = [row["top1"] - row["spread"][0] for row in points]
+            above = [row["spread"][1] - row["top1"] for row in points]
+            axes.errorbar(
+                [_cost(axis)(row) for row in points],
+                top1,
+                yerr=[below, above],
+                label=name,
+                marker="os^Dv<>Ph*X"[index % 11],
+                markersize=4,
+                capsize=3,
+                linestyle=":" if name.endswith("not trained") else "-",
+            )
+        for value in dense:
+            axes.axhline(value, color="grey", linewidth=0.8, label="dense")
+        if axis == "steps" and axes.lines[len(dense) :]:
+            axes.set_xscale("log")
+        axes.set_xlabel("GMACs an image" if axis == "gmacs" else "training steps, keep ratio 0.7")
+        axes.set_ylabel("top-1 %")
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7)
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=130)
+    write_bytes(path, picture.getvalue())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the rows that are not done yet; returns 0."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("folder", help="where runs and results go; the same one to go on")
+    parser.add_argument("--scale", choices=SCALES, default="small")
+    parser.add_argument(
+        "--rows", nargs="+", default=["*"], help="names or patterns; all by default"
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="of the headline rows")
+    parser.add_argument("--data_dir", help="torchvision's Fashion-MNIST; by default 8000 images")
+    parser.add_argument("--model", help="a dense model's folder, instead of training or embedded")
+    parser.add_argument("--epochs", type=int, help="of fine-tuning, instead of the scale's")
+    parser.add_argument("--epoch_images", type=int, help="in each, instead of the scale's")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="by default a GPU if there is one"
+    )
+    parser.add_argument("--precision", choices=("no", "bf16"), help="by default bf16 on a GPU")
+    parser.add_argument("--workers", type=int, default=0, help="data loading processes")
+    parser.add_argument("--list", action="store_true", help="name the rows and what they take")
+    options = parser.parse_args(arguments)
+    if options.seeds < 1:
+        parser.error(f"--seeds must be 1 or more, got {options.seeds}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU")
+    if options.device == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    scale = SCALES[options.scale]
+    changes = {name: getattr(options, name) for name in ("epochs", "epoch_images")}
+    scale = Scale(**{**vars(scale), **{k: v for k, v in changes.items() if v is not None}})
+    folder = Path(options.folder)
+    gpu = torch.cuda.is_available() and options.device != "cpu"
+    embedded = scale.model is None and options.model is None
+    bench = Bench(
+        folder=folder,
+        scale_name=options.scale,
+        scale=scale,
+        data="torch/fashion_mnist" if options.data_dir else str(unpack_images(folder / "data")),
+        data_dir=options.data_dir,
+        model=str(ASSETS / "model") if embedded else options.model,
+        model_name="embedded" if embedded else options.model,
+        precision=options.precision or ("bf16" if gpu else "no"),
+        workers=options.workers,
+    )
+    rows = plan(scale, options.seeds, bench.depth)
+    chosen = [
+        row
+        for row in rows
+        if any(fnmatch(name, asked) for name in (row.name, row.folder) for asked in options.rows)
+    ]
+    if not chosen:
+        parser.error(f"--rows must name some of {', '.join(row.folder for row in rows)}")
+    if options.list:
+        _list(bench, chosen)
+        return 0
+    dense = next(row for row in rows if row.scorer is None)
+    if dense not in chosen and bench.model is None:
+        chosen.insert(0, dense)  # all others start from it
+    for row in chosen:
+        done = (folder / row.folder / RESULT).exists()
+        if not done:
+            going_on = " (going on)" if (folder / row.folder / METRICS).exists() else ""
+            bench.console.rule(f"{row.folder}{going_on}")
+        bench.run(row)
+        if not done:
+            _collect(bench, rows)
+    print_table(bench.console, _collect(bench, rows))
+    return 0
+
+
+def _collect(bench: Bench, rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Write all results that are there; returns them, seeds taken together."""
+    results = [
+        json.loads((bench.folder / row.folder / RESULT).read_text(encoding="utf-8"))
+        for row in rows
+        if (bench.folder / row.folder / RESULT).exists()
+    ]
+    write_text(bench.folder / JSON, json.dumps(report(bench, results), indent=2) + "\n")
+    rows_shown = summarise(results)
+    try:
+        draw(bench.folder / PLOT, rows_shown)
+    except ImportError:
+        bench.console.print("no plot: pip install 'dynamicvit[plot]'", markup=False)
+    return rows_shown
+
+
+def _list(bench: Bench, rows: Sequence[Row]) -> None:
+    minutes = {name: seconds / 60 for name, seconds in bench.estimates(rows).items()}
+    table = Table("row", "scorer", "keep ratio", "stages", "steps", "about minutes", "")
+    left = 0.0
+    for row in rows:
+        done = (bench.folder / row.folder / RESULT).exists()
+        left += 0.0 if done else minutes[row.folder]
+        table.add_row(
+            row.folder,
+            row.scorer or "",
+            f"{row.keep_ratio or ''}",
+            str(row.stages) if row.scorer else "",
+            str(sum(bench.steps_and_warm(row))),
+            f"{minutes[row.folder]:.1f}",
+            "done" if done else "",
+        )
+    bench.console.print(table)
+    bench.console.print(f"{len(rows)} rows, about {left / 60:.1f} hours left")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

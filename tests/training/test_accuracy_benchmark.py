@@ -1,0 +1,208 @@
+"""benchmarks/accuracy.py, with a tiny model and a few steps."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dynamicvit
+from benchmarks import accuracy
+from benchmarks.accuracy import SCALES, plan, same_cost_ratio, summarise
+from dynamicvit import SparseViT
+from dynamicvit.core.baselines import SCORERS, scorer_name
+from dynamicvit.embedded import embedded_images
+from dynamicvit.training.records import METRICS
+from tests.training.worker import Stopped, stopped_after
+
+ROOT = Path(accuracy.__file__).parents[1]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A benchmark's folder that already has data: five images a class and split."""
+    for split in ("train", "val"):
+        for name, index, picture in embedded_images(split):
+            if index < 5:
+                target = tmp_path / "run" / "data" / split / name
+                target.mkdir(parents=True, exist_ok=True)
+                picture.save(target / f"{index}.png")
+    (tmp_path / "run" / "data" / ".complete").touch()
+    return tmp_path / "run"
+
+
+def _run(folder: Path, *rows: str, **options: Any) -> dict[str, Any]:
+    more = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    arguments = [str(folder), "--scale", "tiny", "--device", "cpu", "--rows", *rows, *more]
+    assert accuracy.main(arguments) == 0
+    report: dict[str, Any] = json.loads((folder / accuracy.JSON).read_text())
+    return report
+
+
+def test_rows_are_run_and_written_and_left_alone_when_done(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = ("learned-0.5", "random-0.5", "pooling-0.7*", "steps-3-learned_warm")
+    report = _run(folder, *rows, seeds=2)
+    assert [row["row"] for row in report["rows"]] == [
+        *("dense", "learned-0.5", "pooling-0.7-untrained", "pooling-0.7", "random-0.5"),
+        *("steps-3-learned_warm", "learned-0.5-seed1", "pooling-0.7-seed1", "random-0.5-seed1"),
+    ]
+    found = {row["row"]: row for row in report["rows"]}
+    assert {row["scale"] for row in report["rows"]} == {"tiny"}
+    assert found["learned-0.5"]["tokens"] == [16, 8, 4, 2]
+    assert found["learned-0.5"]["steps"] == 4
+    assert found["pooling-0.7-untrained"]["steps"] == 0
+    warm = found["steps-3-learned_warm"]
+    assert (warm["steps"], warm["warm_start"]) == (2, 1)
+    assert found["learned-0.5"]["gmacs"] < found["dense"]["gmacs"]
+    for row in report["rows"]:
+        assert row["images"] == 50
+        assert row["environment"]["torch"]
+        trained = row["settings"]["train"]
+        assert (trained is None) == (row["steps"] == 0)
+        model = dynamicvit.load(folder / row["row"] / accuracy.FINAL)
+        if row["scorer"] is not None:
+            assert isinstance(model, SparseViT)
+            assert scorer_name(model.scorers) == row["scorer"]
+        assert not (folder / row["row"] / "checkpoints").exists()
+    assert "learned-0.5" in capsys.readouterr().out
+    assert (folder / accuracy.PLOT).read_bytes().startswith(b"\x89PNG")
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a finished row was run again")
+
+    monkeypatch.setattr(accuracy, "train", refuse)
+    monkeypatch.setattr(accuracy, "evaluate_model", refuse)
+    assert _run(folder, *rows, seeds=2)["rows"] == report["rows"]
+
+
+def test_a_row_that_was_interrupted_goes_on(folder: Path, tmp_path: Path) -> None:
+    _run(folder, "dense")
+    with pytest.raises(Stopped), stopped_after(2):
+        _run(folder, "class_attention-0.7")
+    row = folder / "class_attention-0.7"
+    assert not (row / accuracy.RESULT).exists()
+    assert [row["row"] for row in json.loads((folder / accuracy.JSON).read_text())["rows"]] == [
+        "dense"
+    ]
+    resumed = _run(folder, "class_attention-0.7")["rows"][1]
+    lines = [json.loads(line) for line in (row / METRICS).read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "validation"] == [2, 4]
+
+    (tmp_path / "other").mkdir()
+    (folder / "data").rename(tmp_path / "other" / "data")
+    (folder / "dense").rename(tmp_path / "other" / "dense")
+    whole = _run(tmp_path / "other", "class_attention-0.7")["rows"][1]
+    for key in ("top1", "loss", "gmacs", "tokens", "steps", "settings"):
+        assert resumed[key] == whole[key], key
+
+
+def test_a_result_of_other_settings_is_not_passed_off(folder: Path) -> None:
+    _run(folder, "dense")
+    result = folder / "dense" / accuracy.RESULT
+    result.write_text(result.read_text().replace('"batch_size": 10', '"batch_size": 20'))
+    with pytest.raises(ValueError, match=r"has a result of other settings.*got scale tiny"):
+        _run(folder, "dense")
+
+
+def test_the_plan_has_every_comparison() -> None:
+    rows = plan(SCALES["small"], seeds=3)
+    names = [row.folder for row in rows]
+    assert len(set(names)) == len(names)
+    main = {(row.scorer, row.keep_ratio, bool(row.budget)) for row in rows if row.table == "main"}
+    assert main == {
+        *(("learned", ratio, True) for ratio in (0.9, 0.8, 0.7, 0.5)),
+        *(
+            (name, ratio, tuned)
+            for name in SCORERS
+            if name != "learned"
+            for ratio in (0.7, 0.5)
+            for tuned in (True, False)
+        ),
+    }
+    assert {row.stages for row in rows} == {1, 2, 3}
+    removed = [row.options for row in rows if row.table == "losses"]
+    assert removed == [
+        {f"{name}_weight": 0.0} for name in ("cross_entropy", "ratio", "logit_kl", "token")
+    ]
+    assert {row.seed for row in rows if row.name == "learned-0.7"} == {0, 1, 2}
+    assert {row.seed for row in rows if row.name == "learned-0.9"} == {0}
+    steps = {(row.budget, row.name.split("-")[2]) for row in rows if row.table == "steps"}
+    assert {budget for budget, _ in steps} == {100, 200, 400, 800, 1.0}
+    assert len({name for budget, name in steps if budget == 100}) == 6
+
+
+@pytest.mark.parametrize(("stages", "ratio"), [(3, 0.7), (2, 0.5724), (1, 0.2667)])
+def test_fewer_stages_cost_the_same(stages: int, ratio: float) -> None:
+    # 3 (1 + 0.7 + 0.49 + 0.343) = 4 (1 + r + r²) = 6 (1 + r)
+    assert same_cost_ratio(0.7, stages, 12) == pytest.approx(ratio, abs=1e-3)
+
+
+def test_seeds_become_one_line() -> None:
+    shared = {"table": "main", "scorer": "random", "keep_ratio": 0.7, "stages": 3, "steps": 9}
+    shared |= {"warm_start": 0, "gmacs": 1.0}
+    rows = [
+        {**shared, "row": name, "seed": seed, "top1": top1}
+        for name, seed, top1 in (("a", 0, 80.0), ("b", 0, 70.0), ("a-seed1", 1, 84.0))
+    ]
+    one, two = summarise(rows)
+    assert (one["row"], one["top1"], one["spread"], one["seeds"]) == ("a", 82.0, (80.0, 84.0), 2)
+    assert (two["row"], two["spread"], two["seeds"]) == ("b", (70.0, 70.0), 1)
+
+
+def test_rows_can_be_listed_with_the_time_that_they_take(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    accuracy.main([str(folder), "--scale", "tiny", "--device", "cpu", "--list"])
+    printed = capsys.readouterr().out
+    for row in plan(SCALES["tiny"], depth=4):
+        assert row.folder in printed
+    assert "hours left" in printed
+    assert not (folder / accuracy.JSON).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rows", "nothing"], "--rows must name some of dense, learned-0.7"),
+        (["--seeds", "0"], "--seeds must be 1 or more, got 0"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(
+    arguments: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        accuracy.main([str(folder), "--scale", "tiny", "--device", "cpu", *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_it_runs_without_optional_packages(folder: Path) -> None:
+    script = """
+import sys
+for name in ("jsonargparse", "docstring_parser", "matplotlib", "onnx", "onnxscript", "onnxruntime",
+             "openvino", "nncf", "tensorboard", "datasets", "webdataset"):
+    sys.modules[name] = None
+import torch
+torch.set_num_threads(1)
+from benchmarks import accuracy
+sys.exit(accuracy.main(sys.argv[1:]))
+"""
+    arguments = [str(folder), "--scale", "tiny", "--device", "cpu", "--rows", "dense"]
+    run = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "no plot: pip install 'dynamicvit[plot]'" in run.stdout
+    assert (folder / accuracy.JSON).exists()
+    assert not (folder / accuracy.PLOT).exists()
