@@ -862,7 +862,7 @@ _SHOWN = ("loss", "cross_entropy", "ratio", "logit_kl", "token")
 def _save(run: _Run) -> None:
     place = {
         "config": asdict(run.config),
-        "images": run.feed.images,
+        "images": len(cast(Any, run.feed.data.dataset)),
         "class_names": run.feed.data.class_names,
         "batch": run.layout.total,
         "epoch": run.epoch,
@@ -896,10 +896,11 @@ def _restore(run: _Run, path: Path, place: dict[str, Any], state: dict[str, Any]
     load_parts(path, state, run.saved)
     run.epoch, run.seen, run.best = place["epoch"], place["seen"], place["best"]
     run.skips.total, run.skips.in_row = place["skipped"], place["skipped_in_row"]
-    if place["images"] != run.feed.images:
+    images = len(cast(Any, run.feed.data.dataset))
+    if place["images"] != images:
         run.records.warn(
             run.total_step,
-            f"the training split had {place['images']} images, now it has {run.feed.images}: the "
+            f"the training split had {place['images']} images, now it has {images}: the "
             f"run goes on after as many images of its epoch, but is another one",
         )
     if place["batch"] != run.layout.total:
