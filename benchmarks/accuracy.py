@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
@@ -51,12 +51,12 @@ from dynamicvit.training.fit import BEST, METRICS, train
 from dynamicvit.training.task import DenseTask, SparseTask
 
 RESULT, FINAL, JSON, PLOT = "result.json", "final", "accuracy.json", "accuracy.png"
-RATIOS = (0.9, 0.8, 0.7, 0.5)
 BASELINES = tuple(name for name in SCORERS if name != "learned")
 BASELINE_RATIOS = (0.7, 0.5)
 MERGING = tuple(name for name in BASELINES if issubclass(SCORERS[name], Merger))
 LOSSES = ("cross_entropy", "ratio", "logit_kl", "token")
 WARM_START = 60  # steps, of those that a row has
+STEP_BASELINES = ("random", "class_attention")  # with as few steps as the learned one
 
 
 @dataclass(frozen=True)
@@ -64,53 +64,61 @@ class Scale:
     """How large models and budgets are.
 
     Args:
-        model: what the dense model is trained from, as arguments of timm.create_model for a
-            vit_tiny_patch16_224; None for the embedded model, which is trained.
-        dense_images: images that its training sees.
-        epochs: of fine-tuning, which stand for the paper's 30.
-        epoch_images: in each.
-        batch_size: of both.
-        steps: budgets of the rows that tell how much training it takes.
+        model: what the dense model is trained from: TrainConfig's model and model_kwargs; None for
+            the embedded model, which is trained.
+        dense_steps: of its training.
+        tuning_steps: of fine-tuning, which stand for the paper's 30 epochs.
+        fewer_steps: budgets of the rows that tell how much training it takes.
+        batch_size: of all steps.
+        kept_gradients: whether that is the faster way of fine-tuning on a CPU, which at few tokens
+            it is not.
     """
 
     model: dict[str, Any] | None
-    dense_images: int
-    epochs: int
-    epoch_images: int
+    dense_steps: int
+    tuning_steps: int
+    fewer_steps: tuple[int, ...]
     batch_size: int
-    steps: tuple[int, ...]
+    kept_gradients: bool
 
 
-def _vit(**sizes: Any) -> dict[str, Any]:
+def _vit(name: str, **sizes: Any) -> dict[str, Any]:
     cfg = {"input_size": [1, 28, 28], "mean": [0.286], "std": [0.353], "crop_pct": 1.0}
     shared = {"img_size": 28, "in_chans": 1, "num_classes": 10, "pretrained_cfg_overlay": cfg}
-    return {**shared, **sizes}
+    return {"model": name, "model_kwargs": {**shared, **sizes}}
 
 
 SCALES = {
-    # two cores, some hours
+    # Two cores, some hours: width 64, and 49 tokens of a stem of one convolution of stride 2 and
+    # pooling of stride 2, with which it learns much faster than with patches of 4×4 pixels.
     "small": Scale(
-        _vit(patch_size=4, embed_dim=64, num_heads=2, reg_tokens=4, init_values=0.1),
-        dense_images=600_000,
-        epochs=30,
-        epoch_images=6000,
+        _vit("vit_tiny_r_s16_p8_224", patch_size=1, embed_dim=64, num_heads=2),
+        dense_steps=4680,
+        tuning_steps=900,
+        fewer_steps=(100, 225, 450),
         batch_size=128,
-        steps=(100, 200, 400, 800),
+        kept_gradients=False,
     ),
     # a GPU, or the headline rows on two cores
     "full": Scale(
-        None, dense_images=0, epochs=30, epoch_images=6000, batch_size=128, steps=(100, 200, 400)
+        None,
+        dense_steps=0,
+        tuning_steps=900,
+        fewer_steps=(100, 225, 450),
+        batch_size=128,
+        kept_gradients=True,
     ),
     # to try the command
     "tiny": Scale(
-        _vit(patch_size=7, embed_dim=16, num_heads=2, depth=4),
-        dense_images=40,
-        epochs=2,
-        epoch_images=20,
+        _vit("vit_tiny_patch16_224", patch_size=7, embed_dim=16, num_heads=2, depth=4),
+        dense_steps=4,
+        tuning_steps=6,
+        fewer_steps=(3,),
         batch_size=10,
-        steps=(3,),
+        kept_gradients=True,
     ),
 }
+DENSE_LR = 1.5e-3
 
 
 @dataclass(frozen=True)
@@ -120,20 +128,20 @@ class Row:
     Args:
         name: of its folder, without the seed.
         table: which comparison it belongs to.
+        steps: of training, those of a warm start included; 0 for none.
         scorer: as of `sparsify`; None for the dense model.
         keep_ratio: of each stage.
         stages: how many, evenly spaced.
-        budget: share of the scale's epochs, or a number of steps; 0 for no training.
         headline: whether it is run with every seed.
         options: of TrainConfig, where they differ.
     """
 
     name: str
     table: str
+    steps: int
     scorer: str | None = None
     keep_ratio: float | None = None
     stages: int = 3
-    budget: float | int = 1.0
     headline: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
@@ -144,56 +152,45 @@ class Row:
 
 
 def plan(scale: Scale, seeds: int = 1, depth: int = 12) -> list[Row]:
-    """All rows, in the order of their importance."""
+    """All rows, in the order of their importance: the main table, how much training it takes, other
+    seeds, other stages and losses."""
+    full = scale.tuning_steps
     learned = [
-        Row(f"learned-{ratio}", "main", "learned", ratio, headline=ratio in BASELINE_RATIOS)
-        for ratio in RATIOS
+        Row(f"learned-{ratio}", "main", full, "learned", ratio, headline=ratio in BASELINE_RATIOS)
+        for ratio in (*BASELINE_RATIOS, 0.9, 0.8)
     ]
     untrained, tuned = [], []
     for ratio in BASELINE_RATIOS:
         for name in BASELINES:
             row = f"{name}-{ratio}"
-            untrained.append(
-                Row(f"{row}-untrained", "main", name, ratio, budget=0, headline=name == "random")
-            )
-            tuned.append(Row(row, "main", name, ratio, headline=True))
-    first = [row for row in learned if row.headline]
-    rows = [Row("dense", "dense"), *first, *untrained, *tuned]
-    rows += [row for row in learned if not row.headline]
-    for stages in (1, 2):
-        ratio = same_cost_ratio(0.7, stages, depth)
-        rows.append(Row(f"stages-{stages}", "stages", "learned", ratio, stages=stages))
-    for loss in LOSSES:
-        without = {f"{loss}_weight": 0.0}
-        rows.append(Row(f"without-{loss}", "losses", "learned", 0.7, options=without))
-    rows.append(Row("half-budget", "budget", "learned", 0.7, budget=0.5))
+            headline = ratio == 0.5 or name in STEP_BASELINES
+            untrained.append(Row(f"{row}-untrained", "main", 0, name, ratio))
+            tuned.append(Row(row, "main", full, name, ratio, headline=headline))
+    main = [*learned[:2], *untrained, *tuned, *learned[2:]]
     variants: dict[str, tuple[str, dict[str, Any]]] = {
         "learned": ("learned", {"start_at_ratio": False}),
         "learned_at_ratio": ("learned", {}),
         "learned_warm": ("learned", {"start_at_ratio": False, "warm_start": WARM_START}),
         "learned_warm_at_ratio": ("learned", {"warm_start": WARM_START}),
-        "random": ("random", {}),
-        "class_attention": ("class_attention", {}),
+        **{name: (name, {}) for name in STEP_BASELINES},
     }
-    for steps in (*scale.steps, 1.0):
-        for name, (scorer, options) in variants.items():
-            if steps == 1.0 and not (options.keys() - {"scorer"}):
-                continue  # a row of the main table
-            label = "full" if steps == 1.0 else steps
-            rows.append(
-                Row(f"steps-{label}-{name}", "steps", scorer, 0.7, budget=steps, options=options)
-            )
-    more = [
-        Row(**{**_fields(row), "seed": seed})
-        for seed in range(1, seeds)
-        for row in rows
-        if row.headline
+    fewer = [
+        Row(f"steps-{steps}-{name}", "steps", steps, scorer, 0.7, options=options)
+        for steps in (*scale.fewer_steps, full)
+        for name, (scorer, options) in variants.items()
+        if steps < full or options  # else it is a row of the main table
     ]
-    return rows + more
-
-
-def _fields(row: Row) -> dict[str, Any]:
-    return dict(vars(row))
+    stages = [
+        Row(f"stages-{n}", "stages", full, "learned", same_cost_ratio(0.7, n, depth), stages=n)
+        for n in (1, 2)
+    ]
+    losses = [
+        Row(f"without-{loss}", "losses", full, "learned", 0.7, options={f"{loss}_weight": 0.0})
+        for loss in LOSSES
+    ]
+    first = [Row("dense", "dense", scale.dense_steps), *main, *fewer]
+    more = [replace(row, seed=seed) for seed in range(1, seeds) for row in first if row.headline]
+    return [*first, *more, *stages, *losses]
 
 
 def same_cost_ratio(keep_ratio: float, stages: int, depth: int) -> float:
@@ -246,18 +243,15 @@ class Bench:
     def depth(self) -> int:
         """Blocks of the dense model."""
         if self.model is None:
-            return int((self.scale.model or {}).get("depth", 12))
+            return int(cast(Any, self.scale.model)["model_kwargs"].get("depth", 12))
         return len(cast(Any, dynamicvit.load(self.model)).blocks)
 
     def steps_and_warm(self, row: Row) -> tuple[int, int]:
-        """Steps of training, and how many of a row's budget its warm start takes before them."""
-        scale = self.scale
-        if row.scorer is None:
-            return (0 if self.model else scale.dense_images // scale.batch_size), 0
-        full = scale.epochs * (min(scale.epoch_images, self.images["train"]) // scale.batch_size)
-        steps = row.budget if isinstance(row.budget, int) else round(row.budget * full)
-        warm = min(row.options.get("warm_start", 0), steps // 2)
-        return steps - warm, warm
+        """Steps of training, and of the warm start before them."""
+        if row.scorer is None and self.model is not None:
+            return 0, 0
+        warm = min(row.options.get("warm_start", 0), row.steps // 2)
+        return row.steps - warm, warm
 
     def config(self, row: Row) -> TrainConfig | None:
         """The training of a row; None if it is without."""
@@ -265,29 +259,28 @@ class Bench:
         if steps == 0:
             return None
         batch = self.scale.batch_size
-        # Epochs are as long as the scale or the data allows, and alike, so that all steps count.
-        longest = self.images["train"]
+        # As few epochs as the data allows, since each ends with a validation; alike, so that
+        # there are as many steps as asked for, or nearly.
+        epochs = -(-steps // max(1, self.images["train"] // batch))
+        of_dense: dict[str, Any] = {
+            **(self.scale.model or {}),
+            "pretrained": False,
+            "keep_ratio": None,
+            "lr": DENSE_LR * 1024 / batch,
+            "warmup_epochs": epochs // 6,
+        }
+        of_sparse: dict[str, Any] = {"model": self.dense, "scorer": row.scorer}
         if row.scorer is not None:
-            longest = min(self.scale.epoch_images, longest)
-        epochs = -(-steps // max(1, longest // batch))
-        schedule: dict[str, Any] = {"keep_ratio": None}
-        model: dict[str, Any] = {"model": self.dense}
-        if row.scorer is None:
-            model = {
-                "model": "vit_tiny_patch16_224",
-                "model_kwargs": self.scale.model,
-                "pretrained": False,
-            }
-        else:
-            ratio = cast(float, row.keep_ratio)
-            found = KeepSchedule.from_keep_ratio(ratio, self.depth, row.stages)
-            schedule = {"blocks": list(found.blocks), "ratios": list(found.ratios)}
+            schedule = self.schedule(row)
+            of_sparse |= {"blocks": list(schedule.blocks), "ratios": list(schedule.ratios)}
         options = {
             **RECIPE,
             "lr": 1e-3 * 1024 / batch,  # 1e-3 in each step; it is multiplied by batch / 1024
-            "warmup_epochs": epochs // 6 if row.scorer is None else 0,
-            "kept_gradients": self.accelerator.device.type == "cpu" and row.scorer is not None,
+            "kept_gradients": self.scale.kept_gradients
+            and self.accelerator.device.type == "cpu"
+            and row.scorer is not None,
             "start_at_ratio": row.scorer in LEARNING,
+            **(of_dense if row.scorer is None else of_sparse),
             **row.options,
             "warm_start": warm,
             "workers": self.workers,
@@ -296,18 +289,19 @@ class Bench:
             data=self.data,
             data_dir=self.data_dir,
             output=str(self.folder / row.folder),
-            scorer=row.scorer or "learned",
             epochs=epochs,
-            epoch_images=min(longest, round(steps / epochs) * batch),
+            epoch_images=round(steps / epochs) * batch,
             batch_size=batch,
             precision=self.precision,
             checkpoint_steps=200,
             keep_checkpoints=1,
             seed=row.seed,
-            **model,
-            **schedule,
             **options,
         )
+
+    def schedule(self, row: Row) -> KeepSchedule:
+        """Of a sparse row."""
+        return KeepSchedule.from_keep_ratio(cast(float, row.keep_ratio), self.depth, row.stages)
 
     def settings(self, row: Row, config: TrainConfig | None) -> dict[str, Any]:
         """What a result depends on, places left out."""
@@ -324,7 +318,7 @@ class Bench:
         settings = json.loads(json.dumps(self.settings(row, config)))
         if (folder / RESULT).exists():
             result: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-            if result["settings"] != settings or result["scale"] != self.scale_name:
+            if _completed(result["settings"]) != settings or result["scale"] != self.scale_name:
                 raise ValueError(
                     f"{folder / RESULT} has a result of other settings: choose another folder, or "
                     f"remove it, got scale {self.scale_name}, settings {settings}"
@@ -371,9 +365,7 @@ class Bench:
         dense = dynamicvit.load(self.dense)
         if row.scorer is None:
             return dense
-        ratio = cast(float, row.keep_ratio)
-        schedule = KeepSchedule.from_keep_ratio(ratio, self.depth, row.stages)
-        return sparsify(dense, schedule=schedule, scorer=row.scorer)
+        return sparsify(dense, schedule=self.schedule(row), scorer=row.scorer)
 
     def _evaluate(self, model: nn.Module, seed: int) -> dict[str, Any]:
         images = open_data(self.data, "val", data_dir=self.data_dir, in_chans=1)
@@ -397,7 +389,8 @@ class Bench:
         """Seconds that each row is thought to take: measured, by a training step of each kind."""
         dense: Any
         if self.model is None:
-            dense = timm.create_model("vit_tiny_patch16_224", **(self.scale.model or {}))
+            given = cast(Any, self.scale.model)
+            dense = timm.create_model(given["model"], **given["model_kwargs"])
         else:
             dense = dynamicvit.load(self.model)
         device = self.accelerator.device
@@ -409,7 +402,7 @@ class Bench:
         for kind in ("dense", "learned", "similarity_merging"):
             student = dense if kind == "dense" else sparsify(dense, 0.7, scorer=kind)
             if isinstance(student, SparseViT):
-                student.set_kept_gradients(device.type == "cpu")
+                student.set_kept_gradients(self.scale.kept_gradients and device.type == "cpu")
             task: nn.Module = DenseTask(student)
             if kind != "dense":
                 task = SparseTask(cast(SparseViT, student), copy.deepcopy(dense))
@@ -430,14 +423,21 @@ class Bench:
                 kind = "dense"
             else:
                 kind = "similarity_merging" if row.scorer in MERGING else "learned"
-            longest = self.images["train"]
-            if row.scorer is not None:
-                longest = min(longest, self.scale.epoch_images)
-            passes = 1 + -(-steps // max(1, longest // batch))  # over the validation images
+            # Over the validation images: after each epoch, when `train` and when the row ends.
+            passes = 1 + -(-steps // max(1, self.images["train"] // batch))
             # An image's forward pass is about a third of its training.
             validation = passes * self.images["val"] / batch * seconds["dense"] / 3
             found[row.folder] = (steps + warm) * seconds[kind] + validation
         return found
+
+
+def _completed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as written; options that have come since then had their default."""
+    if settings["train"] is None:
+        return settings
+    added = asdict(TrainConfig(data="", output=""))
+    added = {name: value for name, value in added.items() if name not in _PLACES}
+    return {**settings, "train": {**added, **settings["train"]}}
 
 
 _PLACES = ("data", "data_dir", "output", "model", "workers", "trackers", "checkpoint_steps")
@@ -569,8 +569,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=1, help="of the headline rows")
     parser.add_argument("--data_dir", help="torchvision's Fashion-MNIST; by default 8000 images")
     parser.add_argument("--model", help="a dense model's folder, instead of training or embedded")
-    parser.add_argument("--epochs", type=int, help="of fine-tuning, instead of the scale's")
-    parser.add_argument("--epoch_images", type=int, help="in each, instead of the scale's")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="by default a GPU if there is one"
     )
@@ -585,8 +583,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
     scale = SCALES[options.scale]
-    changes = {name: getattr(options, name) for name in ("epochs", "epoch_images")}
-    scale = Scale(**{**vars(scale), **{k: v for k, v in changes.items() if v is not None}})
     folder = Path(options.folder)
     gpu = torch.cuda.is_available() and options.device != "cpu"
     embedded = scale.model is None and options.model is None

@@ -50,12 +50,12 @@ def test_rows_are_run_and_written_and_left_alone_when_done(
     report = _run(folder, *rows, seeds=2)
     assert [row["row"] for row in report["rows"]] == [
         *("dense", "learned-0.5", "pooling-0.7-untrained", "pooling-0.7", "random-0.5"),
-        *("steps-3-learned_warm", "learned-0.5-seed1", "pooling-0.7-seed1", "random-0.5-seed1"),
+        *("steps-3-learned_warm", "learned-0.5-seed1", "random-0.5-seed1"),
     ]
     found = {row["row"]: row for row in report["rows"]}
     assert {row["scale"] for row in report["rows"]} == {"tiny"}
     assert found["learned-0.5"]["tokens"] == [16, 8, 4, 2]
-    assert found["learned-0.5"]["steps"] == 4
+    assert found["learned-0.5"]["steps"] == 6
     assert found["pooling-0.7-untrained"]["steps"] == 0
     warm = found["steps-3-learned_warm"]
     assert (warm["steps"], warm["warm_start"]) == (2, 1)
@@ -83,7 +83,7 @@ def test_rows_are_run_and_written_and_left_alone_when_done(
 
 def test_a_row_that_was_interrupted_goes_on(folder: Path, tmp_path: Path) -> None:
     _run(folder, "dense")
-    with pytest.raises(Stopped), stopped_after(2):
+    with pytest.raises(Stopped), stopped_after(3):
         _run(folder, "class_attention-0.7")
     row = folder / "class_attention-0.7"
     assert not (row / accuracy.RESULT).exists()
@@ -92,7 +92,7 @@ def test_a_row_that_was_interrupted_goes_on(folder: Path, tmp_path: Path) -> Non
     ]
     resumed = _run(folder, "class_attention-0.7")["rows"][1]
     lines = [json.loads(line) for line in (row / METRICS).read_text().splitlines()]
-    assert [line["step"] for line in lines if line["kind"] == "validation"] == [2, 4]
+    assert [line["step"] for line in lines if line["kind"] == "validation"] == [3, 6]
 
     (tmp_path / "other").mkdir()
     (folder / "data").rename(tmp_path / "other" / "data")
@@ -114,7 +114,7 @@ def test_the_plan_has_every_comparison() -> None:
     rows = plan(SCALES["small"], seeds=3)
     names = [row.folder for row in rows]
     assert len(set(names)) == len(names)
-    main = {(row.scorer, row.keep_ratio, bool(row.budget)) for row in rows if row.table == "main"}
+    main = {(row.scorer, row.keep_ratio, bool(row.steps)) for row in rows if row.table == "main"}
     assert main == {
         *(("learned", ratio, True) for ratio in (0.9, 0.8, 0.7, 0.5)),
         *(
@@ -132,9 +132,16 @@ def test_the_plan_has_every_comparison() -> None:
     ]
     assert {row.seed for row in rows if row.name == "learned-0.7"} == {0, 1, 2}
     assert {row.seed for row in rows if row.name == "learned-0.9"} == {0}
-    steps = {(row.budget, row.name.split("-")[2]) for row in rows if row.table == "steps"}
-    assert {budget for budget, _ in steps} == {100, 200, 400, 800, 1.0}
+    steps = {(row.steps, row.name.split("-")[2]) for row in rows if row.table == "steps"}
+    assert {budget for budget, _ in steps} == {100, 225, 450, 900}
     assert len({name for budget, name in steps if budget == 100}) == 6
+    assert len({name for budget, name in steps if budget == 900}) == 3  # the others: main table
+    # Stopped early, it has the most important.
+    order = [row.table if row.seed == 0 else "seeds" for row in rows]
+    assert list(dict.fromkeys(order)) == ["dense", "main", "steps", "seeds", "stages", "losses"]
+    assert order == sorted(order, key=list(dict.fromkeys(order)).index)
+    tuned = {row.scorer for row in rows if row.seed == 2 and row.steps and row.keep_ratio == 0.5}
+    assert tuned == set(SCORERS)
 
 
 @pytest.mark.parametrize(("stages", "ratio"), [(3, 0.7), (2, 0.5724), (1, 0.2667)])
