@@ -111,6 +111,18 @@ def test_both_paths_agree(scorer: str, name: str) -> None:
             torch.testing.assert_close(own.logits, pruned.logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@torch.no_grad()
+def test_random_choice_takes_the_noise_that_it_is_given(training: bool) -> None:
+    """So that each process of many draws what one process would for the same images."""
+    sparse, images, noise = tiny("random").train(training), _images(4), torch.rand(3, 4, 16)
+    whole = sparse.masked(images, noise=noise.unbind()).keep
+    half = sparse.masked(images[2:], noise=noise[:, 2:].unbind()).keep
+    assert torch.equal(whole[0], keep_mask(noise[0].topk(11).indices, 16))
+    for ours, theirs in zip(half, whole, strict=True):
+        assert torch.equal(ours, theirs[2:])
+
+
 def test_random_choice_keeps_the_count_and_never_brings_back() -> None:
     sparse = tiny("random").train()
     keep = sparse.masked(_images(5)).keep
@@ -243,15 +255,20 @@ def test_choosing_rules_are_exported(scorer: str, tmp_path: Path) -> None:
     assert done.agreement.kept_agreement == 100.0
 
 
-def test_what_merging_has_no_answer_for_is_refused(tmp_path: Path) -> None:
+def test_what_merging_has_no_answer_for_is_refused() -> None:
     sparse = tiny("similarity_merging")
     assert (sparse.pruned(_images()).keep, sparse.pruned(_images()).scores) == ((), ())
     with pytest.raises(TypeError, match="scorers that choose tokens, got SimilarityMerger"):
         sparse.masked(_images())
     with pytest.raises(ValueError, match="not merge them, got SimilarityMerger"):
         draw_keep_maps(sparse, _images())
-    with pytest.raises(ValueError, match="not merge them, got SimilarityMerger"):
-        export_model(sparse, tmp_path / "model.onnx", samples=8)
+
+
+@pytest.mark.parametrize("scorer", [*MERGING, "random"])
+def test_other_rules_are_not_exported(scorer: str, tmp_path: Path) -> None:
+    message = f"by what they hold to be exported, .* got {SCORERS[scorer].__name__}"
+    with pytest.raises(ValueError, match=message):
+        export_model(tiny(scorer), tmp_path / "model.onnx", samples=8)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -424,6 +441,74 @@ def test_attention_counts_a_token_as_often_as_its_size_says(
     for mask in given[1:]:
         assert torch.equal(mask[..., 0], torch.zeros(2, 1, 1))
         torch.testing.assert_close(mask[..., 1:].exp().sum(dim=-1), torch.full((2, 1, 1), 16.0))
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@torch.no_grad()
+def test_similarity_merging_is_what_a_slow_loop_computes(rank: int) -> None:
+    """The whole model, image by image and pair by pair, with blocks written out."""
+    sparse = tiny("similarity_merging", reg_tokens=rank).eval()
+    model, images = cast(Any, sparse.backbone), _images()
+    prefix = 1 + rank
+    for image, expected in zip(images, sparse(images), strict=True):
+        rows = list(adapter.embed(model, image[None])[0][0])
+        sizes = [1.0] * len(rows)
+        for index, block in enumerate(model.blocks):
+            if index in SCHEDULE.blocks:
+                count = SCHEDULE.counts(16)[SCHEDULE.blocks.index(index)]
+                keys = [_slow_heads(block, row)[1].mean(0) for row in rows]
+                while len(rows) - prefix > count:
+                    _slow_round(rows, sizes, keys, prefix, count)
+            heads = [_slow_heads(block, row) for row in rows]
+            after = []
+            for row, (query, _, _) in zip(rows, heads, strict=True):
+                logits = torch.stack([(query * key).sum(-1) for _, key, _ in heads])  # [n, heads]
+                weight = (logits * query.shape[-1] ** -0.5).exp() * torch.tensor(sizes)[:, None]
+                values = torch.stack([value for _, _, value in heads])
+                mixed = (weight[..., None] * values).sum(0) / weight.sum(0)[:, None]
+                row = row + block.ls1(block.attn.proj(mixed.flatten()))
+                after.append(row + block.ls2(block.mlp(block.norm2(row))))
+            rows = after
+        found = model.forward_head(model.norm(torch.stack(rows))[None])[0]
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+def _slow_heads(block: Any, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of one token, [heads, D] each."""
+    query, key, value = block.attn.qkv(block.norm1(row)).view(3, block.attn.num_heads, -1)
+    return query, key, value
+
+
+def _slow_round(
+    rows: list[Tensor], sizes: list[float], keys: list[Tensor], prefix: int, count: int
+) -> None:
+    """Merge even patch tokens into odd ones, the most similar pairs first, down to `count`."""
+    even, odd = range(prefix, len(rows), 2), range(prefix + 1, len(rows), 2)
+    pairs = []
+    for left in even:
+        cosines = [
+            float(keys[left] @ keys[right] / keys[left].norm() / keys[right].norm())
+            for right in odd
+        ]
+        best = max(range(len(cosines)), key=cosines.__getitem__)
+        pairs.append((cosines[best], left, odd[best]))
+    merged = sorted(pairs, reverse=True)[: len(rows) - prefix - count]
+    gone = {left for _, left, _ in merged}
+    for right in odd:
+        group = [right] + [left for _, left, target in merged if target == right]
+        total = sum(sizes[member] for member in group)
+        for values in (rows, keys):
+            mean = torch.stack([values[member] * (sizes[member] / total) for member in group])
+            values[right] = mean.sum(0)
+        sizes[right] = total
+    stay = [*range(prefix), *(left for left in even if left not in gone), *odd]
+    # In ToMe's order: what is left of the even ones, then the odd ones. In the order of their
+    # similarity here, which decides who is even in the next round.
+    order = {left: place for place, (_, left, _) in enumerate(sorted(pairs, reverse=True))}
+    stay.sort(key=lambda at: (at >= prefix, at in odd, order.get(at, at)))
+    everything: tuple[list[Any], ...] = (rows, sizes, keys)
+    for each in everything:
+        each[:] = [each[at] for at in stay]
 
 
 @torch.no_grad()

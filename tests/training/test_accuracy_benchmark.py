@@ -105,6 +105,14 @@ def test_a_row_that_was_interrupted_goes_on(folder: Path, tmp_path: Path) -> Non
 def test_a_result_of_other_settings_is_not_passed_off(folder: Path) -> None:
     _run(folder, "dense")
     result = folder / "dense" / accuracy.RESULT
+    older = json.loads(result.read_text())
+    del older["settings"]["train"]["epoch_images"], older["settings"]["train"]["temperature"]
+    result.write_text(json.dumps(older, indent=2))
+    with pytest.raises(ValueError, match="has a result of other settings"):
+        _run(folder, "dense")  # an epoch has fewer images than by default
+    older["settings"]["train"]["epoch_images"] = 40
+    result.write_text(json.dumps(older, indent=2))
+    _run(folder, "dense")  # an option that came later had its default before
     result.write_text(result.read_text().replace('"batch_size": 10', '"batch_size": 20'))
     with pytest.raises(ValueError, match=r"has a result of other settings.*got scale tiny"):
         _run(folder, "dense")

@@ -602,6 +602,17 @@ def test_as_many_checkpoints_stay_as_asked_for(options: dict[str, Any]) -> None:
     ]
 
 
+def test_a_checkpoint_from_before_an_option_is_gone_on_with(options: dict[str, Any]) -> None:
+    train(TrainConfig(**options | {"epochs": 1}))
+    [path] = find_checkpoints(Path(options["output"]))
+    state = torch.load(path, weights_only=True)
+    del state["place"]["config"]["scorer"]
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="another config: scorer was 'learned', got 'random'"):
+        train(TrainConfig(**options | {"epochs": 1, "scorer": "random"}), resume=True)
+    train(TrainConfig(**options | {"epochs": 1}), resume=True)
+
+
 def test_a_run_is_neither_overwritten_nor_resumed_as_another(options: dict[str, Any]) -> None:
     train(TrainConfig(**options | {"epochs": 1}))
     with pytest.raises(ValueError, match="already holds a run"):

@@ -19,7 +19,7 @@ from dynamicvit.core.hub import push_to_hub
 from dynamicvit.core.kept_gradients import KeptGradients
 from dynamicvit.core.predict import ImageSource, Prediction, predict
 from dynamicvit.core.schedule import KeepSchedule
-from dynamicvit.core.scorer import FusedScorer, TokenScorer
+from dynamicvit.core.scorer import FusedScorer, RandomScorer, TokenScorer
 from dynamicvit.core.tokens import (
     attention_bias,
     gather_tokens,
@@ -61,8 +61,8 @@ class SparseViT(nn.Module):
         schedule: where tokens leave and how many stay.
         scorers: one module a stage, [B, N, C] tokens (and optionally a [B, N] keep mask) → [B, N]
             scores; or the name of a rule in `dynamicvit.core.baselines`, whose new modules then
-            serve. Those with an attribute `ranks_only` that is true
-            give no log-odds: `masked` then keeps the best, as many as the schedule says.
+            serve. Those with an attribute `ranks_only` that is true give no log-odds: `masked`
+            then keeps the best, as many as the schedule says.
 
     Raises:
         UnsupportedBackbone: if the backbone is not understood.
@@ -170,8 +170,9 @@ class SparseViT(nn.Module):
             decisions: raw keep decisions to use instead, one [B, N] tensor a stage, with values in
                 [0, 1], which is not checked (it would wait for the GPU); stage s keeps the product
                 of the first s + 1.
-            noise: uniform draws in [0, 1) for the sampling, in place of fresh ones: one [B, N]
-                tensor a stage. In `eval()`, where nothing is sampled, they change nothing.
+            noise: uniform draws in [0, 1) for the sampling, and for random scorers, in place of
+                fresh ones: one [B, N] tensor a stage. In `eval()`, where nothing is sampled, they
+                are for random scorers alone.
             temperature: of the sampling's relaxation, > 0: low ones have sharper gradients.
 
         Raises:
@@ -210,14 +211,17 @@ class SparseViT(nn.Module):
         for index in range(len(model.blocks)):
             if index in self.schedule.blocks:
                 stage = len(keeps)
-                score = self.score(stage, Place(model, index, x, rope, positions, grid), keep)
+                draws = None if noise is None else noise[stage]
+                if isinstance(self.scorers[stage], RandomScorer) and draws is not None:
+                    score = draws
+                else:
+                    score = self.score(stage, Place(model, index, x, rope, positions, grid), keep)
                 if decisions is not None:
                     decision = decisions[stage].float()
                 elif getattr(self.scorers[stage], "ranks_only", False):
                     there = score.detach().masked_fill(keep < 0.5, float("-inf"))
                     decision = keep_mask(topk_keep(there, counts[stage]), num_tokens)
                 elif self.training:
-                    draws = None if noise is None else noise[stage]
                     decision = sample_keep(score, draws, temperature)
                 else:
                     decision = threshold_keep(score)

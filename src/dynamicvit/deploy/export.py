@@ -27,8 +27,10 @@ from torch import Tensor, nn
 
 from dynamicvit import __version__
 from dynamicvit.checkpoint import load_model
+from dynamicvit.core.baselines import Merger
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.predict import class_names, preprocessing
+from dynamicvit.core.scorer import RandomScorer
 from dynamicvit.deploy.verify import Agreement, Engine, Found, compare, find_images, load_images
 from dynamicvit.environment import environment
 from dynamicvit.files import write_text
@@ -311,9 +313,12 @@ class _Graph(nn.Module):
 
 
 def trace(model: nn.Module, dtype: torch.dtype) -> torch.export.ExportedProgram:
-    if isinstance(model, SparseViT) and model.merges:
-        kind = type(model.scorers[0]).__name__
-        raise ValueError(f"model must choose tokens to be exported, not merge them, got {kind}")
+    for scorer in getattr(model, "scorers", ()):
+        if isinstance(scorer, Merger | RandomScorer):
+            raise ValueError(
+                "model must choose tokens by what they hold to be exported, neither merge them nor "
+                f"draw lots, got {type(scorer).__name__}"
+            )
     inner = model.fuse() if isinstance(model, SparseViT) else copy.deepcopy(model)
     graph = _Graph(inner, dtype).eval().requires_grad_(False)
     example = torch.zeros(_EXAMPLE, *input_size(model))

@@ -30,7 +30,8 @@ class TrainConfig:
         blocks: prune before these blocks (0-based), with ratios, instead of keep_ratio.
         ratios: for each stage, the share of the original tokens kept after it.
         scorer: what decides which tokens go on: learned; or, to compare with, random, static,
-            class_attention, class_attention_merging, similarity_merging or pooling.
+            class_attention, class_attention_merging, similarity_merging or pooling. The last three
+            make new tokens, and are trained by the two losses on logits alone.
         data_dir: where a named data set lies.
         train_split: split to learn from.
         val_split: split to validate on.

@@ -878,12 +878,14 @@ def _save(run: _Run) -> None:
 def _check_same_run(
     path: Path, config: TrainConfig, class_names: list[str] | None, place: dict[str, Any]
 ) -> None:
-    ours, saved = asdict(config), place["config"]
-    changed = [key for key in ours if key not in _FREE and ours[key] != saved.get(key)]
+    # Options that have come since the checkpoint had their default then.
+    saved = asdict(TrainConfig(data="", output="")) | place["config"]
+    ours = asdict(config)
+    changed = [key for key in ours if key not in _FREE and ours[key] != saved[key]]
     if changed:
         raise ValueError(
             f"{path} belongs to a run with another config: "
-            + "; ".join(f"{key} was {saved.get(key)!r}, got {ours[key]!r}" for key in changed)
+            + "; ".join(f"{key} was {saved[key]!r}, got {ours[key]!r}" for key in changed)
         )
     if class_names != place["class_names"]:
         raise ValueError(
