@@ -70,8 +70,6 @@ class Scale:
         tuning_steps: of fine-tuning, which stand for the paper's 30 epochs.
         fewer_steps: budgets of the rows that tell how much training it takes.
         batch_size: of all steps.
-        kept_gradients: whether that is the faster way of fine-tuning on a CPU, which at few tokens
-            it is not.
     """
 
     model: dict[str, Any] | None
@@ -79,7 +77,6 @@ class Scale:
     tuning_steps: int
     fewer_steps: tuple[int, ...]
     batch_size: int
-    kept_gradients: bool
 
 
 def _vit(name: str, **sizes: Any) -> dict[str, Any]:
@@ -97,7 +94,6 @@ SCALES = {
         tuning_steps=900,
         fewer_steps=(100, 225, 450),
         batch_size=128,
-        kept_gradients=False,
     ),
     # a GPU, or the headline rows on two cores
     "full": Scale(
@@ -106,7 +102,6 @@ SCALES = {
         tuning_steps=900,
         fewer_steps=(100, 225, 450),
         batch_size=128,
-        kept_gradients=True,
     ),
     # to try the command
     "tiny": Scale(
@@ -115,7 +110,6 @@ SCALES = {
         tuning_steps=6,
         fewer_steps=(3,),
         batch_size=10,
-        kept_gradients=True,
     ),
 }
 DENSE_LR = 1.5e-3
@@ -276,9 +270,7 @@ class Bench:
         options = {
             **RECIPE,
             "lr": 1e-3 * 1024 / batch,  # 1e-3 in each step; it is multiplied by batch / 1024
-            "kept_gradients": self.scale.kept_gradients
-            and self.accelerator.device.type == "cpu"
-            and row.scorer is not None,
+            "kept_gradients": self.accelerator.device.type == "cpu" and row.scorer is not None,
             "start_at_ratio": row.scorer in LEARNING,
             **(of_dense if row.scorer is None else of_sparse),
             **row.options,
@@ -402,7 +394,7 @@ class Bench:
         for kind in ("dense", "learned", "similarity_merging"):
             student = dense if kind == "dense" else sparsify(dense, 0.7, scorer=kind)
             if isinstance(student, SparseViT):
-                student.set_kept_gradients(self.scale.kept_gradients and device.type == "cpu")
+                student.set_kept_gradients(device.type == "cpu")
             task: nn.Module = DenseTask(student)
             if kind != "dense":
                 task = SparseTask(cast(SparseViT, student), copy.deepcopy(dense))
