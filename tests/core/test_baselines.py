@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
-from dynamicvit import KeepSchedule, SparseViT, count_gmacs, load, sparsify
+from dynamicvit import KeepSchedule, SparseViT, count_gmacs, explain, load, sparsify
 from dynamicvit.core import backbone as adapter
 from dynamicvit.core.backbone import UnsupportedBackbone
 from dynamicvit.core.baselines import (
@@ -32,7 +32,6 @@ from dynamicvit.core.folder import CONFIG
 from dynamicvit.core.scorer import RandomScorer, TokenScorer
 from dynamicvit.core.tokens import keep_mask
 from dynamicvit.deploy.export import export_model
-from dynamicvit.explain.keep_maps import draw_keep_maps
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.defaults import complete
 from dynamicvit.training.task import SparseTask
@@ -260,8 +259,8 @@ def test_what_merging_has_no_answer_for_is_refused() -> None:
     assert (sparse.pruned(_images()).keep, sparse.pruned(_images()).scores) == ((), ())
     with pytest.raises(TypeError, match="scorers that choose tokens, got SimilarityMerger"):
         sparse.masked(_images())
-    with pytest.raises(ValueError, match="not merge them, got SimilarityMerger"):
-        draw_keep_maps(sparse, _images())
+    with pytest.raises(ValueError, match="got SimilarityMerger, which merges them"):
+        explain(sparse, _images())
 
 
 @pytest.mark.parametrize("scorer", [*MERGING, "random"])
