@@ -90,7 +90,7 @@ SCALES = {
     # pooling of stride 2, with which it learns much faster than with patches of 4×4 pixels.
     "small": Scale(
         _vit("vit_tiny_r_s16_p8_224", patch_size=1, embed_dim=64, num_heads=2),
-        dense_steps=4680,
+        dense_steps=9360,
         tuning_steps=900,
         fewer_steps=(100, 225, 450),
         batch_size=128,
@@ -261,6 +261,7 @@ class Bench:
             "pretrained": False,
             "keep_ratio": None,
             "lr": DENSE_LR * 1024 / batch,
+            "crop_scale": [0.8, 1.0],
             "warmup_epochs": epochs // 6,
         }
         of_sparse: dict[str, Any] = {"model": self.dense, "scorer": row.scorer}
