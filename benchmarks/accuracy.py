@@ -513,6 +513,79 @@ def _cost(axis: str) -> Any:
     return lambda row: row["steps"] + row["warm_start"]
 
 
+def tables(results: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """docs/results.md's tables in Markdown, each by its name, of the rows that are there."""
+    rows = summarise(results)
+    dense = next(row for row in rows if row["table"] == "dense")
+    main = [row for row in rows if row["table"] == "main"]
+    found = {
+        "dense": [
+            "| model | GMACs | top-1 | training steps |",
+            f"| dense | {dense['gmacs']:.4f} | {_top1(dense)} | {dense['steps']} |",
+        ],
+        "main": ["| keep ratio | what decides | GMACs | not trained | fine-tuned | points lost |"],
+        "steps": ["| scorer | " + " | ".join(f"{steps}" for steps in _budgets(rows)) + " |"],
+        "stages": ["| stages | keep ratio of each | GMACs | top-1 | points lost |"],
+        "losses": ["| loss left out | top-1 | points lost |"],
+    }
+    for ratio, scorer in dict.fromkeys((row["keep_ratio"], row["scorer"]) for row in main):
+        same = [row for row in main if (row["keep_ratio"], row["scorer"]) == (ratio, scorer)]
+        plain = [_top1(row) for row in same if row["steps"] == 0]
+        tuned = [row for row in same if row["steps"]]
+        found["main"].append(
+            f"| {ratio} | {scorer} | {_saved(same[0], dense)} | {''.join(plain)} | "
+            + " | ".join([*map(_top1, tuned), *(_lost(row, dense) for row in tuned)] or [" | "])
+            + " |"
+        )
+    for name, points in curves(rows, "steps").items():
+        at = {row["steps"] + row["warm_start"]: _top1(row) for row in points}
+        cells = " | ".join(at.get(steps, "") for steps in _budgets(rows))
+        found["steps"].append(f"| {name} | {cells} |")
+    kept = [row for row in main if (row["scorer"], row["keep_ratio"]) == ("learned", 0.7)]
+    for row in [*(row for row in rows if row["table"] == "stages"), *kept]:
+        found["stages"].append(
+            f"| {row['stages']} | {row['keep_ratio']} | {_saved(row, dense)} | {_top1(row)} | "
+            f"{_lost(row, dense)} |"
+        )
+    for row in [*kept, *(row for row in rows if row["table"] == "losses")]:
+        loss = row["row"].removeprefix("without-") if row["table"] == "losses" else "none"
+        found["losses"].append(f"| {loss} | {_top1(row)} | {_lost(row, dense)} |")
+    return {
+        name: "\n".join([head, "|" + "---|" * (head.count("|") - 1), *lines])
+        for name, (head, *lines) in found.items()
+    }
+
+
+def _budgets(rows: Sequence[dict[str, Any]]) -> list[int]:
+    points = [row for curve in curves(rows, "steps").values() for row in curve]
+    return sorted({row["steps"] + row["warm_start"] for row in points})
+
+
+def _top1(row: dict[str, Any]) -> str:
+    low, high = row["spread"]
+    of = f" ({low:.2f}–{high:.2f}, {row['seeds']} seeds)" if row["seeds"] > 1 else ""
+    return f"{row['top1']:.2f}{of}"
+
+
+def _lost(row: dict[str, Any], dense: dict[str, Any]) -> str:
+    return f"{dense['top1'] - row['top1']:+.2f}"
+
+
+def _saved(row: dict[str, Any], dense: dict[str, Any]) -> str:
+    return f"{row['gmacs']:.4f} (−{1 - row['gmacs'] / dense['gmacs']:.1%})"
+
+
+def write_page(page: Path, results: Sequence[dict[str, Any]]) -> None:
+    """Put the tables where a page has their names: `<!-- main -->` … `<!-- end -->`."""
+    text = page.read_text(encoding="utf-8")
+    for name, table in tables(results).items():
+        before, start, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        if end:
+            text = f"{before}{start}\n{table}\n\n{end}{after}"
+    write_text(page, text)
+
+
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Both diagrams as a PNG; needs matplotlib."""
     from io import BytesIO  # noqa: PLC0415
@@ -567,6 +640,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--precision", choices=("no", "bf16"), help="by default bf16 on a GPU")
     parser.add_argument("--workers", type=int, default=0, help="data loading processes")
+    parser.add_argument("--page", type=Path, help="a Markdown page whose tables are made anew")
     parser.add_argument("--list", action="store_true", help="name the rows and what they take")
     options = parser.parse_args(arguments)
     if options.seeds < 1:
@@ -613,6 +687,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not done:
             _collect(bench, rows)
     print_table(bench.console, _collect(bench, rows))
+    if options.page is not None:
+        report = json.loads((folder / JSON).read_text(encoding="utf-8"))
+        write_page(options.page, report["rows"])
     return 0
 
 

@@ -76,9 +76,20 @@ def test_rows_are_run_and_written_and_left_alone_when_done(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a finished row was run again")
 
+    page = folder / "page.md"
+    page.write_text("before\n<!-- main -->\nold\n<!-- end -->\nafter <!-- none -->\n")
     monkeypatch.setattr(accuracy, "train", refuse)
     monkeypatch.setattr(accuracy, "evaluate_model", refuse)
-    assert _run(folder, *rows, seeds=2)["rows"] == report["rows"]
+    assert _run(folder, *rows, seeds=2, page=page)["rows"] == report["rows"]
+    before, *table, after = (line for line in page.read_text().splitlines() if line)
+    assert (before, after) == ("before", "after <!-- none -->")
+    assert "\n".join(table[1:-1]) == accuracy.tables(report["rows"])["main"]
+    dense, pooled = found["dense"], found["pooling-0.7"]
+    lost = f"{dense['top1'] - pooled['top1']:+.2f}"
+    untrained = f"{found['pooling-0.7-untrained']['top1']:.2f}"
+    assert f"| {untrained} | {pooled['top1']:.2f} | {lost} |" in page.read_text()
+    both = [found[name]["top1"] for name in ("learned-0.5", "learned-0.5-seed1")]
+    assert f"{sum(both) / 2:.2f} ({min(both):.2f}–{max(both):.2f}, 2 seeds)" in page.read_text()
 
 
 def test_a_row_that_was_interrupted_goes_on(folder: Path, tmp_path: Path) -> None:
