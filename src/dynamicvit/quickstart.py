@@ -176,7 +176,6 @@ RECIPE: dict[str, Any] = {
     "clip_grad": 1.0,
     "ema": None,
     "trackers": [],
-    "kept_gradients": True,
     "start_at_ratio": True,
     "warm_start": 60,
 }

@@ -10,6 +10,7 @@ from timm.models import vision_transformer as vit
 from torch import Tensor
 
 from dynamicvit import KeepSchedule, SparseViT, sparsify
+from dynamicvit.core import kept_gradients
 from dynamicvit.core.kept_gradients import KeptGradients
 from tests.conftest import randomise, tiny_vit
 
@@ -54,8 +55,13 @@ def _gradients(
     return {name: p.grad for name, p in sparse.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize(("name", "options"), MODELS.values(), ids=MODELS.keys())
-def test_gradients_are_those_of_all_tokens(name: str, options: dict[str, Any]) -> None:
+def test_gradients_are_those_of_all_tokens(
+    name: str, options: dict[str, Any], alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if alone:  # attention image by image, as where images are large
+        monkeypatch.setattr(kept_gradients, "GROUP", 1)
     sparse = _sparse(name, **options)
     plain, kept = _gradients(sparse, False), _gradients(sparse, True)
     assert plain.keys() == kept.keys()
@@ -75,7 +81,29 @@ def test_gradients_in_mixed_precision() -> None:
         assert (kept[key] - gradient).norm() <= 0.05 * gradient.norm() + 1e-4, key
 
 
-@pytest.mark.parametrize("between", ["nothing", "in place", "another reader"])
+def test_where_no_token_is_kept() -> None:
+    sparse = _sparse(class_token=False, global_pool="avg")
+    given = [torch.zeros(3, 16)] * 3
+    gradients = []
+    for enable in (False, True):
+        sparse.set_kept_gradients(enable)
+        sparse.zero_grad()
+        sparse.masked(IMAGES, given).logits.square().mean().backward()
+        gradients.append(sparse.backbone.head.weight.grad)
+    torch.testing.assert_close(*gradients)
+    assert sparse.masked(IMAGES[:0]).logits.shape == (0, sparse.num_classes)
+
+
+def test_there_are_no_second_order_gradients() -> None:
+    x = torch.randn(1, 2, 4, requires_grad=True)
+    with KeptGradients(torch.ones(1, 2)):
+        y = torch.nn.Linear(4, 4)(x)
+    [gradient] = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("between", ["nothing", "in place", "another reader", "hook"])
 def test_a_chain_is_one_only_if_nothing_comes_between(between: str) -> None:
     keep = torch.tensor([[1.0, 0, 1, 1]])
     layers = torch.nn.Linear(6, 8), torch.nn.GELU(), torch.nn.Linear(8, 6)
@@ -88,6 +116,8 @@ def test_a_chain_is_one_only_if_nothing_comes_between(between: str) -> None:
             also = hidden.square().sum(-1, keepdim=True) if between == "another reader" else 0.0
             if between == "in place":
                 hidden.mul_(2.0)
+            if between == "hook":
+                hidden.register_hook(torch.zeros_like)
             activated = layers[1](hidden)
             if between == "in place":
                 activated.mul_(3.0)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.backends import mkldnn as onednn
 from torch.overrides import TorchFunctionMode
 
@@ -49,7 +50,8 @@ class KeptGradients(TorchFunctionMode):
             self.shape = tuple(keep_BN.shape)
             kept = keep_BN.detach() > 0
             self.rows = kept.flatten().nonzero().squeeze(1)
-            self.columns = [row.nonzero().squeeze(1) for row in kept]
+            if kept.device.type == "cpu":  # attention elsewhere does not ask, and each would wait
+                self.columns = [row.nonzero().squeeze(1) for row in kept]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -144,10 +146,10 @@ def _as_image(x_MC: Tensor) -> Tensor:
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """torch.nn.functional.linear; on a CPU as a 1×1 convolution: the same sums, by oneDNN.
 
-    torch leaves float32 products on a CPU to MKL, which takes twice the time on AMD's processors;
-    and writes the bias before a bfloat16 product, not with it.
+    torch leaves float32 products on a CPU to MKL, which is slow on AMD's processors; and writes the
+    bias before a bfloat16 product, not with it.
     """
-    if x.device.type != "cpu" or not onednn.is_available():
+    if x.device.type != "cpu" or not onednn.is_available() or not x.numel():
         return F.linear(x, weight, bias)
     y_1O1M = F.conv2d(_as_image(x.flatten(0, -2)), weight[:, :, None, None], bias)
     # Not a view: what a custom function returns could not be written into then.
@@ -160,7 +162,8 @@ def _linear_backward(
     grad_MO: Tensor, x_MC: Tensor, weight_OC: Tensor, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, weight and bias, those that are needed."""
-    if x_MC.device.type != "cpu" or x_MC.dtype != torch.float32 or not onednn.is_available():
+    by_matmul = x_MC.device.type != "cpu" or not onednn.is_available() or not x_MC.numel()
+    if by_matmul or x_MC.dtype != torch.float32:
         return (
             grad_MO @ weight_OC if needs[0] else None,
             grad_MO.t() @ x_MC if needs[1] else None,
@@ -206,8 +209,10 @@ class _Activation(NamedTuple):
 
 
 def _untouched(made: _Product | _Activation, x: Tensor) -> bool:
-    """Whether x is what was made, and nothing has been written into it since."""
-    return x is made.output and x._version == made.version
+    """Whether x is what was made, nothing has been written into it since, and nobody asked for its
+    gradient."""
+    watched = bool(x._backward_hooks) or x.retains_grad
+    return x is made.output and x._version == made.version and not watched
 
 
 class _Linear(torch.autograd.Function):
@@ -220,6 +225,7 @@ class _Linear(torch.autograd.Function):
         return _linear(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x_kept, weight, rows = ctx.saved_tensors
         grad = grad.flatten(0, -2)[rows]
@@ -235,6 +241,7 @@ class _GELU(torch.autograd.Function):
         return F.gelu(x, approximate=approximate)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x_kept, rows = ctx.saved_tensors
         kept = torch.ops.aten.gelu_backward(
@@ -269,6 +276,7 @@ class _MLP(torch.autograd.Function):
         return _linear(activated, weight_out, bias_out)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x_kept, hidden_kept, weight_in, weight_out, rows = ctx.saved_tensors
         grad = grad.flatten(0, -2)[rows]
@@ -310,6 +318,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         q, k, v, mask = ctx.saved_tensors
         grad_q, grad_k, grad_v = torch.zeros_like(q), torch.empty_like(k), torch.empty_like(v)

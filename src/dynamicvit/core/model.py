@@ -449,10 +449,13 @@ class SparseViT(nn.Module):
     def set_kept_gradients(self, enable: bool = True) -> None:
         """Leave out of `masked`'s backward pass what dropped tokens receive.
 
-        It takes less time and memory on a CPU. Gradients stay the same up to rounding: to the
-        others a dropped token is worth e⁻²⁸ of itself. (But in a model without prefix tokens an
-        image that keeps nothing teaches later blocks nothing.) Has no effect in a program compiled
-        by torch.compile, nor with gradient checkpointing.
+        It takes less time and memory on a CPU. For a loss that sees logits, kept tokens and
+        decisions, as the paper's do, gradients stay the same up to rounding: to the others a
+        dropped token is worth e⁻²⁸ of itself. (But in a model without prefix tokens an image that
+        keeps nothing teaches later blocks nothing.)
+
+        Has no effect where `masked` is compiled by torch.compile, nor with gradient checkpointing
+        as `set_grad_checkpointing` switches it on. There are no second-order gradients.
         """
         self.kept_gradients = enable
 

@@ -92,8 +92,9 @@ class TrainConfig:
         checkpoint_activations: compute the student's activations a second time in the backward
             pass, instead of keeping them: less memory, more time.
         kept_gradients: leave out of the backward pass what dropped tokens receive, which is next to
-            nothing (`SparseViT.set_kept_gradients`): less time and memory on a CPU. Not with
-            compile or checkpoint_activations.
+            nothing (`SparseViT.set_kept_gradients`): less time and memory on a CPU, where null is
+            true but with compile or checkpoint_activations, which it does not go with. Training of
+            dense models ignores it.
         shard: divide weights, gradients and optimizer over the processes (FSDP2), where they do not
             fit into each. A launcher's own FSDP setting asks for the same.
         checkpoint_steps: also write a checkpoint every so many steps; 0 for at each epoch's end
@@ -161,7 +162,7 @@ class TrainConfig:
     precision: str = "no"
     compile: bool = False
     checkpoint_activations: bool = False
-    kept_gradients: bool = False
+    kept_gradients: bool | None = None
     shard: bool = False
     checkpoint_steps: int = 0
     keep_checkpoints: int = 2

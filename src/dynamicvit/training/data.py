@@ -29,7 +29,7 @@ _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation",
 _MOST_ELONGATED = 1000
 # What is told of images met, beside those that cannot be read.
 _HUGE = 10_000
-_KINDS = ("grey", "transparent", f"with a side of {_HUGE:,} pixels or more")
+_KINDS = ("grey", "with an alpha channel", f"with a side of {_HUGE:,} pixels or more")
 _FACTORIES = ("torch", "hfds", "hfids", "wds", "tfds")
 # The package that a source needs, and the extra of ours that it comes with.
 EXTRAS = {
@@ -66,7 +66,8 @@ class ImageData:
         labels = self._labels
         if labels is None:
             return text
-        counts = np.bincount(labels, minlength=len(names))[: len(names)]
+        known = np.asarray(labels)[np.asarray(labels) >= 0]  # some readers say -1 for no label
+        counts = np.bincount(known, minlength=len(names))[: len(names)]
         fewest, most_images = int(counts.min()), int(counts.max())
         text += f" of {fewest:,}" + (f" to {most_images:,}" if fewest < most_images else "")
         for count, what in ((1, "with a single image"), (0, "without any")):

@@ -138,9 +138,11 @@ class _Skips:
             tensors = {"images": images, "targets": targets, "step": torch.tensor(step)}
             save_file(tensors, self.path)
             where = f"; the batch whose loss was not is in {self.path}"
+        # A warm start has a learning rate of its own.
+        advice = "" if of else "; a lower lr or a clip_grad may help"
         raise ValueError(
             f"{self.most} steps in a row (max_skipped) had a loss or gradient that was not finite, "
-            f"up to step {step}{of}{where}; a lower lr or a clip_grad may help"
+            f"up to step {step}{of}{where}{advice}"
         )
 
 
@@ -198,7 +200,9 @@ def train(config: TrainConfig, resume: bool = False) -> Evaluation:
     Any launcher serves: one process, `accelerate launch`, `torchrun`, `srun`. From then on this
     process flushes denormal numbers to zero, on CPUs that can.
 
-    On SIGTERM a checkpoint is written at the end of the step, and the process exits with 143.
+    On SIGTERM a checkpoint is written at the end of the step (of the next one, if it comes during
+    validation; the last validation is finished), and the process exits with 143. Steps of a warm
+    start, which comes first, are not kept: there it ends at once.
 
     Args:
         config: what to train, on what, how.
@@ -316,7 +320,11 @@ def _set_up(config: TrainConfig, resume: bool) -> _Run:
     if config.checkpoint_activations:
         cast(Any, student).set_grad_checkpointing()
     if isinstance(student, SparseViT):
-        student.set_kept_gradients(config.kept_gradients)
+        kept_gradients = config.kept_gradients
+        if kept_gradients is None:
+            otherwise = config.compile or config.checkpoint_activations
+            kept_gradients = accelerator.device.type == "cpu" and not otherwise
+        student.set_kept_gradients(kept_gradients)
     student.to(accelerator.device)
     found = load_place(output) if resume else None
     if found is not None:
