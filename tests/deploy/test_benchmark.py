@@ -203,6 +203,11 @@ def test_what_cannot_be_measured_is_refused(
         benchmark(folder, **options)
 
 
+def test_a_ratio_is_refused_before_a_model_is_looked_for() -> None:
+    with pytest.raises(ValueError, match=r"keep_ratio must .* got 1\.5"):
+        benchmark("no_such_model", keep_ratio=1.5)
+
+
 def test_engines_of_the_cpu_are_refused_on_a_gpu() -> None:
     with pytest.raises(ValueError, match="'onnx' computes on the CPU here, got device 'cuda'"):
         engines.check_engine("onnx", "float32", "cuda")

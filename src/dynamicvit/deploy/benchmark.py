@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from dynamicvit.checkpoint import load_model
 from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseViT, sparsify
+from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.deploy.engines import (
     ENGINES,
     PRECISIONS,
@@ -210,6 +211,8 @@ def benchmark(
         check_engine(engine, precision, place.type)
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("plot needs the extra: pip install 'dynamicvit[plot]'")
+    if keep_ratio is not None:
+        KeepSchedule.from_keep_ratio(keep_ratio, depth=12)  # refused here, not after a download
     options: dict[str, Any] = {} if pretrained else {"pretrained": False}
     if img_size is not None:
         if not timm.is_model(model):
