@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import torch
 
-from dynamicvit import cli, count_gmacs
+from dynamicvit import cli, count_gmacs, sparsify
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.defaults import FEW_IMAGES, complete
 
@@ -18,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 TRAINING = (ROOT / "docs" / "training.md").read_text()
 EXPLAIN = (ROOT / "docs" / "explain.md").read_text()
+ACCURACY = (ROOT / "docs" / "results.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results"
 RESULT = json.loads((ROOT / "benchmarks" / "results" / "quickstart.json").read_text())
 
@@ -56,10 +59,28 @@ def test_the_embedded_model_s_accuracy_is_what_was_measured() -> None:
 
 
 @pytest.mark.parametrize(
+    ("model", "keep_ratio", "gmacs"),
+    re.findall(
+        r"^\| `(\w+)` \| (dense|0\.\d) \| .* \| ([\d.]+) \|$",
+        ACCURACY,
+        re.MULTILINE,
+    ),
+)
+def test_gmacs_beside_published_results_are_counted(
+    model: str, keep_ratio: str, gmacs: str
+) -> None:
+    with torch.device("meta"):
+        counted: torch.nn.Module = timm.create_model(model)
+        if keep_ratio != "dense":
+            counted = sparsify(counted, float(keep_ratio))
+        assert f"{count_gmacs(counted, (3, 224, 224)):.2f}" == gmacs
+
+
+@pytest.mark.parametrize(
     "line",
     re.findall(
         r"^    (?:torchrun .* -m )?(dynamicvit(?:\.cli)? .+)$",
-        (README + TRAINING + EXPLAIN).replace("\\\n", " "),
+        (README + TRAINING + EXPLAIN + ACCURACY).replace("\\\n", " "),
         re.MULTILINE,
     ),
 )
