@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -588,8 +589,6 @@ def write_page(page: Path, results: Sequence[dict[str, Any]]) -> None:
 
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Both diagrams as a PNG; needs matplotlib."""
-    from io import BytesIO  # noqa: PLC0415
-
     from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
 
     figure = Figure(figsize=(13, 5.5), layout="constrained")
