@@ -22,6 +22,7 @@ from dynamicvit import __version__
 from dynamicvit.backbones.zoo import models
 from dynamicvit.checkpoint import convert
 from dynamicvit.core.backbone import UnsupportedBackbone
+from dynamicvit.demo import demo
 from dynamicvit.deploy.benchmark import benchmark
 from dynamicvit.deploy.export import export
 from dynamicvit.deploy.predict import predict
@@ -42,6 +43,7 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "plot": plot,
     "predict": predict,
     "explain": explain,
+    "demo": demo,
     "export": export,
     "benchmark": benchmark,
     "convert": convert,
@@ -114,9 +116,11 @@ def _build_parser(
             parser.add_argument(parameter.name, nargs="+", help=helps[parameter.name])
         elif parameter.kind is parameter.POSITIONAL_ONLY:
             # No default here: it would go before a config file's value.
+            several = kind == list[str] | None
             optional: dict[str, Any] = (
-                {} if required else {"nargs": "?", "default": argparse.SUPPRESS}
+                {} if required else {"nargs": "*" if several else "?", "default": argparse.SUPPRESS}
             )
+            kind = str if several else kind
             parser.add_argument(parameter.name, type=kind, help=helps[parameter.name], **optional)
     skip: set[str | int] = {*configs, *(action.dest for action in parser._actions)}
     parser.add_function_arguments(function, skip=skip)
