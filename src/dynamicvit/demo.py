@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import os
+import signal
 import tempfile
 import threading
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -97,10 +98,18 @@ def demo(
             console.print(f"{address}  (Ctrl-C ends it)", markup=False)
             if host not in _LOCAL:
                 console.print(f"others can reach this page, at {host}, port {port}", markup=False)
-            with contextlib.suppress(KeyboardInterrupt):
-                threading.Event().wait()
+            _wait_for_the_end()
         finally:
             page.close(verbose=False)
+
+
+def _wait_for_the_end() -> None:
+    """Until Ctrl-C or SIGTERM, after which there is something to clean up."""
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    while not ended.wait(1):  # Windows sees no Ctrl-C in an endless wait
+        pass
 
 
 class Answers:
@@ -140,8 +149,9 @@ class Answers:
             else f"{around['processor']}, threads: {torch.get_num_threads()}"
         )
 
-    def show(self, upload: dict[str, Any] | None, name: str, keep_ratio: float) -> str:
-        """What stays of an uploaded image, and what it is taken for; or what is wrong with it.
+    def show(self, upload: dict[str, Any] | None, name: str, keep_ratio: float) -> tuple[str, str]:
+        """What stays of an uploaded image and what it is taken for, or what is wrong with it; and
+        its keep scores.
 
         Args:
             upload: with the file's `path`, and its original name as `orig_name`.
@@ -149,22 +159,23 @@ class Answers:
             keep_ratio: share of the patches that reach a stage which it keeps.
         """
         if not upload:
-            return '<p class="dv-note">Drop an image, or take one of the photos.</p>'
+            return '<p class="dv-note">Drop an image, or take one of the photos.</p>', ""
         try:
             model = reschedule(*self._at(self.models, name, keep_ratio))
             found = _explain(model, Path(upload["path"]), upload.get("orig_name"))
         except (ValueError, TypeError, OSError) as error:
-            return _message(error)
-        return _draw(found, self.notes[name])
+            return _message(error), ""
+        return _draw(found), _draw_scores(found) + self.notes[name]
 
-    def cost(self, name: str, keep_ratio: float) -> str:
-        """Operations and time of dense and pruned: a table. Each setting is measured once."""
+    def cost(self, name: str, keep_ratio: float, again: bool = False) -> str:
+        """Operations and time of dense and pruned: a table. Each setting is measured once, unless
+        `again` is asked for."""
         try:
             model, schedule = self._at(self._fused, name, keep_ratio)
             pruned = reschedule(model, schedule)
         except (ValueError, TypeError) as error:
             return _message(error)
-        if (name, schedule) not in self._costs:
+        if again or (name, schedule) not in self._costs:
             self._costs[name, schedule] = self._measure(pruned)
         return self._costs[name, schedule]
 
@@ -186,9 +197,9 @@ class Answers:
         rows = [
             ("GMACs an image", *(f"{number:.3f}" for number in gmacs), f"{fewer:.0f}% fewer"),
             (
-                "milliseconds an image",
+                "ms an image",
                 *(f"{1e3 / rate:.1f}" for rate in (speed.dense, speed.sparse)),
-                f"{speed.speed_up:.2f}× as fast ({low:.2f}–{high:.2f})",
+                f"{speed.speed_up:.2f}× as fast ({low:.2f} to {high:.2f})",
             ),
         ]
         body = "".join(
@@ -201,10 +212,10 @@ class Answers:
             '<div class="dv"><table class="dv-cost"><thead><tr><th scope="col">cost</th>'
             '<th scope="col">dense</th><th scope="col">pruned</th><th scope="col">gain</th></tr>'
             f"</thead><tbody>{body}</tbody></table>"
-            '<p class="dv-note">Milliseconds were measured here when this setting was first asked '
-            "for: PyTorch in float32, one random image at a time, dense and pruned in turn; "
-            "medians, and in brackets the quartiles of the gain. Whatever else this machine was "
-            f"doing is in them. {escape(self._machine)}.</p></div>"
+            '<p class="dv-note">Time was measured here, in PyTorch and float32, one random image '
+            "after the other, dense and pruned in turn: medians of both and of the gain, whose "
+            "quartiles are in brackets. What else this machine was doing is in it: where quartiles "
+            f"lie far apart, measure again. {escape(self._machine)}.</p></div>"
         )
 
 
@@ -251,7 +262,7 @@ def _build(gradio: Any, answers: Answers, photos: Sequence[Path]) -> Any:
             with gradio.Column(scale=1, min_width=280):
                 image = gradio.Image(
                     photos[-1],
-                    label="image",
+                    label="picture",  # Gradio would translate "image"
                     type="filepath",
                     sources=["upload", "clipboard"],
                     height=260,
@@ -281,6 +292,8 @@ def _build(gradio: Any, answers: Answers, photos: Sequence[Path]) -> Any:
             with gradio.Column(scale=3, min_width=300):
                 shown = gradio.HTML(elem_id="shown", padding=False)
                 cost = gradio.HTML(elem_id="cost", padding=False)
+                again = gradio.Button("Measure again", size="sm", elem_id="again")
+                scores = gradio.HTML(elem_id="scores", padding=False)
         # One call at a time, so that nothing of ours disturbs what is timed. Inputs come as they
         # are: Gradio would read an image file itself, whatever is in it and however large it is.
         options = {
@@ -293,7 +306,7 @@ def _build(gradio: Any, answers: Answers, photos: Sequence[Path]) -> Any:
             [page.load, image.change, model.change, ratio.change],
             answers.show,
             [image, model, ratio],
-            shown,
+            [shown, scores],
             api_name="show",
             **options,
         )
@@ -305,13 +318,27 @@ def _build(gradio: Any, answers: Answers, photos: Sequence[Path]) -> Any:
             api_name="cost",
             **options,
         )
+        again.click(
+            partial(answers.cost, again=True),
+            [model, ratio],
+            cost,
+            api_visibility="private",
+            **options,
+        )
     return page
 
 
 def _theme(gradio: Any) -> Any:
     """Fonts that the system has: others would come from the network."""
-    return gradio.themes.Default(
+    theme = gradio.themes.Default(
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
+    pale, pale_dark = "*neutral_600", "*neutral_300"  # Gradio's own are hard to read
+    return theme.set(
+        body_text_color_subdued=pale,
+        body_text_color_subdued_dark=pale_dark,
+        block_info_text_color=pale,
+        block_info_text_color_dark=pale_dark,
     )
 
 
@@ -339,34 +366,37 @@ def _message(error: Exception) -> str:
     return f'<p class="dv-error" role="alert">{escape(str(error))}</p>'
 
 
-def _draw(found: Explanation, note: str) -> str:
+def _draw(found: Explanation) -> str:
     start, *counts = found.counts
     height, width = found.pixels.shape[:2]
     panels = [_figure(found.pixels, "input", f"{width} × {height} pixels", "the model’s input")]
-    scores = []
     for stage, (block, count) in enumerate(zip(found.blocks, counts, strict=True)):
         title = f"stage {stage + 1}"
         below = f"{count} of {start} patches, before block {block}"
         dimmed = dim_dropped(found.pixels, found.masks[stage], found.patch_size)
         panels.append(_figure(dimmed, title, below, f"{title}: {below}; the others dimmed"))
-        heat, lowest, highest = heat_map(found, stage)
-        scores.append(
-            _figure(heat, title, f"{lowest:.3g} to {highest:.3g}", f"keep scores of {title}")
-        )
-    sides = ""
+    sides = "<p>The model has no classes.</p>"
     if found.dense:
         sides = '<div class="dv-sides">{}{}</div>'.format(
             _predictions("dense", found.dense_model, found.dense),
             _predictions("pruned", " → ".join(map(str, counts)) + " patches", found.pruned),
         )
     return (
-        '<div class="dv">'
-        f'<h2>What stays</h2><div class="dv-panels">{"".join(panels)}</div>'
-        f"<h2>What it is taken for</h2>{sides or '<p>The model has no classes.</p>'}"
-        "<h2>Keep scores</h2>"
-        f'<div class="dv-panels">{"".join(scores)}</div>'
+        f'<div class="dv"><h2>What stays</h2><div class="dv-panels">{"".join(panels)}</div>'
+        f"<h2>What it is taken for</h2>{sides}</div>"
+    )
+
+
+def _draw_scores(found: Explanation) -> str:
+    panels = []
+    for stage in range(len(found.blocks)):
+        heat, lowest, highest = heat_map(found, stage)
+        title, below = f"stage {stage + 1}", f"{lowest:.3g} to {highest:.3g}"
+        panels.append(_figure(heat, title, below, f"keep scores of {title}: {below}"))
+    return (
+        f'<div class="dv"><h2>Keep scores</h2><div class="dv-panels">{"".join(panels)}</div>'
         '<p class="dv-note">Bright is high, grey had left before; each stage on its own scale.'
-        f"</p>{note}</div>"
+        "</p></div>"
     )
 
 
@@ -396,7 +426,7 @@ def _predictions(side: str, note: str, found: Sequence[Prediction]) -> str:
 
 _CSS = """
 .dv h2 { font-size: 1.05rem; margin: 1rem 0 .4rem; }
-.dv:first-child h2:first-child { margin-top: 0; }
+.dv table, .dv tr, .dv th, .dv td { border: 0; }
 .dv-panels { display: grid; gap: .75rem;
   grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); }
 .dv-panels figure { margin: 0; max-width: 20rem; }
@@ -405,20 +435,21 @@ _CSS = """
 .dv figcaption, .dv-note { font-size: .875rem; color: var(--body-text-color-subdued); }
 .dv figcaption b, .dv caption b { color: var(--body-text-color); }
 .dv-note { margin: .5rem 0; max-width: 50rem; }
-.dv-sides { display: grid; gap: .75rem 2rem;
+.dv-sides { display: grid; gap: .75rem 2rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); }
 .dv table { width: 100%; border-collapse: collapse; font-size: .9375rem; }
 .dv caption { text-align: start; color: var(--body-text-color-subdued); }
-.dv th, .dv td { padding: .2rem .5rem .2rem 0; text-align: start; font-weight: normal; border: 0;
-  overflow-wrap: anywhere; }
+.dv th, .dv td { padding: .2rem .5rem .2rem 0; text-align: start; font-weight: normal; }
+.dv tbody th { overflow-wrap: anywhere; }
 .dv td { font-variant-numeric: tabular-nums; }
 .dv .dv-bar { width: 45%; }
 .dv .dv-bar div { height: .8rem; min-width: 1px; }
 .dv-dense .dv-bar div { background: #7e869c; }
 .dv-pruned .dv-bar div { background: #2f7fc4; }
-.dv-cost th, .dv-cost td { border-bottom: 1px solid var(--border-color-primary); }
+.dv .dv-cost th, .dv .dv-cost td { border-bottom: 1px solid var(--border-color-primary); }
 .dv-cost thead th { font-weight: bold; }
 .dv-error { padding: .75rem 1rem; border-left: 4px solid #c62828; color: var(--body-text-color);
   background: var(--background-fill-secondary); overflow-wrap: anywhere; }
+#image img { width: 100%; height: 100%; object-fit: contain; }
 .gallery img { image-rendering: pixelated; }
 """
