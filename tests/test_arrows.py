@@ -42,7 +42,8 @@ ALLOWED: dict[str, set[str]] = {
     "deploy": LAYER,
     "views": LAYER,
     "quickstart": LAYER | {PUBLIC, "training", "deploy", "views"},
-    "cli": LAYER | {PUBLIC, "training", "deploy", "views", "quickstart"},
+    "demo": LAYER | {"deploy", "views"},
+    "cli": LAYER | {PUBLIC, "training", "deploy", "views", "quickstart", "demo"},
     PUBLIC: {"core", "backbones", "checkpoint", "training", "deploy", "views"},
 }
 
@@ -110,6 +111,7 @@ def test_imports_follow_the_arrows(module: str) -> None:
         ("deploy.export", "from dynamicvit.views import demo", ["views.demo"]),
         ("quickstart", "from dynamicvit.training.fit import train", []),
         ("quickstart", "from dynamicvit.cli import main", ["cli.main"]),
+        ("views.explain", "from dynamicvit.demo import demo", ["demo.demo"]),
         ("training.fit", "from dynamicvit import cli", ["cli"]),
     ],
 )

@@ -307,7 +307,7 @@ def page(browser: Any, server: str) -> Iterator[Any]:
 
 
 def _upload(page: Any, path: Path) -> None:
-    page.locator("#image button[aria-label='Clear']").click()
+    page.locator("#image button[aria-label='Remove Image']").click()
     page.locator("#shown").get_by_text("Drop an image").wait_for()
     page.locator("#image input[type=file]").set_input_files(path)
 

@@ -70,12 +70,11 @@ def demo(
         raise ValueError(f"max_upload must be above 0, got {max_upload}")
     if not 0 < port < 1 << 16:
         raise ValueError(f"port must lie between 1 and 65535, got {port}")
-    gradio = _import_gradio()
     console = Console()
-    answers = Answers(models or ())
     # Gradio keeps uploads in files, which are to go when the page does.
     with tempfile.TemporaryDirectory(prefix="dynamicvit-demo-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "uploads")
+        gradio = _import_gradio(Path(folder) / "uploads")
+        answers = Answers(models or ())
         page = _build(gradio, answers, _write_photos(Path(folder) / "photos"))
         _, address, _ = page.launch(
             server_name=host,
@@ -227,9 +226,10 @@ _UNTRAINED = (
 )
 
 
-def _import_gradio() -> Any:
-    # Before the import: this is when Gradio looks at it.
+def _import_gradio(uploads: Path) -> Any:
+    # Before the import: this is when Gradio looks at them.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads)
     try:
         import gradio  # noqa: PLC0415 (an extra)
     except ImportError as error:
