@@ -62,7 +62,10 @@ class KeptGradients(TorchFunctionMode):
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x, weight, bias = _autocast(input, weight, bias)
         if not self._holds_tokens(input):
-            return _linear(x, weight, bias)
+            if not torch.is_grad_enabled():
+                return _linear(x, weight, bias)
+            every: Tensor = _Linear.apply(x, weight, bias, x.detach().flatten(0, -2), None)
+            return every
         before = self.activation
         if before is not None and _untouched(before, input):
             y: Tensor = _MLP.apply(
@@ -138,55 +141,52 @@ def _autocast(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
-def _as_image(x_MC: Tensor) -> Tensor:
-    """[M, C] → [1, C, 1, M], channels-last: a view. (As [1, C, M, 1] a prime M is slow.)"""
-    return x_MC[None, None].permute(0, 3, 1, 2)
-
-
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """torch.nn.functional.linear; on a CPU as a 1×1 convolution: the same sums, by oneDNN.
-
-    torch leaves float32 products on a CPU to MKL, which is slow on AMD's processors; and writes the
-    bias before a bfloat16 product, not with it.
-    """
-    if x.device.type != "cpu" or not onednn.is_available() or not x.numel():
+    """torch.nn.functional.linear; on a CPU by oneDNN."""
+    if not _by_onednn(x):
         return F.linear(x, weight, bias)
-    y_1O1M = F.conv2d(_as_image(x.flatten(0, -2)), weight[:, :, None, None], bias)
     # Not a view: what a custom function returns could not be written into then.
     shape = [*x.shape[:-1], len(weight)]
-    y: Tensor = torch.ops.aten._unsafe_view(y_1O1M.permute(0, 2, 3, 1), shape)
+    y: Tensor = torch.ops.aten._unsafe_view(_product(x.flatten(0, -2), weight, bias), shape)
     return y
+
+
+def _by_onednn(x: Tensor) -> bool:
+    return x.device.type == "cpu" and onednn.is_available() and x.numel() > 0
+
+
+def _product(x_MC: Tensor, weight_OC: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.t() + bias, as a 1×1 convolution: the same sums, by oneDNN.
+
+    torch leaves float32 products on a CPU to MKL, which takes twice the time on AMD's processors;
+    and writes the bias before a bfloat16 product, not with it. Its own choice for convolutions on
+    one thread is MKL too, so oneDNN's is called by its name.
+    """
+    # Channels-last, and a view. (As [1, C, M, 1] a prime M is slow.)
+    x_1C1M, weight_OC11 = x_MC[None, None].permute(0, 3, 1, 2), weight_OC[:, :, None, None]
+    y_1O1M = torch.ops.aten.mkldnn_convolution(
+        x_1C1M, weight_OC11, bias, padding=[0, 0], stride=[1, 1], dilation=[1, 1], groups=1
+    )
+    y_MO: Tensor = y_1O1M.permute(0, 2, 3, 1).flatten(0, 2)
+    return y_MO
 
 
 def _linear_backward(
     grad_MO: Tensor, x_MC: Tensor, weight_OC: Tensor, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, weight and bias, those that are needed."""
-    by_matmul = x_MC.device.type != "cpu" or not onednn.is_available() or not x_MC.numel()
-    if by_matmul or x_MC.dtype != torch.float32:
-        return (
-            grad_MO @ weight_OC if needs[0] else None,
-            grad_MO.t() @ x_MC if needs[1] else None,
-            grad_MO.sum(0) if needs[2] else None,
-        )
-    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        _as_image(grad_MO),
-        _as_image(x_MC),
-        weight_OC[:, :, None, None],
-        [len(weight_OC)],
-        [1, 1],
-        [0, 0],
-        [1, 1],
-        False,
-        [0, 0],
-        1,
-        needs,
-    )
-    if needs[0]:
-        grad_x = grad_x.permute(0, 2, 3, 1).flatten(0, 2)
-    if needs[1]:
-        grad_weight = grad_weight.flatten(1)
-    return grad_x, grad_weight, grad_bias
+    grad_x = grad_weight = None
+    if x_MC.dtype != torch.float32 or not _by_onednn(x_MC):
+        grad_x = grad_MO @ weight_OC if needs[0] else None
+        grad_weight = grad_MO.t() @ x_MC if needs[1] else None
+    else:
+        if needs[0]:
+            grad_x = _product(grad_MO, weight_OC.t())
+        if needs[1] and grad_MO.shape[1] > x_MC.shape[1]:
+            grad_weight = _product(grad_MO.t(), x_MC.t())
+        elif needs[1]:  # oneDNN is slow where there are more outputs than rows
+            grad_weight = _product(x_MC.t(), grad_MO.t()).t()
+    return grad_x, grad_weight, grad_MO.sum(0) if needs[2] else None
 
 
 class _Product(NamedTuple):
@@ -218,7 +218,12 @@ def _untouched(made: _Product | _Activation, x: Tensor) -> bool:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, x_kept: Tensor, rows: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        x_kept: Tensor,
+        rows: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(x_kept, weight, rows)
         ctx.shape = x.shape
@@ -228,7 +233,9 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x_kept, weight, rows = ctx.saved_tensors
-        grad = grad.flatten(0, -2)[rows]
+        grad = grad.flatten(0, -2)
+        if rows is not None:
+            grad = grad[rows]
         grads = _linear_backward(grad, x_kept, weight, ctx.needs_input_grad[:3])
         return _spread(grads[0], rows, ctx.shape), *grads[1:], None, None
 
@@ -361,10 +368,12 @@ def _weights(q_GHMD: Tensor, k_GHND: Tensor, bias: Tensor | None) -> Tensor:
     return score.softmax(-1).unflatten(0, q_GHMD.shape[:2])
 
 
-def _spread(values: Tensor | None, rows: Tensor, shape: Any) -> Tensor | None:
-    """Rows in their places of a tensor of zeros: [..., C]."""
+def _spread(values: Tensor | None, rows: Tensor | None, shape: Any) -> Tensor | None:
+    """Rows in their places of a tensor of zeros: [..., C]; or all rows, if there are no places."""
     if values is None:
         return None
+    if rows is None:
+        return values.view(shape)
     whole = values.new_zeros(shape)
     whole.flatten(0, -2)[rows] = values
     return whole
