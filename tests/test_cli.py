@@ -136,3 +136,44 @@ def test_predict_from_the_command_line(
     assert "top_k must be 1 or more, got 0" in _fail(
         ["predict", files[0], *model, "--top_k", "0"], capsys
     )
+
+
+def test_a_recipe_gives_defaults_and_what_is_given_goes_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[TrainConfig] = []
+
+    def train(config: TrainConfig, /, resume: bool = False) -> None:
+        """Train.
+
+        Args:
+            config: of the run.
+            resume: go on.
+        """
+        seen.append(config)
+
+    monkeypatch.setitem(cli.COMMANDS, "train", train)
+    file = tmp_path / "mine.yaml"
+    file.write_text("epochs: 5\nwarm_start: 7\n")
+    start = ["train", "--data", "x", "--output", "y"]
+    for more in (
+        [],
+        ["--recipe", "paper"],
+        ["--recipe", "fast"],
+        ["--epochs", "30", "--recipe=fast"],
+        ["--config", str(file), "--warm-start", "0", "--recipe", "fast"],
+    ):
+        assert cli.main([*start, *more]) == 0
+    fast = TrainConfig.from_recipe("fast", data="x", output="y")
+    paper = TrainConfig(data="x", output="y")
+    assert seen == [
+        paper,
+        paper,
+        fast,
+        dataclasses.replace(fast, epochs=30),  # the paper's number, asked for
+        dataclasses.replace(fast, epochs=5, warm_start=0),
+    ]
+    assert fast != paper
+    assert fast.epochs * 4 <= paper.epochs
+    with pytest.raises(ValueError, match="recipe must be one of paper, fast, got 'slow'"):
+        TrainConfig.from_recipe("slow", data="x", output="y")

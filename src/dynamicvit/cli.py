@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import json
 import os
 import sys
 import typing
@@ -28,6 +29,7 @@ from dynamicvit.deploy.export import export
 from dynamicvit.deploy.predict import predict
 from dynamicvit.deploy.sweep import sweep
 from dynamicvit.quickstart import quickstart
+from dynamicvit.training.config import RECIPES, TrainConfig, find_recipe
 from dynamicvit.training.evaluate import evaluate
 from dynamicvit.training.fit import train
 from dynamicvit.training.plot import plot
@@ -75,7 +77,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _fail("dynamicvit", f"no command {name!r}; commands are {', '.join(COMMANDS)}")
     function = COMMANDS[name]
     parser, configs = _build_parser(name, function)
-    values = parser.parse_args([_underscored(item) for item in rest]).as_dict()
+    given = [_underscored(item) for item in rest]
+    values = parser.parse_args(given).as_dict()
+    if "recipe" in values:  # what is given, also in a file, comes after it and so goes before it
+        recipe = find_recipe(values["recipe"]).items()
+        options = [f"--{option}={json.dumps(value)}" for option, value in recipe]
+        values = parser.parse_args([*options, *given]).as_dict()
+        del values["recipe"]
     values.pop("config_file", None)
     try:
         for parameter, kind in configs.items():
@@ -112,6 +120,14 @@ def _build_parser(
         if dataclasses.is_dataclass(kind):
             configs[parameter.name] = typing.cast(type, kind)
             parser.add_class_arguments(kind)
+            if kind is TrainConfig:
+                parser.add_argument(
+                    "--recipe",
+                    choices=list(RECIPES),
+                    default="paper",
+                    help="what options are by default: the paper's, or fast: "
+                    + ", ".join(f"{option} {value}" for option, value in RECIPES["fast"].items()),
+                )
         elif required and kind == list[str]:
             parser.add_argument(parameter.name, nargs="+", help=helps[parameter.name])
         elif parameter.kind is parameter.POSITIONAL_ONLY:
