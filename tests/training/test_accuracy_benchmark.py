@@ -147,7 +147,8 @@ def test_the_plan_has_every_comparison() -> None:
     assert {row.stages for row in rows} == {1, 2, 3}
     removed = [row.options for row in rows if row.table == "losses"]
     assert removed == [
-        {f"{name}_weight": 0.0} for name in ("cross_entropy", "ratio", "logit_kl", "token")
+        {**accuracy.BEST_START, f"{name}_weight": 0.0}
+        for name in ("cross_entropy", "ratio", "logit_kl", "token")
     ]
     assert {row.seed for row in rows if row.name == "learned-0.7"} == {0, 1, 2}
     assert {row.seed for row in rows if row.name == "learned-0.9"} == {0}
