@@ -56,7 +56,7 @@ BASELINES = tuple(name for name in SCORERS if name != "learned")
 BASELINE_RATIOS = (0.7, 0.5)
 MERGING = tuple(name for name in BASELINES if issubclass(SCORERS[name], Merger))
 LOSSES = ("cross_entropy", "ratio", "logit_kl", "token")
-WARM_START = 60  # steps, of those that a row has
+WARM_START = 120  # steps, of those that a row has; half of them at most
 BEST_START = {"warm_start": WARM_START}  # of learned selection; it begins at the ratio by default
 STEP_BASELINES = ("random", "class_attention")  # with as few steps as the learned one
 
@@ -520,7 +520,7 @@ def print_table(console: Console, rows: Iterable[dict[str, Any]]) -> None:
 def curves(rows: Sequence[dict[str, Any]], axis: str) -> dict[str, list[dict[str, Any]]]:
     """Named curves over `axis`: "gmacs", a curve a method, or "steps", one a variant."""
     found: dict[str, list[dict[str, Any]]] = {}
-    full = max((row["steps"] for row in rows if row["table"] == "main"), default=0)
+    full = max((_cost("steps")(row) for row in rows if row["table"] == "main"), default=0)
     for row in rows:
         if axis == "gmacs" and row["table"] == "main":
             name = row["scorer"] + (", not trained" if row["steps"] == 0 else "")
@@ -529,7 +529,7 @@ def curves(rows: Sequence[dict[str, Any]], axis: str) -> dict[str, list[dict[str
         elif (
             axis == "steps"
             and (row["table"], row["keep_ratio"]) == ("main", 0.7)
-            and row["steps"] == full
+            and _cost("steps")(row) == full
             and row["scorer"] in ("learned", "random", "class_attention")
         ):
             name = {"learned": "learned_warm_at_ratio"}.get(row["scorer"], row["scorer"])
