@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"core", "backbones", "files"},
     "training": LAYER,
     "deploy": LAYER,
-    "views": LAYER,
+    "views": LAYER | {"training.plot"},  # a report has a run's diagrams
     "quickstart": LAYER | {PUBLIC, "training", "deploy", "views"},
     "demo": LAYER | {"deploy", "views"},
     "cli": LAYER | {PUBLIC, "training", "deploy", "views", "quickstart", "demo"},

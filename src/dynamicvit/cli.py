@@ -35,6 +35,7 @@ from dynamicvit.training.fit import train
 from dynamicvit.training.plot import plot
 from dynamicvit.views.compare import compare
 from dynamicvit.views.explain import explain
+from dynamicvit.views.report import report
 
 COMMANDS: dict[str, Callable[..., object]] = {
     "quickstart": quickstart,
@@ -43,6 +44,7 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "sweep": sweep,
     "compare": compare,
     "plot": plot,
+    "report": report,
     "predict": predict,
     "explain": explain,
     "demo": demo,

@@ -14,7 +14,7 @@ import yaml
 
 from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.files import write_bytes
-from dynamicvit.training.fit import CONFIG
+from dynamicvit.training.fit import BEST, CONFIG
 from dynamicvit.training.records import METRICS
 
 _FORMATS = ("png", "svg", "pdf")
@@ -32,11 +32,11 @@ _LOSSES = {
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _DASHES = ("-", (0, (6, 1)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (3, 2)), (0, (8, 2)), "-.")
 _MARKERS = "os^Dv<>"
-_MANY = 60  # points of a line from which it is drawn pale, with its running mean over it
+MANY = 60  # points of a line from which it is drawn pale, with its running mean over it
 
 
 @dataclass
-class _Panel:
+class Panel:
     """One diagram: named lines of (step, value), and values aimed at."""
 
     title: str
@@ -74,7 +74,7 @@ def plot(run: str, /, output: str | None = None) -> Path:
     except ImportError as error:
         raise ValueError("plot needs the extra: pip install 'dynamicvit[plot]'") from error
 
-    panels = _panels(_read_metrics(folder), _read_ratios(folder))
+    panels = read_panels(folder)
     rows = math.ceil(len(panels) / 2)
     figure = Figure(figsize=(12, 0.5 + 3.3 * rows), layout="constrained")
     figure.suptitle(folder.resolve().name)
@@ -91,6 +91,21 @@ def plot(run: str, /, output: str | None = None) -> Path:
     figure.savefig(picture, format=kind, dpi=120)
     write_bytes(path, picture.getvalue())
     return path
+
+
+def find_best(run: Path) -> Path | None:
+    """The model folder in that of a run; None if `run` is not a run's, or has no model yet."""
+    best = run / BEST
+    return best if (run / METRICS).is_file() and best.is_dir() else None
+
+
+def read_panels(run: Path) -> list[Panel]:
+    """What there is to draw of a run, in order: what it did not log has no panel.
+
+    Raises:
+        ValueError: as `plot` does.
+    """
+    return _panels(_read_metrics(run), _read_ratios(run))
 
 
 def _read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -135,14 +150,14 @@ def _read_ratios(folder: Path) -> Sequence[float]:
         raise ValueError(f"{path} is not a run's config: {error}") from error
 
 
-def _panels(lines: list[dict[str, Any]], ratios: Sequence[float]) -> list[_Panel]:
+def _panels(lines: list[dict[str, Any]], ratios: Sequence[float]) -> list[Panel]:
     """What there is to draw, in order: what a run did not log has no panel."""
     warm_steps = max((line["step"] for line in lines if line["kind"] == "warm_start"), default=0)
     # In one order, so that colours are the same in every run's picture.
-    losses = _Panel("loss", {name: [] for name in _LOSSES.values()}, log=True)
-    top1 = _Panel("validation top-1, %", markers=True)
-    kept = _Panel("share of tokens kept", targets=ratios)
-    others = {"lr": _Panel("learning rate", log=True, smooth=False)}
+    losses = Panel("loss", {name: [] for name in _LOSSES.values()}, log=True)
+    top1 = Panel("validation top-1, %", markers=True)
+    kept = Panel("share of tokens kept", targets=ratios)
+    others = {"lr": Panel("learning rate", log=True, smooth=False)}
     for line in lines:
         step = line["step"]
         if line["kind"] == "validation":
@@ -161,19 +176,19 @@ def _panels(lines: list[dict[str, Any]], ratios: Sequence[float]) -> list[_Panel
                 _add(kept, "stage", step, value)
             elif key not in ("kind", "step", "epoch"):
                 title = key.replace("_", " ")
-                panel = others.setdefault(key, _Panel(title, log="norm" in key))
+                panel = others.setdefault(key, Panel(title, log="norm" in key))
                 _add(panel, "", step, value)
     rates, *rest = others.values()
     news = [panel for panel in rest if _changes(panel)]
     return [panel for panel in (losses, top1, kept, rates, *news) if any(panel.lines.values())]
 
 
-def _changes(panel: _Panel) -> bool:
+def _changes(panel: Panel) -> bool:
     """Whether there is something to see: not in a count of skipped steps that stays 0."""
     return any(len({value for _, value in points}) > 1 for points in panel.lines.values())
 
 
-def _add(panel: _Panel, name: str, step: float, value: Any) -> None:
+def _add(panel: Panel, name: str, step: float, value: Any) -> None:
     """Add a number, a list of them (one a stage), or a dict of them, to a panel's lines."""
     if isinstance(value, dict):
         for key, item in value.items():
@@ -186,7 +201,7 @@ def _add(panel: _Panel, name: str, step: float, value: Any) -> None:
         panel.lines.setdefault(name, []).append((step, number))
 
 
-def _draw(axes: Any, panel: _Panel) -> None:
+def _draw(axes: Any, panel: Panel) -> None:
     log = panel.log and any(value > 0 for points in panel.lines.values() for _, value in points)
     for index, (name, points) in enumerate(panel.lines.items()):
         if not points:
@@ -201,9 +216,9 @@ def _draw(axes: Any, panel: _Panel) -> None:
         }
         if panel.markers or name == "validation" or len(points) == 1:
             style |= {"marker": _MARKERS[index % len(_MARKERS)], "markersize": 4}
-        elif len(points) >= _MANY and panel.smooth:
+        elif len(points) >= MANY and panel.smooth:
             axes.plot(steps, values, color=style["color"], linewidth=0.8, alpha=0.2)
-            values = _running_mean(steps, values)
+            values = running_mean(steps, values)
         axes.plot(steps, values, **style)
         if index < len(panel.targets):
             axes.axhline(panel.targets[index], color=style["color"], linestyle="--", linewidth=1)
@@ -217,7 +232,7 @@ def _draw(axes: Any, panel: _Panel) -> None:
         axes.legend(fontsize="small", ncols=2)
 
 
-def _running_mean(steps: Sequence[float], values: Sequence[float]) -> list[float]:
+def running_mean(steps: Sequence[float], values: Sequence[float]) -> list[float]:
     """The mean of the values near each: a tenth of all, those that are not finite left out, and
     those of the warm start (steps up to 0) apart from the others."""
     width = len(values) // 20

@@ -31,7 +31,7 @@ _MOST = 3  # a small image is enlarged to no more than this many times that leng
 
 def draw_explanation(explanation: Explanation) -> Image.Image:
     """Three rows: the input and what each stage keeps; the scores; the predictions."""
-    shown = _panels(explanation, _SIDE)
+    shown = draw_panels(explanation, _SIDE)
     width, height = shown[0].size
     titles = _titles(explanation)
     size = max(13, round(min(width, height) / 17))
@@ -61,7 +61,7 @@ def draw_explanation(explanation: Explanation) -> Image.Image:
         heat, lowest, highest = heat_map(explanation, stage)
         sheet.paste(Image.fromarray(heat).resize((width, height), _NEAREST), (left, heat_top))
         top = heat_top + height + gap // 2
-        ramp = _colour(np.linspace(0, 1, width))[None].repeat(bar, axis=0)
+        ramp = heat_colours(np.linspace(0, 1, width))[None].repeat(bar, axis=0)
         sheet.paste(Image.fromarray(ramp), (left, top))
         threshold = float(scores[explanation.kept[stage]].min())
         span = highest - lowest
@@ -85,7 +85,7 @@ def draw_explanation(explanation: Explanation) -> Image.Image:
 
 def draw_frames(explanation: Explanation) -> list[Image.Image]:
     """The input, then what each stage keeps, each with its title and the likeliest classes."""
-    shown = _panels(explanation, _SIDE)
+    shown = draw_panels(explanation, _SIDE)
     titles = _titles(explanation)
     size = max(13, round(min(shown[0].size) / 17))
     gap, line = size, round(1.35 * size)
@@ -129,7 +129,7 @@ def draw_sheet(
     """
     size = max(12, round(side / 9)) if side < _SIDE else max(13, round(side / 17))
     gap, line = 2 * size // 3, round(1.35 * size)
-    first = _panels(explanations[0], side)
+    first = draw_panels(explanations[0], side)
     start, *kept = explanations[0].counts
     titles = [f"{start} patches", *(f"{count} kept" for count in kept)]
     cell_w = max(first[0].width, *(math.ceil(_length(title, size)) for title in titles)) + gap
@@ -154,7 +154,7 @@ def draw_sheet(
     for index, explanation in enumerate(explanations):
         group, row = divmod(index, rows)
         left, top = gap + group * group_w, head + row * cell_h
-        shown = first if index == 0 else _panels(explanation, side)
+        shown = first if index == 0 else draw_panels(explanation, side)
         for column, picture in enumerate(shown):
             sheet.paste(picture, (left + column * cell_w, top))
         below = _captions(explanation) if captions is None else [captions[index]]
@@ -190,7 +190,7 @@ def heat_map(explanation: Explanation, stage: int) -> tuple[np.ndarray, float, f
         (float(scores[there].min()), float(scores[there].max())) if there.any() else (0.0, 0.0)
     )
     share = (np.where(there, scores, lowest) - lowest) / ((highest - lowest) or 1.0)
-    colours = np.where(there[:, None], _colour(share), np.array(_GONE, dtype=np.uint8))
+    colours = np.where(there[:, None], heat_colours(share), np.array(_GONE, dtype=np.uint8))
     size = explanation.pixels.shape[:2]
     grid = colours.reshape(*explanation.grid, 3)
     return _spread(grid, explanation.patch_size, size), lowest, highest
@@ -205,14 +205,14 @@ def _spread(grid: np.ndarray, patch_size: tuple[int, int], size: Sequence[int]) 
     return pixels[: size[0], : size[1]]
 
 
-def _colour(share: np.ndarray) -> np.ndarray:
+def heat_colours(share: np.ndarray) -> np.ndarray:
     """Numbers from 0 to 1, [n] → colours, [n, 3] uint8."""
     stops = np.linspace(0, 1, len(_HEAT))
     channels = [np.interp(share, stops, channel) for channel in zip(*_HEAT, strict=True)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
-def _panels(explanation: Explanation, side: int) -> list[Image.Image]:
+def draw_panels(explanation: Explanation, side: int) -> list[Image.Image]:
     """The input and what each stage keeps, brought to about `side` pixels by a whole factor, so
     that patches stay sharp."""
     pixels = explanation.pixels
