@@ -252,6 +252,23 @@ def test_a_run_is_found_from_its_model(run: Path, tmp_path: Path) -> None:
         assert page.text.count("Not measured") == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "text"),
+    [
+        ("eva02_tiny_patch14_224", {}, "32 tokens: 8 × 4 of 8 × 8 pixels"),
+        ("lvvit_small", {"stem_width": 8, "patch_size": 16}, "8 tokens: 4 × 2 of 16 × 16 pixels"),
+        ("vit_tiny_patch16_224", {"num_classes": 0}, "classes0"),
+    ],
+)
+def test_other_models_are_described(
+    name: str, options: dict[str, Any], text: str, tmp_path: Path
+) -> None:
+    save_folder(sparsify(tiny_vit(name, img_size=(32, 64), **options), 0.7), tmp_path / "model")
+    page = _Page(report(str(tmp_path / "model")))
+    assert text in page.text
+    assert "64 × 32 pixels, channels: 3" in page.text
+
+
 def _numbers(element: ElementTree.Element, *names: str) -> list[float]:
     return [float(element.attrib[name]) for name in names]
 

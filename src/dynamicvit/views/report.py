@@ -424,7 +424,7 @@ def _describe_model(found: _Model) -> list[_Block]:
                 f"{_millions(weights + scorers)}: {_millions(weights)} of the backbone, "
                 f"{_millions(scorers)} of {len(sparse.scorers)} scorers",
             ),
-            ("input", f"{width} × {height} pixels, {channels} channels"),
+            ("input", f"{width} × {height} pixels, channels: {channels}"),
             (
                 "patches",
                 f"{rows * columns} tokens: {columns} × {rows} of {patch[1]} × {patch[0]} pixels",
