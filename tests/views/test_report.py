@@ -222,6 +222,9 @@ def test_a_report_names_what_is_wrong(bare: Path, run: Path, tmp_path: Path) -> 
         bad.write_text(content)
         with pytest.raises(ValueError, match=r"bad.json is not what `dynamicvit benchmark` writes"):
             report(str(bare), benchmark=str(bad))
+    bad.write_text('{"points": []}')
+    with pytest.raises(ValueError, match=r"bad.json is not what `dynamicvit sweep` writes"):
+        report(str(bare), sweep=str(bad))
     half = _read(run, "benchmark.json")
     del half["measurements"][1]["speed_up"]
     bad.write_text(json.dumps(half))
@@ -248,6 +251,7 @@ def test_a_run_is_found_from_its_model(run: Path, tmp_path: Path) -> None:
     ]
     for page in pages:
         assert "51.2" in str(page.tags)
+        assert f"{run.name}: a dynamicvit report" in page.text
         assert "No images were given." in page.text, "the only thing that lies nowhere"
         assert page.text.count("Not measured") == 0
 

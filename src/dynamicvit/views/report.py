@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
@@ -24,32 +22,17 @@ from timm.data import resolve_input_data_config
 from torch.utils.data import IterableDataset
 
 from dynamicvit import __version__
-from dynamicvit.checkpoint import load_model
-from dynamicvit.core.folder import WEIGHTS
-from dynamicvit.core.macs import count_gmacs
-from dynamicvit.core.model import SparseViT
 from dynamicvit.core.predict import Prediction, class_names
 from dynamicvit.embedded import ASSETS
 from dynamicvit.files import write_text
-from dynamicvit.training.evaluate import input_size, open_images, start_evaluation, token_counts
-from dynamicvit.training.plot import (
-    CONFIG,
-    MANY,
-    METRICS,
-    Panel,
-    find_best,
-    read_panels,
-    running_mean,
-)
+from dynamicvit.training.evaluate import input_size, open_images, start_evaluation
+from dynamicvit.training.plot import MANY, METRICS, Panel, read_panels, running_mean
 from dynamicvit.views import explanation, pictures
 from dynamicvit.views.charts import draw_lines, draw_schedule
-from dynamicvit.views.compare import ARRAYS, JSON
+from dynamicvit.views.findings import BENCHMARK, COMPARE, SWEEP, Findings, Written, arrows, gather
 
-# Where a report looks beside the model, and what the commands that it names write.
-BENCHMARK, SWEEP, COMPARE, REPORT = "benchmark.json", "sweep.json", "compare", "report.html"
 _OWN = "own backbone"  # what is called dense where no other dense model was named
-_QUICKSTART = ("sparse", "sparse_run", "metrics.json")  # of a quickstart: model, run, figures
-
+_PAGE = "report.html"  # what is written, and its template
 _LOOKED_AT = 256  # images, from all over the split, of which examples are taken
 _BATCH = 32
 _EXAMPLES = 4  # shown of a kind
@@ -145,57 +128,6 @@ class _Card:
     note: str
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A model, and where what belongs to it lies: None for a model that is in no folder here."""
-
-    model: str
-    home: Path | None
-    run: Path | None
-
-
-@dataclass(frozen=True)
-class _Written:
-    """What a command wrote; `with` it, errors that its content causes name the file."""
-
-    path: Path
-    command: str
-    content: Any
-
-    def __enter__(self) -> Any:
-        return self.content
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception):  # foreign content makes readers raise nearly anything
-            reason = f"no {error}" if isinstance(error, KeyError) else error
-            raise ValueError(
-                f"{self.path} is not what `dynamicvit {self.command}` writes: {reason}"
-            ) from error
-
-
-@dataclass(frozen=True)
-class _Model:
-    """A model and what its folders tell of it, found or not."""
-
-    name: str  # as it was asked for
-    place: _Place
-    sparse: SparseViT
-    tokens: tuple[int, ...]
-    gmacs: tuple[float, float]  # dense, sparse
-    config: dict[str, Any]  # of the run; empty if there is none
-    benchmark: _Written | None
-    compare: _Written | None
-    maps: _Written | None  # arrays, beside what `compare` holds
-    sweep: _Written | None
-    quickstart: _Written | None
-    sources: list[tuple[str, str]]  # what a part is made from, and when that was measured
-    refused: dict[str, str]  # what was found but is of another model → why
-
-    @property
-    def data(self) -> str:
-        return str(self.config.get("data") or "path/to/images")
-
-
 def report(
     model: str,
     /,
@@ -232,14 +164,10 @@ def report(
         ValueError, FileNotFoundError: naming what is wrong with an option, the model or the data;
             or if a file that is named is not what its command writes, or is of another model.
     """
-    place = _locate(model)
-    target = Path(output) if output is not None else (place.home or Path()) / REPORT
-    if target.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"output must end in .html, got {str(target)!r}")
-    sparse = load_model(place.model)
-    if not isinstance(sparse, SparseViT):
-        raise ValueError(f"model must be sparse, got the dense model {place.model}")
-    found = _gather(model, place, sparse, benchmark, compare, sweep)
+    if output is not None and Path(output).suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"output must end in .html, got {output!r}")
+    found = gather(model, benchmark, compare, sweep)
+    target = Path(output) if output is not None else (found.place.home or Path()) / _PAGE
     looked_at = None if data is None else _look_at(found, data, data_dir, split)
     sections = [
         _Section("The model", _describe_model(found)),
@@ -265,117 +193,7 @@ def report(
     return target
 
 
-def _locate(name: str) -> _Place:
-    """The model meant by a folder of a run, of a quickstart or of a model; or by a hub id."""
-    folder = Path(name)
-    model, run, figures = _QUICKSTART
-    if not folder.is_dir():
-        return _Place(name, None, None)
-    if (folder / METRICS).is_file():
-        best = find_best(folder)
-        if best is None:
-            raise ValueError(f"model must have finished an epoch, got the run {name!r} without one")
-        return _Place(str(best), folder, folder)
-    if (folder / model).is_dir() and (folder / figures).is_file():
-        return _Place(str(folder / model), folder, folder / run)
-    above = folder.resolve().parent if folder.name in ("", "..") else folder.parent
-    best = find_best(above)
-    if best is not None and best.resolve() == folder.resolve():
-        return _Place(name, above, above)
-    if folder.resolve() == (above / model).resolve() and (above / figures).is_file():
-        return _Place(name, above, above / run)
-    return _Place(name, folder, None)
-
-
-def _gather(
-    model: str,
-    place: _Place,
-    sparse: SparseViT,
-    benchmark: str | None,
-    compare: str | None,
-    sweep: str | None,
-) -> _Model:
-    """Read what there is of a model. Errors as for `report`."""
-    tokens, size = token_counts(sparse), input_size(sparse)
-    gmacs = count_gmacs(sparse.backbone, size), count_gmacs(sparse, size)
-    sources: list[tuple[str, str]] = []
-    refused: dict[str, str] = {}
-
-    def read(command: str, given: str | None, usual: str, inside: str = "") -> _Written | None:
-        if given is None and (place.home is None or not (place.home / usual / inside).exists()):
-            return None
-        path = (Path(given) if given is not None else cast(Path, place.home) / usual) / inside
-        if not path.is_file():
-            raise FileNotFoundError(f"{command} must be what the command wrote, got no file {path}")
-        with _Written(path, command, None):
-            content = json.loads(path.read_text(encoding="utf-8"))
-        found = _Written(path, command, content)
-        with found as result:
-            theirs = _tokens_of(command, result)
-            date = result["environment"]["date"]
-        if list(tokens) not in theirs:
-            reason = (
-                f"{path} is of another model, with {_arrows(theirs[0])} tokens, where this one has "
-                f"{_arrows(tokens)}"
-            )
-            if given is not None:
-                raise ValueError(f"{command} must be of this model: {reason}")
-            refused[command] = reason
-            return None
-        weights = Path(place.model) / WEIGHTS
-        old = weights.exists() and path.stat().st_mtime < weights.stat().st_mtime
-        note = ", before the model's file was" if old else ""
-        sources.append((str(path), f"dynamicvit {command}, {date}{note}"))
-        return found
-
-    measured = {
-        "benchmark": read("benchmark", benchmark, BENCHMARK),
-        "compare": read("compare", compare, COMPARE, JSON),
-        "sweep": read("sweep", sweep, SWEEP),
-    }
-    if place.home is not None and place.run == place.home / _QUICKSTART[1]:
-        measured["quickstart"] = read("quickstart", None, _QUICKSTART[2])
-    if (comparison := measured["compare"]) is not None:
-        measured["maps"] = _read_maps(comparison.path.with_name(ARRAYS))
-    config: dict[str, Any] = {}
-    for name in (CONFIG, METRICS) if place.run is not None else ():
-        path = cast(Path, place.run) / name
-        if path.is_file():
-            sources.append((str(path), "dynamicvit train"))
-        if path.is_file() and name == CONFIG:
-            with _Written(path, "train", None):
-                config = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-    return _Model(
-        name=model,
-        place=place,
-        sparse=sparse,
-        tokens=tokens,
-        gmacs=gmacs,
-        config=config,
-        sources=sources,
-        refused=refused,
-        **{"maps": None, "quickstart": None, **measured},
-    )
-
-
-def _tokens_of(command: str, result: dict[str, Any]) -> list[list[int]]:
-    """The token counts of what a command measured: a sweep's are of many schedules."""
-    if command == "sweep":
-        return [list(point["tokens"]) for point in result["points"]]
-    return [list(result["sparse"]["tokens"] if command == "quickstart" else result["tokens"])]
-
-
-def _read_maps(path: Path) -> _Written:
-    found = _Written(path, "compare", {})
-    with found as content, np.load(path, allow_pickle=False) as arrays:
-        for name in ("keep", "keep_by_class", "images_by_class", "class_names"):
-            content[name] = arrays[name]
-        if content["keep_by_class"].shape[1:] != content["keep"].shape:
-            raise ValueError(f"keep has shape {content['keep'].shape}")
-    return found
-
-
-def _missing(found: _Model, what: str, command: str, again: bool = False) -> _Missing:
+def _missing(found: Findings, what: str, command: str, again: bool = False) -> _Missing:
     """Name what a command would add, and how to call it so that the next report finds it.
 
     Args:
@@ -400,7 +218,7 @@ def _missing(found: _Model, what: str, command: str, again: bool = False) -> _Mi
     return _Missing(f"{what} (dynamicvit {command})", why, calls, again)
 
 
-def _describe_model(found: _Model) -> list[_Block]:
+def _describe_model(found: Findings) -> list[_Block]:
     sparse = found.sparse
     backbone: Any = sparse.backbone
     data = resolve_input_data_config(backbone)
@@ -442,7 +260,7 @@ def _describe_model(found: _Model) -> list[_Block]:
     return [table, *([_Details("Names of the classes", ", ".join(names))] if names else [])]
 
 
-def _describe_schedule(found: _Model) -> list[_Block]:
+def _describe_schedule(found: Findings) -> list[_Block]:
     schedule, start = found.sparse.schedule, found.tokens[0]
     depth = len(cast(Any, found.sparse.backbone).blocks)
     drawing = _Figure(
@@ -470,7 +288,7 @@ def _describe_schedule(found: _Model) -> list[_Block]:
     ]
 
 
-def _describe_accuracy(found: _Model) -> list[_Block]:
+def _describe_accuracy(found: Findings) -> list[_Block]:
     dense, sparse = found.gmacs
     weights, scorers = _count(found.sparse.backbone), _count(found.sparse.scorers)
     blocks: list[_Block] = [
@@ -524,7 +342,7 @@ def _describe_accuracy(found: _Model) -> list[_Block]:
     return blocks
 
 
-def _accuracies(found: _Model) -> list[tuple[str, ...]]:
+def _accuracies(found: Findings) -> list[tuple[str, ...]]:
     """A row for each command that measured it, the surest first."""
     rows: list[tuple[str, ...]] = []
 
@@ -556,7 +374,7 @@ def _accuracies(found: _Model) -> list[tuple[str, ...]]:
     return rows
 
 
-def _speeds(found: _Model) -> tuple[list[dict[str, Any]], str]:
+def _speeds(found: Findings) -> tuple[list[dict[str, Any]], str]:
     """Measurements and what they were made on; those of a quickstart if there are no others."""
     if found.benchmark is not None:
         with found.benchmark as result:
@@ -568,11 +386,11 @@ def _speeds(found: _Model) -> tuple[list[dict[str, Any]], str]:
     return [], ""
 
 
-def _describe_speed(found: _Model) -> list[_Block]:
+def _describe_speed(found: Findings) -> list[_Block]:
     measured, machine = _speeds(found)
     blocks: list[_Block] = []
     if measured:
-        with cast(_Written, found.benchmark or found.quickstart):
+        with cast(Written, found.benchmark or found.quickstart):
             blocks += _draw_speed(found, measured, machine)
     if found.benchmark is None:
         what = "speed in every engine of the machine"
@@ -591,7 +409,7 @@ def _describe_speed(found: _Model) -> list[_Block]:
 
 
 def _draw_speed(
-    found: _Model, measured: Sequence[dict[str, Any]], machine: str
+    found: Findings, measured: Sequence[dict[str, Any]], machine: str
 ) -> Iterator[_Block]:
     lines: dict[str, list[tuple[float, float]]] = {}
     for item in measured:
@@ -638,7 +456,7 @@ def _draw_speed(
     yield _Table(f"Dense and pruned timed in turn on {machine}", header, rows)
 
 
-def _describe_sweep(found: _Model) -> list[_Block]:
+def _describe_sweep(found: Findings) -> list[_Block]:
     if found.sweep is None:
         what = "accuracy and cost of the same weights at other keep ratios"
         return [_missing(found, what, "sweep")]
@@ -691,7 +509,7 @@ def _describe_sweep(found: _Model) -> list[_Block]:
         ]
 
 
-def _describe_maps(found: _Model) -> list[_Block]:
+def _describe_maps(found: Findings) -> list[_Block]:
     if found.maps is None or found.compare is None:
         return [_missing(found, "keep maps over a data set", "compare", again=True)]
     with found.maps as maps, found.compare as result:
@@ -766,7 +584,7 @@ class _LookedAt:
     where: str
 
 
-def _look_at(found: _Model, data: str, data_dir: str | None, split: str) -> _LookedAt:
+def _look_at(found: Findings, data: str, data_dir: str | None, split: str) -> _LookedAt:
     """Run the model on images from all over a split. Errors as for `report`."""
     accelerator = start_evaluation("no")
     sparse = found.sparse.to(accelerator.device)
@@ -808,7 +626,7 @@ def _first(loader: Any) -> Iterator[tuple[torch.Tensor, int]]:
             yield image, target
 
 
-def _describe_examples(found: _Model, looked_at: _LookedAt | None) -> list[_Block]:
+def _describe_examples(found: Findings, looked_at: _LookedAt | None) -> list[_Block]:
     if looked_at is None:
         return [_missing_examples(found)]
     right, wrong, apart = _sorted(looked_at)
@@ -828,7 +646,7 @@ def _describe_examples(found: _Model, looked_at: _LookedAt | None) -> list[_Bloc
     return blocks
 
 
-def _missing_examples(found: _Model, again: bool = False) -> _Missing:
+def _missing_examples(found: Findings, again: bool = False) -> _Missing:
     command = ["dynamicvit", "report", found.name, "--data", found.data]
     return _Missing("example images (--data)", "No images were given.", [command], again)
 
@@ -871,7 +689,7 @@ def _strip(panels: Sequence[Image.Image]) -> Image.Image:
     return strip
 
 
-def _describe_changes(found: _Model, looked_at: _LookedAt | None) -> list[_Block]:
+def _describe_changes(found: Findings, looked_at: _LookedAt | None) -> list[_Block]:
     blocks: list[_Block] = []
     if found.compare is None:
         what = "which answers change over a data set"
@@ -919,7 +737,7 @@ def _list_changes(result: dict[str, Any]) -> Iterator[_Block]:
     yield _Table("Top-1 by class, in percent; those that lose most first", header, by_class)
 
 
-def _describe_training(found: _Model) -> list[_Block]:
+def _describe_training(found: Findings) -> list[_Block]:
     run = found.place.run
     if run is None or not (run / METRICS).is_file():
         options = ["--data", "path/to/images", "--model", "deit_small_patch16_224"]
@@ -979,7 +797,7 @@ def _draw_panel(panel: Panel, steps_shown: tuple[float, float]) -> _Figure:
     )
 
 
-def _describe_use(found: _Model) -> list[_Block]:
+def _describe_use(found: Findings) -> list[_Block]:
     model = found.place.model
     python = f"""import dynamicvit
 
@@ -1020,14 +838,14 @@ output.logits, output.keep  # and which tokens each stage kept"""
     ]
 
 
-def _describe_sources(found: _Model) -> list[_Block]:
+def _describe_sources(found: Findings) -> list[_Block]:
     if not found.sources:
         return [_Text("Nothing that other commands write was found beside the model.")]
     note = "The model itself gave architecture, schedule, parameters and GMACs."
     return [_Text(note), _Table("What this page is made of", ("file", "written by"), found.sources)]
 
 
-def _cards(found: _Model) -> list[_Card]:
+def _cards(found: Findings) -> list[_Card]:
     """The four figures that matter most; what was not measured says so."""
     dense, sparse = found.gmacs
     accuracy = _Card("Top-1, dense → pruned", "not measured", "see Accuracy and cost")
@@ -1040,7 +858,7 @@ def _cards(found: _Model) -> list[_Card]:
     speed = _Card("Speed-up", "not measured", "see Speed")
     measured, _ = _speeds(found)
     if measured:
-        with cast(_Written, found.benchmark or found.quickstart):
+        with cast(Written, found.benchmark or found.quickstart):
             best = max(measured, key=lambda item: item["dense"])
             speed = _Card(
                 "Speed-up",
@@ -1052,11 +870,11 @@ def _cards(found: _Model) -> list[_Card]:
         accuracy,
         _Card("GMACs an image", f"{dense:.3f} → {sparse:.3f}", f"{1 - sparse / dense:.1%} fewer"),
         speed,
-        _Card("Patch tokens", f"{found.tokens[0]} → {found.tokens[-1]}", _arrows(found.tokens)),
+        _Card("Patch tokens", f"{found.tokens[0]} → {found.tokens[-1]}", arrows(found.tokens)),
     ]
 
 
-def _render(found: _Model, sections: Sequence[_Section], missing: Sequence[str]) -> str:
+def _render(found: Findings, sections: Sequence[_Section], missing: Sequence[str]) -> str:
     # Class names, paths and settings are whatever somebody wrote: all of it is escaped.
     environment = Environment(
         loader=FileSystemLoader(ASSETS),
@@ -1068,11 +886,11 @@ def _render(found: _Model, sections: Sequence[_Section], missing: Sequence[str])
     backbone: Any = found.sparse.backbone
     summary = (
         f"A vision transformer, {backbone.pretrained_cfg.get('architecture')}, that lets patch "
-        f"tokens leave on the way: {_arrows(found.tokens)}."
+        f"tokens leave on the way: {arrows(found.tokens)}."
     )
     date = datetime.now(UTC).isoformat(sep=" ", timespec="minutes")
-    return environment.get_template(REPORT).render(
-        title=Path(found.name).resolve().name if found.place.home else found.name,
+    return environment.get_template(_PAGE).render(
+        title=found.place.home.resolve().name if found.place.home else found.name,
         summary=summary,
         missing=list(dict.fromkeys(missing)),
         cards=_cards(found),
@@ -1081,13 +899,15 @@ def _render(found: _Model, sections: Sequence[_Section], missing: Sequence[str])
     )
 
 
-def _own_point(found: _Model, result: dict[str, Any]) -> dict[str, Any]:
+def _own_point(found: Findings, result: dict[str, Any]) -> dict[str, Any]:
     """This model's schedule among those of a sweep."""
     return next(point for point in result["points"] if point["tokens"] == list(found.tokens))
 
 
 def _machine(environment: dict[str, Any]) -> str:
-    place = environment["gpu"] or f"{environment['processor']}, {environment['threads']} threads"
+    threads = environment["threads"]
+    processor = f"{environment['processor']}, {threads} thread{'s' * (threads != 1)}"
+    place = environment["gpu"] or processor
     return f"{place}, PyTorch {environment['torch']}, {environment['date'][:10]}"
 
 
@@ -1101,10 +921,6 @@ def _millions(count: int) -> str:
 
 def _numbers(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
-
-
-def _arrows(counts: Sequence[int]) -> str:
-    return " → ".join(map(str, counts))
 
 
 def _interval(interval: Sequence[float], digits: int = 2) -> str:
