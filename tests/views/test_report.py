@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,7 +22,7 @@ from dynamicvit.core.folder import save_folder
 from dynamicvit.core.model import sparsify
 from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.training.plot import CONFIG, METRICS
-from dynamicvit.views.charts import draw_lines, draw_schedule
+from dynamicvit.views.charts import _INKS, draw_schedule, draw_speed
 from dynamicvit.views.report import report
 from tests.conftest import CLASSES, tiny_vit, write_images
 
@@ -169,7 +169,7 @@ def test_nothing_is_loaded_from_elsewhere(run: Path) -> None:
             assert value is None or value.startswith(("data:image/png;base64,", "#")), (tag, value)
     policy = next(a["content"] for _, a in page.tags if "http-equiv" in a)
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    assert not re.search(r"url\(|@import|@font-face", (run / "report.html").read_text())
+    assert not re.search(r"url\((?!#)|@import|@font-face", (run / "report.html").read_text())
 
 
 def test_what_is_missing_is_named_with_commands_that_exist(
@@ -273,45 +273,67 @@ def test_other_models_are_described(
     assert "64 × 32 pixels, channels: 3" in page.text
 
 
-def _numbers(element: ElementTree.Element, *names: str) -> list[float]:
-    return [float(element.attrib[name]) for name in names]
+def _shapes(svg: ElementTree.Element, style: str) -> list[np.ndarray]:
+    """The corners, [n, 2], of each shape that is drawn so; y goes up."""
+    return [
+        np.array(re.findall(r"[ML] (\S+) (\S+)", path.attrib["d"]), float) * (1, -1)
+        for path in svg.iter("path")
+        if style in path.attrib["style"] and "clip-path" in path.attrib
+    ]
 
 
 def test_a_schedule_s_bars_are_as_high_as_tokens_are_present() -> None:
-    schedule = KeepSchedule((2, 3), (0.5, 0.25))
-    svg = ElementTree.fromstring(draw_schedule(schedule, 100, 6))
-    bars = [_numbers(bar, "height", "x", "width") for bar in svg.iter("rect")]
-    heights = [height / bars[0][0] for height, _, _ in bars]
-    assert heights == pytest.approx([1, 1, 0.5, 0.25, 0.25, 0.25])
-    leave = [_numbers(line, "x1")[0] for line in svg.iter("line")]
-    edges = [(bars[block][1] + bars[block - 1][1] + bars[block - 1][2]) / 2 for block in (2, 3)]
-    assert leave == pytest.approx(edges, abs=0.11)
+    svg = ElementTree.fromstring(draw_schedule(KeepSchedule((2, 3), (0.5, 0.25)), 100, 6))
+    bars = _shapes(svg, "fill: var(--c1)")
+    heights = np.array([np.ptp(bar[:, 1]) for bar in bars])
+    assert heights / heights[0] == pytest.approx([1, 1, 0.5, 0.25, 0.25, 0.25])
+    leave = [line[0, 0] for line in _shapes(svg, "stroke: var(--c2)")]
+    edges = [(bars[block][:, 0].min() + bars[block - 1][:, 0].max()) / 2 for block in (2, 3)]
+    assert leave == pytest.approx(edges)
     assert {"100", "50", "25", "−50", "−25"} <= {text.text for text in svg.iter("text")}
     assert "50 in blocks 2 to 2; 25 in blocks 3 to 5" in svg.attrib["aria-label"]
 
 
-@pytest.mark.parametrize("log", [False, True])
-def test_lines_are_drawn_where_their_values_are(log: bool) -> None:
-    values = [1.0, 10.0, math.nan, 100.0, 0.0, 1000.0]
-    points = list(enumerate(values))
-    svg = ElementTree.fromstring(
-        draw_lines({"<a>": points}, 'alt "x"', "x", log=(False, log), levels={"b": 10.0})
-    )
-    [line] = [path for path in svg.iter("path") if path.attrib["class"].startswith("line")]
-    pieces = re.findall(r"([ML])([\d.]+) ([\d.]+)", line.attrib["d"])
-    there = [value for value in values if value > 0 or (value == 0 and not log)]
-    assert len(pieces) == len(there)
-    # It is broken at what has no place, and nowhere else.
-    assert [pen for pen, _, _ in pieces] == (["M", "L", "M", "M"] if log else list("MLMLL"))
-    heights = np.array([float(y) for _, _, y in pieces])
-    expected = np.log10(there) if log else np.array(there)
-    assert np.polyval(np.polyfit(expected, heights, 1), expected) == pytest.approx(heights, abs=0.2)
-    assert heights[0] > heights[-1], "up is more"
-    level = next(item for item in svg.iter("line") if "level" in item.attrib["class"])
-    assert float(level.attrib["y1"]) == pytest.approx(heights[1], abs=0.11)
-    texts = [text.text for text in svg.iter("text")]
-    assert {"<a>", "b"} <= set(texts)
-    assert ("100" if log else "500") in texts
+def test_lines_are_drawn_where_their_values_are() -> None:
+    speeds = {1: 0.8, 8: 1.3, 64: 1.5}
+    rows = [
+        {"engine": "<a> $x$ $y", "precision": "p", "batch_size": size, "speed_up": value}
+        for size, value in reversed(speeds.items())
+    ]
+    svg = ElementTree.fromstring(draw_speed(rows, 1.6))
+    [line] = _shapes(svg, "stroke: var(--c0); stroke-width: 1.5")
+    dense, ideal = _shapes(svg, "stroke: var(--pale); stroke-width: 1.2")
+    heights = [*line[:, 1], dense[0, 1], ideal[0, 1]]
+    values = [*speeds.values(), 1.0, 1.6]
+    assert np.polyval(np.polyfit(values, heights, 1), values) == pytest.approx(heights, abs=1e-3)
+    assert heights[2] > heights[0], "up is more"
+    assert np.ptp(line[1:, 0]) == pytest.approx(np.ptp(line[:-1, 0])), "1 to 8 is as far as 8 to 64"
+    texts = {text.text for text in svg.iter("text")}
+    assert {"<a> $x$ $y, p", "dense", "by multiply-adds, 1.60", "1", "8", "64"} <= texts
+    assert "<a> $x$ $y, p from 0.8 to 1.5" in svg.attrib["aria-label"]
+
+
+def test_diagrams_follow_the_page(run: Path, tmp_path: Path) -> None:
+    """All their colours are the page's, and what they name is named once in it."""
+    page = (run / "report.html").read_text()
+    drawn = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(drawn) >= 6
+    for svg in drawn:
+        paints = set(re.findall(r"(?:fill|stroke): ([^;\"]+)", svg))
+        assert paints <= {"none", *_INKS.values()}, paints
+        assert set(re.findall(r"(?:href=\"|url\()#([^\")]+)", svg)) <= set(
+            re.findall(r' id="([^"]+)"', svg)
+        )
+    names = [a["id"] for _, a in _Page(run / "report.html").tags if "id" in a]
+    assert len(names) == len(set(names))
+    again = report(str(run), output=str(tmp_path / "again.html")).read_text()
+    assert re.findall(r"<svg.*?</svg>", again, re.DOTALL) == drawn
+
+
+def test_a_report_needs_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match=r"report needs .*: pip install 'dynamicvit\[plot\]'"):
+        report("nowhere")
 
 
 def test_the_page_parses_strictly(run: Path, bare: Path) -> None:

@@ -29,10 +29,10 @@ _LOSSES = {
 }
 # Colours that colour-blind people tell apart (Okabe and Ito; yellow left out, too light for lines).
 # Dashes and markers differ too, so that a print in grey still tells.
-_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _DASHES = ("-", (0, (6, 1)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (3, 2)), (0, (8, 2)), "-.")
 _MARKERS = "os^Dv<>"
-MANY = 60  # points of a line from which it is drawn pale, with its running mean over it
+_MANY = 60  # points of a line from which it is drawn pale, with its running mean over it
 
 
 @dataclass
@@ -79,12 +79,11 @@ def plot(run: str, /, output: str | None = None) -> Path:
     figure = Figure(figsize=(12, 0.5 + 3.3 * rows), layout="constrained")
     figure.suptitle(folder.resolve().name)
     grid = list(figure.subplots(rows, 2, squeeze=False).flat)
-    steps = [step for panel in panels for line in panel.lines.values() for step, _ in line]
-    span = min(steps), max(steps)
-    margin = 0.03 * (span[1] - span[0]) or 1
     for axes, panel in zip(grid, panels, strict=False):
-        _draw(axes, panel)
-        axes.set_xlim(span[0] - margin, span[1] + margin)  # the same for all
+        draw_panel(axes, panel)
+        axes.set(title=panel.title, xlim=step_limits(panels))
+        if any(panel.lines):
+            axes.legend(fontsize="small", ncols=2)
     for axes in grid[len(panels) :]:
         axes.remove()
     picture = io.BytesIO()
@@ -106,6 +105,13 @@ def read_panels(run: Path) -> list[Panel]:
         ValueError: as `plot` does.
     """
     return _panels(_read_metrics(run), _read_ratios(run))
+
+
+def step_limits(panels: Sequence[Panel]) -> tuple[float, float]:
+    """The first and the last step to show, the same in all of a run's diagrams."""
+    steps = [step for panel in panels for line in panel.lines.values() for step, _ in line]
+    margin = 0.03 * (max(steps) - min(steps)) or 1
+    return min(steps) - margin, max(steps) + margin
 
 
 def _read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -201,7 +207,8 @@ def _add(panel: Panel, name: str, step: float, value: Any) -> None:
         panel.lines.setdefault(name, []).append((step, number))
 
 
-def _draw(axes: Any, panel: Panel) -> None:
+def draw_panel(axes: Any, panel: Panel) -> None:
+    """Draw a panel's lines into matplotlib's axes, with neither title nor legend."""
     log = panel.log and any(value > 0 for points in panel.lines.values() for _, value in points)
     for index, (name, points) in enumerate(panel.lines.items()):
         if not points:
@@ -210,29 +217,27 @@ def _draw(axes: Any, panel: Panel) -> None:
         steps = [step for step, _ in points]
         values = [value if value > 0 or not log else math.nan for _, value in points]
         style: dict[str, Any] = {
-            "color": _COLOURS[index % len(_COLOURS)],
+            "color": COLOURS[index % len(COLOURS)],
             "linestyle": _DASHES[index % len(_DASHES)],
             "label": name,
         }
         if panel.markers or name == "validation" or len(points) == 1:
             style |= {"marker": _MARKERS[index % len(_MARKERS)], "markersize": 4}
-        elif len(points) >= MANY and panel.smooth:
+        elif len(points) >= _MANY and panel.smooth:
             axes.plot(steps, values, color=style["color"], linewidth=0.8, alpha=0.2)
-            values = running_mean(steps, values)
+            values = _running_mean(steps, values)
         axes.plot(steps, values, **style)
         if index < len(panel.targets):
             axes.axhline(panel.targets[index], color=style["color"], linestyle="--", linewidth=1)
     if panel.targets:
         axes.plot([], [], color="grey", linestyle="--", linewidth=1, label="aimed at")
         axes.set_ylim(0, 1.02)
-    axes.set(title=panel.title, xlabel="step", yscale="log" if log else "linear")
+    axes.set(xlabel="step", yscale="log" if log else "linear")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if any(panel.lines):
-        axes.legend(fontsize="small", ncols=2)
 
 
-def running_mean(steps: Sequence[float], values: Sequence[float]) -> list[float]:
+def _running_mean(steps: Sequence[float], values: Sequence[float]) -> list[float]:
     """The mean of the values near each: a tenth of all, those that are not finite left out, and
     those of the warm start (steps up to 0) apart from the others."""
     width = len(values) // 20

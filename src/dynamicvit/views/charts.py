@@ -1,232 +1,176 @@
-"""Diagrams as inline SVG, for `report`: they take the page's colours, light and dark, and its text
-stays text. The classes are those of the page's style sheet."""
+"""Diagrams of a report: drawn by matplotlib, as SVG in the page's own colours, light and dark."""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
-from xml.etree import ElementTree
+from pathlib import Path
+from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from dynamicvit.core.schedule import KeepSchedule
+from dynamicvit.training.plot import COLOURS, Panel, draw_panel, read_panels, step_limits
 
-Points = Sequence[tuple[float, float]]
-
-# Units are pixels where the page is as narrow as a telephone; on wider ones all of it grows.
-_WIDTH, _HEIGHT = 360, 210
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 350, 12, 172
-_LINE = 15  # between lines of text
-# Lines differ in dash and mark too, so that colour is not all that tells them apart.
-_DASHES = ("", "7 2", "2 2", "5 2 1 2", "10 3", "1 1", "4 4")
-_MARKS = (
-    "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0",
-    "M-3-3h6v6h-6z",
-    "M0-4l4 7h-8z",
-    "M0-4l4 4-4 4-4-4z",
-    "M0 4l4-7h-8z",
-    "M-4-1h3v-3h2v3h3v2h-3v3h-2v-3h-3z",
-    "M-3-1h6v2h-6z",
-)
-_MOST_POINTS = 300  # of a line: more are not seen at this size
-_FEW_POINTS = 25  # of a line with a mark at each
-
-
-def draw_lines(
-    lines: Mapping[str, Points],
-    alt: str,
-    x_label: str,
-    *,
-    means: Mapping[str, Points] | None = None,
-    levels: Mapping[str, float] | None = None,
-    x_ticks: Sequence[float] = (),
-    log: tuple[bool, bool] = (False, False),
-    x_range: tuple[float, float] | None = None,
-    y_range: tuple[float, float] | None = None,
-) -> Markup:
-    """A line diagram.
-
-    Args:
-        lines: name → (x, y) in order of x; y may be NaN. A nameless line has no legend.
-        alt: what it shows, for who does not see it.
-        x_label: what x is.
-        means: of lines, by their names: drawn, over the pale line, in its place.
-        levels: name → y, thin lines straight across.
-        x_ticks: where to write x; by default at round numbers.
-        log: whether x, and y, are logarithmic. What is not above 0 has no place on such an axis.
-        x_range, y_range: lowest and highest shown; by default what the lines and levels need.
-    """
-    levels = levels or {}
-    shown = {name: _placed(points, log) for name, points in lines.items()}
-    xs = [x for points in shown.values() for x, _ in points]
-    finite = [y for points in shown.values() for _, y in points if math.isfinite(y)]
-    log = (log[0], log[1] and bool(finite))
-    low_x, high_x = _widened(*(x_range or (min(xs, default=0.0), max(xs, default=1.0))), 0.02)
-    ys = [*finite, *(_log(level) if log[1] else level for level in levels.values())]
-    low_y, high_y = y_range or _widened(min(ys, default=0.0), max(ys, default=1.0), 0.06)
-
-    def x_of(value: float) -> float:
-        return _LEFT + (value - low_x) / (high_x - low_x) * (_RIGHT - _LEFT)
-
-    def y_of(value: float) -> float:
-        return _BOTTOM - (value - low_y) / (high_y - low_y) * (_BOTTOM - _TOP)
-
-    entries = [name for name in (*lines, *levels) if name]
-    columns = 2 if all(len(name) <= 22 for name in entries) else 1
-    svg = _start(_HEIGHT + _LINE * math.ceil(len(entries) / columns), alt)
-    for value, text in _ticks(low_y, high_y, log[1]):
-        _add(svg, "line", "grid", x1=_LEFT, x2=_RIGHT, y1=y_of(value), y2=y_of(value))
-        _write(svg, text, _LEFT - 6, y_of(value) + 4, "end")
-    for value, text in [
-        (_log(tick) if log[0] else tick, f"{tick:g}") for tick in x_ticks
-    ] or _ticks(low_x, high_x, log[0]):
-        _add(svg, "line", "axis", x1=x_of(value), x2=x_of(value), y1=_BOTTOM, y2=_BOTTOM + 4)
-        _write(svg, text, x_of(value), _BOTTOM + 16, "middle")
-    _add(svg, "line", "axis", x1=_LEFT, x2=_RIGHT, y1=_BOTTOM, y2=_BOTTOM)
-    _write(svg, x_label, (_LEFT + _RIGHT) / 2, _BOTTOM + 31, "middle", "pale")
-
-    for index, (name, points) in enumerate(shown.items()):
-        mean = (means or {}).get(name)
-        if mean is not None:
-            _draw_path(svg, points, x_of, y_of, f"line raw s{index % 7}", "")
-            points = _placed(mean, log)
-        _draw_path(svg, points, x_of, y_of, f"line s{index % 7}", _DASHES[index % 7])
-        if len(points) <= _FEW_POINTS:
-            for x, y in points:
-                if math.isfinite(y):
-                    _mark(svg, index, x_of(x), y_of(y))
-    for index, level in enumerate(levels.values()):
-        y = y_of(_log(level) if log[1] else level)
-        _add(svg, "line", f"level level{index % 3}", x1=_LEFT, x2=_RIGHT, y1=y, y2=y)
-
-    for place, name in enumerate(entries):
-        row, column = divmod(place, columns)
-        x, y = 14 + column * 174, _HEIGHT + 8 + row * _LINE
-        if place < len(entries) - len(levels):
-            index = list(lines).index(name)
-            dash = {"stroke-dasharray": _DASHES[index % 7]} if _DASHES[index % 7] else {}
-            _add(svg, "line", f"line s{index % 7}", x1=x, x2=x + 26, y1=y, y2=y, **dash)
-            if len((means or {}).get(name, shown[name])) <= _FEW_POINTS:
-                _mark(svg, index, x + 13, y)
-        else:
-            index = place - len(entries) + len(levels)
-            _add(svg, "line", f"level level{index % 3}", x1=x, x2=x + 26, y1=y, y2=y)
-        _write(svg, name, x + 32, y + 4)
-    return _markup(svg)
+_WIDTH, _HEIGHT, _LINE = 5.0, 2.7, 0.2  # inches: of a diagram, and a line of its legend
+# What matplotlib writes, and the page's variables for it. It leaves black fills out; they are the
+# page's own ink, and so is what is drawn black.
+_INKS = {
+    **{colour.lower(): f"var(--c{index})" for index, colour in enumerate(COLOURS)},
+    "#808080": "var(--pale)",  # grey
+    "#b0b0b0": "var(--pale)",  # of grids
+}
 
 
 def draw_schedule(schedule: KeepSchedule, num_tokens: int, depth: int) -> Markup:
     """A bar a block, as high as tokens are present in it; a dashed line where tokens leave."""
     counts = (num_tokens, *schedule.counts(num_tokens))
-    edges = (0, *schedule.blocks, depth)
+    stages = list(zip(counts, pairwise((0, *schedule.blocks, depth)), strict=True))
     alt = f"Patch tokens in each of {depth} blocks: " + "; ".join(
-        f"{count} in blocks {start} to {end - 1}"
-        for count, (start, end) in zip(counts, pairwise(edges), strict=True)
-        if end > start
+        f"{count} in blocks {start} to {end - 1}" for count, (start, end) in stages if end > start
     )
-    svg = _start(176, alt)
-    left, bottom, height = 8, 138, 104
-    step = (_RIGHT - left) / depth
-    for stage, (count, (start, end)) in enumerate(zip(counts, pairwise(edges), strict=True)):
-        top = bottom - height * count / num_tokens
-        for block in range(start, end):
-            x = left + block * step + 0.08 * step
-            _add(svg, "rect", "bar", x=x, y=top, width=0.84 * step, height=bottom - top)
-        x = left + start * step
-        if stage:
-            _add(svg, "line", "leave", x1=x, x2=x, y1=20, y2=bottom)
-            if step * (end - start) >= 34:
-                _write(svg, f"−{counts[stage - 1] - count}", x, 14, "middle")
-        if step * (end - start) >= 30:
-            _write(svg, str(count), x + step * (end - start) / 2, top - 5, "middle")
-        if end > start and (step * (end - start) >= 16 or stage == 0):
-            _write(svg, str(start), x + step / 2, bottom + 15, "middle")
-    if depth - 1 > edges[-2]:
-        _write(svg, str(depth - 1), left + (depth - 0.5) * step, bottom + 15, "middle")
-    _write(svg, "block", (left + _RIGHT) / 2, bottom + 31, "middle", "pale")
-    return _markup(svg)
+
+    def paint(axes: Any) -> None:
+        present = [count for count, (start, end) in stages for _ in range(start, end)]
+        axes.bar(range(depth), present, color=COLOURS[1], alpha=0.6)
+        for stage, (count, (start, end)) in enumerate(stages):
+            room = end - start >= depth / 12  # for text
+            if room:
+                axes.text((start + end - 1) / 2, count, count, ha="center", va="bottom")
+            if stage:
+                left, top = start - 0.5, 1.15 * num_tokens
+                axes.vlines(left, 0, top, color=COLOURS[2], linestyle="--", linewidth=1)
+                if room:
+                    axes.text(left, top, f"−{counts[stage - 1] - count}", ha="center", va="bottom")
+        axes.set(xlabel="block", xticks=sorted({0, *schedule.blocks, depth - 1}), yticks=[])
+        axes.set_ylim(0, 1.3 * num_tokens)
+        axes.spines[["top", "left", "right"]].set_visible(False)
+
+    return _draw("schedule", alt, paint)
 
 
-def _log(value: float) -> float:
-    return math.log10(value) if value > 0 else math.nan
+def draw_speed(measured: Sequence[dict[str, Any]], ideal: float) -> Markup:
+    """Speed-up against batch size, a line for each engine and precision.
+
+    Args:
+        measured: measurements as `benchmark` writes them, at least one.
+        ideal: speed-up if time followed the multiply-adds.
+    """
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for item in measured:
+        points = lines.setdefault(f"{item['engine']}, {item['precision']}", [])
+        points.append((item["batch_size"], item["speed_up"]))
+    lines = {name: sorted(points) for name, points in lines.items()}
+    panel = Panel("speed-up", lines, markers=True)
+    sizes = sorted({item["batch_size"] for item in measured})
+    alt = f"Speed-up over the dense model against batch size: {_tell(panel)}."
+
+    def paint(axes: Any) -> None:
+        draw_panel(axes, panel)
+        for level, name, dash in (
+            (1.0, "dense", "--"),
+            (ideal, f"by multiply-adds, {ideal:.2f}", ":"),
+        ):
+            axes.axhline(level, color="grey", linestyle=dash, linewidth=1.2, label=name)
+        axes.set(xlabel="images a call", xscale="log")
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.set_xticks([], minor=True)
+
+    return _draw("speed", f"{alt} The table below has all figures.", paint)
 
 
-def _placed(points: Points, log: tuple[bool, bool]) -> list[tuple[float, float]]:
-    """At most so many points that they can be told apart, and logarithms where asked for."""
-    every = max(1, math.ceil(len(points) / _MOST_POINTS))
-    thinned = [*points[::every], *(points[-1:] if (len(points) - 1) % every else ())]
-    return [(_log(x) if log[0] else x, _log(y) if log[1] else y) for x, y in thinned]
+def draw_sweep(result: dict[str, Any]) -> Markup:
+    """Top-1 against GMACs, of what `sweep` writes."""
+    line = sorted((point["gmacs"], point["top1"]) for point in result["points"])
+    dense = result["dense"]["gmacs"], result["dense"]["top1"]
+    panel = Panel("top-1", {"pruned": line, "dense": [dense]}, markers=True)
+    (low, worst), (high, best) = line[0], line[-1]
+    alt = (
+        f"Top-1 against GMACs: {worst:.2f}% at {low:.3f} to {best:.2f}% at {high:.3f}; "
+        f"dense {dense[1]:.2f}% at {dense[0]:.3f}."
+    )
+
+    def paint(axes: Any) -> None:
+        draw_panel(axes, panel)
+        axes.set_xlabel("GMACs an image")
+
+    return _draw("sweep", alt, paint)
 
 
-def _widened(low: float, high: float, share: float) -> tuple[float, float]:
-    margin = share * (high - low) or max(abs(high) * 0.1, 1e-6)
-    return low - margin, high + margin
+def draw_training(run: Path) -> list[tuple[str, Markup]]:
+    """A run's curves, as `plot` draws them, each with its caption. Errors as of `plot`."""
+    panels = read_panels(run)
+    limits = step_limits(panels)
+
+    def paint(panel: Panel, axes: Any) -> None:
+        draw_panel(axes, panel)
+        axes.set_xlim(limits)
+
+    charts = []
+    for index, panel in enumerate(panels):
+        caption = panel.title[:1].upper() + panel.title[1:] + ", logarithmic" * panel.log
+        if panel.targets:
+            caption += "; level lines are the shares aimed at"
+        alt = f"{panel.title} against step: {_tell(panel)}"
+        charts.append((f"{caption}.", _draw(f"curve{index}", alt, partial(paint, panel))))
+    return charts
 
 
-def _ticks(low: float, high: float, log: bool) -> list[tuple[float, str]]:
-    """About five places from low to high, and what to write there."""
-    if log and high - low >= 1:
-        every = math.ceil((high - low) / 5)
-        decades = range(math.ceil(low), math.floor(high) + 1, every)
-        if len(decades) > 1:
-            return [(exponent, f"{10.0**exponent:g}") for exponent in decades]
-    first, last = (10**low, 10**high) if log else (low, high)
-    size = 10 ** math.floor(math.log10((last - first) / 5))
-    step = next(size * times for times in (1, 2, 5, 10) if (last - first) / (size * times) <= 5.5)
-    values = [step * count for count in range(math.ceil(first / step), math.floor(last / step) + 1)]
-    digits = max(0, -math.floor(math.log10(step)))
-    return [
-        (_log(value) if log else value, f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:g}")
-        for value in values
-        if not log or value > 0
-    ]
+def _tell(panel: Panel) -> str:
+    """First and last value of each line."""
+    told = []
+    for name, points in panel.lines.items():
+        if points:
+            first, last = points[0][1], points[-1][1]
+            span = f"{first:.3g}" if len(points) == 1 else f"from {first:.3g} to {last:.3g}"
+            told.append(f"{name} {span}".strip())
+    return "; ".join(told)
 
 
-def _draw_path(
-    svg: ElementTree.Element,
-    points: Points,
-    x_of: Callable[[float], float],
-    y_of: Callable[[float], float],
-    kind: str,
-    dash: str,
-) -> None:
-    text, pen = "", "M"
-    for x, y in points:
-        if not (math.isfinite(x) and math.isfinite(y)):
-            pen = "M"
-            continue
-        text += f"{pen}{x_of(x):.1f} {y_of(y):.1f}"
-        pen = "L"
-    if text:
-        _add(svg, "path", kind, d=text, **({"stroke-dasharray": dash} if dash else {}))
+def _draw(name: str, alt: str, paint: Callable[[Any], None]) -> Markup:
+    """A diagram as an element for the page.
 
+    Args:
+        name: of this diagram and no other of the page: what matplotlib refers to within it is
+            named after it.
+        alt: what it shows, for who does not see it.
+        paint: draws into matplotlib's axes.
+    """
+    from matplotlib import style  # noqa: PLC0415 (an extra)
+    from matplotlib.figure import Figure  # noqa: PLC0415
 
-def _mark(svg: ElementTree.Element, index: int, x: float, y: float) -> None:
-    place = f"translate({x:.1f} {y:.1f})"
-    _add(svg, "path", f"mark m{index % 7}", d=_MARKS[index % 7], transform=place)
-
-
-def _start(height: float, alt: str) -> ElementTree.Element:
-    box = f"0 0 {_WIDTH} {height:g}"
-    return ElementTree.Element("svg", {"viewBox": box, "role": "img", "aria-label": alt})
-
-
-def _add(svg: ElementTree.Element, tag: str, kind: str, **attributes: float | str) -> None:
-    texts = {
-        name: value if isinstance(value, str) else f"{value:.1f}"
-        for name, value in attributes.items()
+    settings = {
+        "svg.fonttype": "none",  # text stays text, in the page's font
+        "svg.hashsalt": name,
+        "font.size": 11,
+        "legend.frameon": False,
+        "path.simplify_threshold": 0.5,  # pixels: a long run's curves have more points than those
     }
-    ElementTree.SubElement(svg, tag, {"class": kind, **texts})
-
-
-def _write(
-    svg: ElementTree.Element, text: str, x: float, y: float, anchor: str = "start", kind: str = ""
-) -> None:
-    place = {"x": f"{x:.1f}", "y": f"{y:.1f}", "text-anchor": anchor}
-    ElementTree.SubElement(svg, "text", place | ({"class": kind} if kind else {})).text = text
-
-
-def _markup(svg: ElementTree.Element) -> Markup:
-    # ElementTree has escaped every text and attribute.
-    return Markup(ElementTree.tostring(svg, encoding="unicode"))
+    with style.context(["default", settings]):
+        figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
+        axes = figure.subplots()
+        paint(axes)
+        names = axes.get_legend_handles_labels()[1]
+        if names:
+            columns = 2 if max(map(len, names)) <= 22 else 1
+            legend = figure.legend(loc="outside lower center", ncols=columns)
+            figure.set_figheight(_HEIGHT + _LINE * math.ceil(len(names) / columns))
+            for text in legend.get_texts():
+                text.set_parse_math(False)
+        written = io.StringIO()
+        # No metadata: they are XML that HTML does not know, with the date.
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(written, format="svg", transparent=True, metadata=metadata)
+    text = written.getvalue()
+    body = text[text.index('<g id="figure_1">') : text.rindex("</svg>")]
+    body = re.sub(r'<g id="[^"]*">', "<g>", body)  # the same in all, and nothing refers to them
+    body = re.sub(r"<path (?!d=|id=)[^>]*/>", "", body)  # lines without a point
+    body = re.sub(r'font-family: [^;"]*;? ?', "", body).replace("xlink:href", "href")
+    body = re.sub(r"(?<=: )#[0-9a-f]{6}\b", lambda found: _INKS.get(found[0], found[0]), body)
+    box = "0 0 {:g} {:g}".format(*figure.get_size_inches() * 72)
+    # matplotlib has escaped every text.
+    return Markup(f'<svg viewBox="{box}" role="img" aria-label="{escape(alt)}">{body}</svg>')

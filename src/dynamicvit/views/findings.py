@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import yaml
@@ -19,168 +19,188 @@ from dynamicvit.training.evaluate import input_size, token_counts
 from dynamicvit.training.plot import CONFIG, METRICS, find_best
 from dynamicvit.views.compare import ARRAYS, JSON
 
-# Where a report looks beside the model, and what the commands that it names write.
-BENCHMARK, SWEEP, COMPARE = "benchmark.json", "sweep.json", "compare"
-_QUICKSTART = ("sparse", "sparse_run", "metrics.json")  # of a quickstart: model, run, figures
+# Where a report looks beside the model for what a command wrote.
+USUAL = {
+    "compare": "compare",
+    "benchmark": "benchmark.json",
+    "sweep": "sweep.json",
+    "quickstart": "metrics.json",
+}
+_MODEL, _RUN = "sparse", "sparse_run"  # of a quickstart
 
 
-@dataclass(frozen=True)
-class Place:
-    """A model, and where what belongs to it lies: None for a model that is in no folder here."""
+class ForeignFile(ValueError):
+    """A file is not what the command that it should be of writes."""
 
-    model: str
-    home: Path | None
-    run: Path | None
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a command wrote; `with` it, errors that its content causes name the file."""
-
-    path: Path
-    command: str
-    content: Any
-
-    def __enter__(self) -> Any:
-        return self.content
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception):  # foreign content makes readers raise nearly anything
-            reason = f"no {error}" if isinstance(error, KeyError) else error
-            raise ValueError(
-                f"{self.path} is not what `dynamicvit {self.command}` writes: {reason}"
-            ) from error
+    def __init__(self, path: Path, command: str, reason: object) -> None:
+        super().__init__(f"{path} is not what `dynamicvit {command}` writes: {reason}")
 
 
 @dataclass(frozen=True)
 class Findings:
-    """A model and what its folders tell of it, found or not."""
+    """A model and what its folders tell of it.
+
+    What commands wrote is None where it was not found, and otherwise as it is in their files: to
+    ask it for an entry that it lacks raises `ForeignFile`.
+    """
 
     name: str  # as it was asked for
-    place: Place
+    model: str  # folder or hub id
+    home: Path | None  # folder that is reported on; None for a model that is in none here
+    run: Path | None  # folder of the run that the model is of
     sparse: SparseViT
-    tokens: tuple[int, ...]
+    tokens: list[int]
     gmacs: tuple[float, float]  # dense, sparse
     config: dict[str, Any]  # of the run; empty if there is none
-    benchmark: Written | None
-    compare: Written | None
-    maps: Written | None  # arrays, beside what `compare` holds
-    sweep: Written | None
-    quickstart: Written | None
-    sources: list[tuple[str, str]]  # what a part is made from, and when that was measured
+    compare: dict[str, Any] | None
+    maps: dict[str, np.ndarray] | None  # arrays, beside what `compare` holds
+    benchmark: dict[str, Any] | None
+    sweep: dict[str, Any] | None
+    quickstart: dict[str, Any] | None
+    sources: list[tuple[str, str]]  # what the page is made from, and when that was measured
     refused: dict[str, str]  # what was found but is of another model → why
-
-    @property
-    def data(self) -> str:
-        return str(self.config.get("data") or "path/to/images")
-
-
-def locate(name: str) -> Place:
-    """The model meant by a folder of a run, of a quickstart or of a model; or by a hub id."""
-    folder = Path(name)
-    model, run, figures = _QUICKSTART
-    if not folder.is_dir():
-        return Place(name, None, None)
-    if (folder / METRICS).is_file():
-        best = find_best(folder)
-        if best is None:
-            raise ValueError(f"model must have finished an epoch, got the run {name!r} without one")
-        return Place(str(best), folder, folder)
-    if (folder / model).is_dir() and (folder / figures).is_file():
-        return Place(str(folder / model), folder, folder / run)
-    above = folder.resolve().parent if folder.name in ("", "..") else folder.parent
-    best = find_best(above)
-    if best is not None and best.resolve() == folder.resolve():
-        return Place(name, above, above)
-    if folder.resolve() == (above / model).resolve() and (above / figures).is_file():
-        return Place(name, above, above / run)
-    return Place(name, folder, None)
 
 
 def gather(name: str, benchmark: str | None, compare: str | None, sweep: str | None) -> Findings:
     """Read what there is of a model. Arguments and errors as for `report`."""
-    place = locate(name)
-    sparse = load_model(place.model)
+    model, home, run = _locate(name)
+    sparse = load_model(model)
     if not isinstance(sparse, SparseViT):
-        raise ValueError(f"model must be sparse, got the dense model {place.model}")
-    tokens, size = token_counts(sparse), input_size(sparse)
-    gmacs = count_gmacs(sparse.backbone, size), count_gmacs(sparse, size)
+        raise ValueError(f"model must be sparse, got the dense model {model}")
+    tokens, size = list(token_counts(sparse)), input_size(sparse)
+    weights = Path(model) / WEIGHTS
     sources: list[tuple[str, str]] = []
     refused: dict[str, str] = {}
 
-    def read(command: str, given: str | None, usual: str, inside: str = "") -> Written | None:
-        if given is None and (place.home is None or not (place.home / usual / inside).exists()):
+    def find(command: str, given: str | None, inside: str = "") -> Path | None:
+        """The file that is named, or lies in its usual place."""
+        if given is not None:
+            path = Path(given) / inside
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"{command} must be what the command wrote, got no file {path}"
+                )
+            return path
+        path = (home or Path()) / USUAL[command] / inside
+        return path if home is not None and path.is_file() else None
+
+    def read(command: str, path: Path | None, given: str | None = None) -> dict[str, Any] | None:
+        if path is None:
             return None
-        path = (Path(given) if given is not None else cast(Path, place.home) / usual) / inside
-        if not path.is_file():
-            raise FileNotFoundError(f"{command} must be what the command wrote, got no file {path}")
-        with Written(path, command, None):
-            content = json.loads(path.read_text(encoding="utf-8"))
-        found = Written(path, command, content)
-        with found as result:
-            theirs = _tokens_of(command, result)
-            first = arrows(theirs[0])
-            date = result["environment"]["date"]
-        if list(tokens) not in theirs:
+        result = _read_json(path, command)
+        theirs = _tokens_of(path, command, result)
+        date = result["environment"]["date"]
+        if tokens not in theirs:
             reason = (
-                f"{path} is of another model, with {first} tokens, where this one has "
+                f"{path} is of another model, with {arrows(theirs[0])} tokens, where this one has "
                 f"{arrows(tokens)}"
             )
             if given is not None:
                 raise ValueError(f"{command} must be of this model: {reason}")
             refused[command] = reason
             return None
-        weights = Path(place.model) / WEIGHTS
         old = weights.exists() and path.stat().st_mtime < weights.stat().st_mtime
         note = ", before the model's file was" if old else ""
         sources.append((str(path), f"dynamicvit {command}, {date}{note}"))
-        return found
+        return result
 
-    measured = {
-        "benchmark": read("benchmark", benchmark, BENCHMARK),
-        "compare": read("compare", compare, COMPARE, JSON),
-        "sweep": read("sweep", sweep, SWEEP),
-    }
-    if place.home is not None and place.run == place.home / _QUICKSTART[1]:
-        measured["quickstart"] = read("quickstart", None, _QUICKSTART[2])
-    if (comparison := measured["compare"]) is not None:
-        measured["maps"] = _read_maps(comparison.path.with_name(ARRAYS))
-    config: dict[str, Any] = {}
-    for usual in (CONFIG, METRICS) if place.run is not None else ():
-        path = cast(Path, place.run) / usual
-        if path.is_file():
-            sources.append((str(path), "dynamicvit train"))
-        if path.is_file() and usual == CONFIG:
-            with Written(path, "train", None):
-                config = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-    return Findings(
+    compared_in = find("compare", compare, JSON)
+    compared = read("compare", compared_in, compare)
+    found = Findings(
         name=name,
-        place=place,
+        model=model,
+        home=home,
+        run=run,
         sparse=sparse,
         tokens=tokens,
-        gmacs=gmacs,
-        config=config,
+        gmacs=(count_gmacs(sparse.backbone, size), count_gmacs(sparse, size)),
+        config=_read_config(run),
+        compare=compared,
+        maps=_read_maps(compared_in.with_name(ARRAYS)) if compared and compared_in else None,
+        benchmark=read("benchmark", find("benchmark", benchmark), benchmark),
+        sweep=read("sweep", find("sweep", sweep), sweep),
+        quickstart=(
+            read("quickstart", find("quickstart", None))
+            if home is not None and run == home / _RUN
+            else None
+        ),
         sources=sources,
         refused=refused,
-        **{"maps": None, "quickstart": None, **measured},
     )
-
-
-def _tokens_of(command: str, result: dict[str, Any]) -> list[list[int]]:
-    """The token counts of what a command measured: a sweep's are of many schedules."""
-    if command == "sweep":
-        return [list(point["tokens"]) for point in result["points"]]
-    return [list(result["sparse"]["tokens"] if command == "quickstart" else result["tokens"])]
-
-
-def _read_maps(path: Path) -> Written:
-    found = Written(path, "compare", {})
-    with found as content, np.load(path, allow_pickle=False) as arrays:
-        for name in ("keep", "keep_by_class", "images_by_class", "class_names"):
-            content[name] = arrays[name]
-        if content["keep_by_class"].shape[1:] != content["keep"].shape:
-            raise ValueError(f"keep has shape {content['keep'].shape}")
+    for path in (run / CONFIG, run / METRICS) if run is not None else ():
+        if path.is_file():
+            sources.append((str(path), "dynamicvit train"))
     return found
+
+
+def _locate(name: str) -> tuple[str, Path | None, Path | None]:
+    """The model meant by a folder of a run, of a quickstart or of a model, or by a hub id; its home
+    and its run as `Findings` has them."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return name, None, None
+    if (folder / METRICS).is_file():
+        best = find_best(folder)
+        if best is None:
+            raise ValueError(f"model must have finished an epoch, got the run {name!r} without one")
+        return str(best), folder, folder
+    figures = USUAL["quickstart"]
+    if (folder / _MODEL).is_dir() and (folder / figures).is_file():
+        return str(folder / _MODEL), folder, folder / _RUN
+    above = folder.resolve().parent if folder.name in ("", "..") else folder.parent
+    best = find_best(above)
+    if best is not None and best.resolve() == folder.resolve():
+        return name, above, above
+    if folder.resolve() == (above / _MODEL).resolve() and (above / figures).is_file():
+        return name, above, above / _RUN
+    return name, folder, None
+
+
+def _read_json(path: Path, command: str) -> dict[str, Any]:
+    class Entries(dict[str, Any]):
+        def __missing__(self, key: str) -> Any:
+            raise ForeignFile(path, command, f"no {key!r}")
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_hook=Entries)
+    except ValueError as error:
+        raise ForeignFile(path, command, error) from error
+    if not isinstance(content, Entries):
+        raise ForeignFile(path, command, f"{str(content)[:40]!r}")
+    return content
+
+
+def _tokens_of(path: Path, command: str, result: dict[str, Any]) -> list[list[int]]:
+    """The token counts of what a command measured: a sweep's are of many schedules."""
+    try:
+        if command == "sweep":
+            if not result["points"]:
+                raise ForeignFile(path, command, "no points")
+            return [list(point["tokens"]) for point in result["points"]]
+        return [list((result["sparse"] if command == "quickstart" else result)["tokens"])]
+    except TypeError as error:
+        raise ForeignFile(path, command, error) from error
+
+
+def _read_maps(path: Path) -> dict[str, np.ndarray]:
+    names = ("keep", "keep_by_class", "images_by_class", "class_names")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            maps = {name: arrays[name] for name in names}
+        if maps["keep_by_class"].shape[1:] != maps["keep"].shape:
+            raise ValueError(f"keep has shape {maps['keep'].shape}")
+    except Exception as error:  # foreign content makes readers raise nearly anything
+        raise ForeignFile(path, "compare", error) from error
+    return maps
+
+
+def _read_config(run: Path | None) -> dict[str, Any]:
+    if run is None or not (run / CONFIG).is_file():
+        return {}
+    try:
+        return dict(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")))
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise ForeignFile(run / CONFIG, "train", error) from error
 
 
 def arrows(counts: Sequence[int]) -> str:
