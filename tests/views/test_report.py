@@ -230,6 +230,10 @@ def test_a_report_names_what_is_wrong(bare: Path, run: Path, tmp_path: Path) -> 
     bad.write_text(json.dumps(half))
     with pytest.raises(ValueError, match=r"bad.json is not .* writes: no 'speed_up'"):
         report(str(bare), benchmark=str(bad))
+    half["measurements"][1]["speed_up"] = "fast"
+    bad.write_text(json.dumps(half))
+    with pytest.raises(ValueError, match=r"bad.json is not what its command writes: .*'str'"):
+        report(str(bare), benchmark=str(bad))
     with pytest.raises(FileNotFoundError, match="sweep must be what the command wrote, got no fi"):
         report(str(bare), sweep="nowhere.json")
     with pytest.raises(ValueError, match=r"output must end in .html, got 'report.pdf'"):

@@ -90,8 +90,10 @@ def report(
     except ForeignFile:
         raise
     except Exception as error:  # foreign content makes readers raise nearly anything
+        if not found.sources:
+            raise
         files = ", ".join(file for file, _ in found.sources)
-        raise ValueError(f"what {files} hold is not what commands write: {error}") from error
+        raise ValueError(f"one of {files} is not what its command writes: {error}") from error
     write_text(target, page)
     console = Console()
     for gap in missing.values():
