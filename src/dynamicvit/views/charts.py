@@ -97,6 +97,7 @@ def draw_sweep(result: dict[str, Any]) -> Markup:
     def paint(axes: Any) -> None:
         draw_panel(axes, panel)
         axes.set_xlabel("GMACs an image")
+        axes.locator_params(axis="x", nbins=6)
 
     return _draw("sweep", alt, paint)
 
