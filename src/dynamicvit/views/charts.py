@@ -166,8 +166,8 @@ def _draw(name: str, alt: str, paint: Callable[[Any], None]) -> Markup:
         # No metadata: they are XML that HTML does not know, with the date.
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(written, format="svg", transparent=True, metadata=metadata)
-    text = written.getvalue()
-    body = text[text.index('<g id="figure_1">') : text.rindex("</svg>")]
+    svg = written.getvalue()
+    body = svg[svg.index('<g id="figure_1">') : svg.rindex("</svg>")]
     body = re.sub(r'<g id="[^"]*">', "<g>", body)  # the same in all, and nothing refers to them
     body = re.sub(r"<path (?!d=|id=)[^>]*/>", "", body)  # lines without a point
     body = re.sub(r'font-family: [^;"]*;? ?', "", body).replace("xlink:href", "href")

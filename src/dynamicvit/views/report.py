@@ -280,6 +280,7 @@ def _look_at(found: Findings, data: str, data_dir: str | None, split: str) -> _E
         sparse, found.model, accelerator, data, data_dir, split, _BATCH, 0, True
     )
     names = images.class_names or class_names(sparse)
+    read: Iterator[tuple[torch.Tensor, int]]
     if isinstance(images.dataset, IterableDataset):  # from all over cannot be had of a stream
         read = islice(_each(loader), _LOOKED_AT)
     else:
