@@ -170,7 +170,9 @@ def plan(scale: Scale, seeds: int = 1, depth: int = 12) -> list[Row]:
             headline = ratio == 0.5 or name in STEP_BASELINES
             untrained.append(Row(f"{row}-untrained", "main", 0, name, ratio))
             tuned.append(Row(row, "main", full, name, ratio, headline=headline))
-    main = [*learned[:2], *untrained, *tuned, *learned[2:]]
+    # The dense model, fine-tuned as the others are: what they gain without anything that leaves.
+    kept = Row("all-kept", "main", full, "random", 1.0, headline=True)
+    main = [*learned[:2], kept, *untrained, *tuned, *learned[2:]]
     variants: dict[str, tuple[str, dict[str, Any]]] = {
         "learned": ("learned", {"start_at_ratio": False}),
         "learned_at_ratio": ("learned", {}),
@@ -523,7 +525,7 @@ def curves(rows: Sequence[dict[str, Any]], axis: str) -> dict[str, list[dict[str
     full = max((_cost("steps")(row) for row in rows if row["table"] == "main"), default=0)
     for row in rows:
         if axis == "gmacs" and row["table"] == "main":
-            name = row["scorer"] + (", not trained" if row["steps"] == 0 else "")
+            name = _what_leaves(row) + (", not trained" if row["steps"] == 0 else "")
         elif axis == "steps" and row["table"] == "steps":
             name = row["row"].split("-", 2)[2]
         elif (
@@ -565,7 +567,7 @@ def tables(results: Sequence[dict[str, Any]]) -> dict[str, str]:
         plain = [_top1(row) for row in same if row["steps"] == 0]
         tuned = [row for row in same if row["steps"]]
         found["main"].append(
-            f"| {ratio} | {scorer} | {_saved(same[0], dense)} | {''.join(plain)} | "
+            f"| {ratio} | {_what_leaves(same[0])} | {_saved(same[0], dense)} | {''.join(plain)} | "
             + " | ".join([*map(_top1, tuned), *(_lost(row, dense) for row in tuned)] or [" | "])
             + " |"
         )
@@ -586,6 +588,10 @@ def tables(results: Sequence[dict[str, Any]]) -> dict[str, str]:
         name: "\n".join([head, "|" + "---|" * (head.count("|") - 1), *lines])
         for name, (head, *lines) in found.items()
     }
+
+
+def _what_leaves(row: dict[str, Any]) -> str:
+    return "nothing leaves" if row["keep_ratio"] == 1.0 else str(row["scorer"])
 
 
 def _budgets(rows: Sequence[dict[str, Any]]) -> list[int]:

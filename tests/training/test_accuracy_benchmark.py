@@ -135,6 +135,7 @@ def test_the_plan_has_every_comparison() -> None:
     assert len(set(names)) == len(names)
     main = {(row.scorer, row.keep_ratio, bool(row.steps)) for row in rows if row.table == "main"}
     assert main == {
+        ("random", 1.0, True),  # of which none leave
         *(("learned", ratio, True) for ratio in (0.9, 0.8, 0.7, 0.5)),
         *(
             (name, ratio, tuned)
