@@ -25,7 +25,7 @@ from dynamicvit import sparsify
 from dynamicvit.core.folder import save_folder
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.schedule import KeepSchedule
-from dynamicvit.demo import Answers, demo
+from dynamicvit.demo import Answers, _import_gradio, demo
 from dynamicvit.views.explanation import explain
 from dynamicvit.views.pictures import dim_dropped
 from tests.conftest import tiny_vit
@@ -182,6 +182,10 @@ def test_mistakes_of_the_one_who_starts_it(tmp_path: Path, monkeypatch: pytest.M
     save_folder(merging, tmp_path / "merging")
     with pytest.raises(ValueError, match=r"models must choose tokens, got .*merging with Simil"):
         Answers([str(tmp_path / "merging")])
+    pooled = tiny_vit(class_token=False, global_pool="avg")
+    save_folder(pooled, tmp_path / "pooled")
+    with pytest.raises(ValueError, match=r"or have a class token .*, got the dense model .*pooled"):
+        Answers([str(tmp_path / "pooled")])
     monkeypatch.setitem(sys.modules, "gradio", None)
     for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
         monkeypatch.setenv(name, "")  # what demo sets is undone
@@ -275,6 +279,30 @@ def test_it_listens_here_alone_and_gives_away_no_files(
     answer = httpx.get(f"{server}gradio_api/call/show/{event}", timeout=60).text
     assert "event: error" in answer
     assert "base64" not in answer
+    # Without `meta` Gradio does not look at it.
+    for path in (photo, tmp_path / "nowhere.png", "https://example.com/photo.png"):
+        body = {"data": [{"path": str(path)}, "embedded", 0.7]}
+        event = httpx.post(f"{server}gradio_api/call/show", json=body).json()["event_id"]
+        answer = httpx.get(f"{server}gradio_api/call/show/{event}", timeout=60).text
+        assert "image must be an upload or one of the photos" in answer
+        assert "base64" not in answer
+
+
+def test_what_lies_elsewhere_is_not_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gradio", reason="needs the extra demo")
+    import asyncio
+
+    from gradio import processing_utils
+
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+        monkeypatch.setenv(name, "")
+    before = processing_utils.async_ssrf_protected_download
+    monkeypatch.setattr(processing_utils, "async_ssrf_protected_download", before)
+    image = _import_gradio(tmp_path).Image()
+    with pytest.raises(ValueError, match="image must be an upload, not an address"):
+        asyncio.run(image.async_move_resource_to_block_cache("https://example.com/photo.png"))
 
 
 # In Chromium.
@@ -333,6 +361,12 @@ def test_the_page_shows_an_upload_and_follows_the_slider(page: Any, photo: Path)
         page.locator("#shown figcaption", has_text=f"{counts[0]} of 196 patches").wait_for()
         given, *stages = _pictures(page.locator("#shown").inner_html())
         assert [_patches_left(stage, given, 2) for stage in stages] == list(counts)
+    # Moves made while others wait: the last one counts.
+    for keep_ratio in (0.3, 0.6, 0.8):
+        page.locator("#ratio input[type=range]").fill(str(keep_ratio))
+    counts = KeepSchedule.from_keep_ratio(0.8, 12).counts(196)
+    page.locator("#shown figcaption", has_text=f"{counts[0]} of 196 patches").wait_for()
+    page.locator("#cost caption", has_text="keep ratio 0.8").wait_for()
     page.locator(".gallery button, button.gallery-item").first.click()
     page.locator("#shown .dv-dense th").first.get_by_text("T-shirt/top").wait_for()
 
@@ -358,13 +392,13 @@ def test_another_model_is_picked(page: Any, folder: Path) -> None:
     page.locator("#shown th", has_text="a <b>bold</b> name").first.wait_for()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_fits_a_narrow_screen(page: Any, scheme: str) -> None:
+@pytest.mark.parametrize(("scheme", "width"), [("light", 400), ("dark", 1280)])
+def test_the_page_fits_the_screen_and_is_legible(page: Any, scheme: str, width: int) -> None:
     page.emulate_media(color_scheme=scheme)
-    page.set_viewport_size({"width": 400, "height": 900})
+    page.set_viewport_size({"width": width, "height": 900})
     page.reload()
     page.locator("#cost td", has_text="fewer").wait_for()
-    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
     dark = page.evaluate("document.body.classList.contains('dark')")
     assert dark == (scheme == "dark")
     background = _luminance(page.evaluate("getComputedStyle(document.body).backgroundColor"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -12,9 +13,11 @@ import pytest
 import timm
 import torch
 
+from benchmarks import accuracy
 from dynamicvit import cli, count_gmacs, sparsify
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.defaults import FEW_IMAGES, complete
+from dynamicvit.training.evaluate import evaluate
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -75,6 +78,52 @@ def test_gmacs_beside_published_results_are_counted(
         if keep_ratio != "dense":
             counted = sparsify(counted, float(keep_ratio))
         assert f"{count_gmacs(counted, (3, 224, 224)):.2f}" == gmacs
+
+
+def test_the_comparison_s_tables_are_those_measured(tmp_path: Path) -> None:
+    rows = json.loads((RESULTS / "accuracy.json").read_text())["rows"]
+    page = tmp_path / "results.md"
+    page.write_text(ACCURACY)
+    accuracy.write_page(page, rows)
+    assert page.read_text() == ACCURACY
+    found = accuracy.tables(rows)
+    for name in re.findall(r"^<!-- (\w+) -->$", ACCURACY, re.MULTILINE):
+        assert name == "end" or found[name] in ACCURACY
+    assert "<!-- main -->" in ACCURACY
+
+
+def test_the_comparison_s_words_are_those_measured() -> None:
+    """Every figure with decimals in the prose is of a row, or of `compare`, as rounded there."""
+    rows = accuracy.summarise(json.loads((RESULTS / "accuracy.json").read_text())["rows"])
+    dense = next(row for row in rows if row["table"] == "dense")
+    compared = json.loads((RESULTS / "small" / "compare" / "compare.json").read_text())
+    known = {"0.9", "0.8", "0.7", "0.5", "0.01"}  # keep ratios, and an image of 10,000 in points
+    for row in rows:
+        known |= {f"{row['top1']:.2f}", f"{abs(dense['top1'] - row['top1']):.2f}"}
+        known.add(f"{100 * (1 - row['gmacs'] / dense['gmacs']):.1f}")
+    for name in ("dense_top1", "sparse_top1", "points_lost", "agreement"):
+        known.add(f"{abs(compared[name]):.2f}")
+    known |= {f"{abs(end):.2f}" for end in compared["interval"]}
+    prose = ACCURACY.partition("## Fashion-MNIST")[2]
+    prose = re.sub(r"^(\||    ).*$", "", prose, flags=re.MULTILINE)
+    figures = re.findall(r"(?<![\w/.-])\d+\.\d+(?![\w.])", prose)
+    assert len(figures) >= 10
+    assert set(figures) <= known
+
+
+@pytest.mark.skipif("FASHION_MNIST" not in os.environ, reason="needs the data set's folder")
+def test_a_committed_checkpoint_s_row_is_reproduced() -> None:
+    rows = json.loads((RESULTS / "accuracy.json").read_text())["rows"]
+    for name in ("dense", "learned-0.7"):
+        [row] = [row for row in rows if row["row"] == name]
+        [found] = evaluate(
+            [str(RESULTS / "small" / name)],
+            data="torch/fashion_mnist",
+            data_dir=os.environ["FASHION_MNIST"],
+            workers=0,
+        ).values()
+        assert found["images"] == row["images"] == 10_000
+        assert (found["top1"], found["top5"]) == (row["top1"], row["top5"])
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from PIL import Image
 from rich.console import Console
 
 from dynamicvit.checkpoint import load_model
+from dynamicvit.core.backbone import UnsupportedBackbone
 from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseViT, sparsify
 from dynamicvit.core.predict import Prediction
@@ -74,7 +75,7 @@ def demo(
     # Gradio keeps uploads in files, which are to go when the page does.
     with tempfile.TemporaryDirectory(prefix="dynamicvit-demo-") as folder:
         gradio = _import_gradio(Path(folder) / "uploads")
-        answers = Answers(models or ())
+        answers = Answers(models or (), Path(folder))
         page = _build(gradio, answers, _write_photos(Path(folder) / "photos"))
         _, address, _ = page.launch(
             server_name=host,
@@ -116,6 +117,8 @@ class Answers:
 
     Args:
         names: as `demo`'s `models`.
+        within: the folder that images may be read from; None for any. Who asks names a file of this
+            machine, and should see none but uploads and photos.
 
     Attributes:
         models: name → the model, on a GPU if there is one.
@@ -125,15 +128,22 @@ class Answers:
         ValueError, FileNotFoundError: as `demo`.
     """
 
-    def __init__(self, names: Iterable[str] = ()) -> None:
+    def __init__(self, names: Iterable[str] = (), within: Path | None = None) -> None:
         device = find_device(None)
+        self._within = within
         self.models: dict[str, SparseViT] = {}
         self.notes: dict[str, str] = {}
         for name in list(names) or [_EMBEDDED]:
             model = load_model(str(ASSETS / "model") if name == _EMBEDDED else name)
             self.notes[name] = ""
             if not isinstance(model, SparseViT):
-                model = sparsify(model, keep_ratio=0.7, scorer="class_attention")
+                try:
+                    model = sparsify(model, keep_ratio=0.7, scorer="class_attention")
+                except UnsupportedBackbone as error:
+                    raise ValueError(
+                        "models must be sparse, or have a class token whose attention chooses, "
+                        f"got the dense model {name}: {error}"
+                    ) from error
                 self.notes[name] = _UNTRAINED
             if model.merges:
                 kind = type(model.scorers[0]).__name__
@@ -161,10 +171,16 @@ class Answers:
             return '<p class="dv-note">Drop an image, or take one of the photos.</p>', ""
         try:
             model = reschedule(*self._at(self.models, name, keep_ratio))
-            found = _explain(model, Path(upload["path"]), upload.get("orig_name"))
+            found = _explain(model, self._find(upload["path"]), upload.get("orig_name"))
         except (ValueError, TypeError, OSError) as error:
             return _message(error), ""
         return _draw(found), _draw_scores(found) + self.notes[name]
+
+    def _find(self, path: str) -> Path:
+        found = Path(path).resolve()
+        if self._within is not None and not found.is_relative_to(self._within.resolve()):
+            raise ValueError("image must be an upload or one of the photos")
+        return found
 
     def cost(self, name: str, keep_ratio: float, again: bool = False) -> str:
         """Operations and time of dense and pruned: a table. Each setting is measured once, unless
@@ -175,7 +191,7 @@ class Answers:
         except (ValueError, TypeError) as error:
             return _message(error)
         if again or (name, schedule) not in self._costs:
-            self._costs[name, schedule] = self._measure(pruned)
+            self._costs[name, schedule] = self._measure(pruned, keep_ratio)
         return self._costs[name, schedule]
 
     def _at(
@@ -187,7 +203,7 @@ class Answers:
         ratios = KeepSchedule.from_keep_ratio(keep_ratio, len(blocks) + 1, len(blocks)).ratios
         return models[name], KeepSchedule(blocks, ratios)
 
-    def _measure(self, pruned: SparseViT) -> str:
+    def _measure(self, pruned: SparseViT, keep_ratio: float) -> str:
         dense, size = pruned.backbone, input_size(pruned)
         gmacs = [count_gmacs(model, size) for model in (dense, pruned)]
         [speed] = compare_speed(dense, pruned, size, batch_sizes=(1,), seconds=0.5)
@@ -208,7 +224,8 @@ class Answers:
             for row in rows
         )
         return (
-            '<div class="dv"><table class="dv-cost"><thead><tr><th scope="col">cost</th>'
+            '<div class="dv"><table class="dv-cost"><caption><b>What it saves</b> keep ratio '
+            f'{keep_ratio:g}</caption><thead><tr><th scope="col">cost</th>'
             '<th scope="col">dense</th><th scope="col">pruned</th><th scope="col">gain</th></tr>'
             f"</thead><tbody>{body}</tbody></table>"
             '<p class="dv-note">Time was measured here, in PyTorch and float32, one random image '
@@ -234,6 +251,12 @@ def _import_gradio(uploads: Path) -> Any:
         import gradio  # noqa: PLC0415 (an extra)
     except ImportError as error:
         raise ValueError("demo needs the extra: pip install 'dynamicvit[demo]'") from error
+
+    async def refuse(url: str, cache_dir: str) -> str:
+        raise ValueError("image must be an upload, not an address")
+
+    # It would fetch an address that is given for a file, however large what lies there is.
+    gradio.processing_utils.async_ssrf_protected_download = refuse
     return gradio
 
 
@@ -296,7 +319,9 @@ def _build(gradio: Any, answers: Answers, photos: Sequence[Path]) -> Any:
                 scores = gradio.HTML(elem_id="scores", padding=False)
         # One call at a time, so that nothing of ours disturbs what is timed. Inputs come as they
         # are: Gradio would read an image file itself, whatever is in it and however large it is.
+        # Of moves made while one waits, the last is answered: what is shown is what is set.
         options = {
+            "trigger_mode": "always_last",
             "concurrency_limit": 1,
             "concurrency_id": "models",
             "preprocess": False,

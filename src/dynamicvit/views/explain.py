@@ -52,7 +52,8 @@ def explain(
 
     Raises:
         ValueError, FileNotFoundError: naming what is wrong with an image, the model or an option,
-            before anything is written.
+            before anything is written; a video that breaks off after its first frame is told of
+            when it is its turn, after the images.
     """
     kinds = ["png", "npz"] if formats is None else list(dict.fromkeys(formats))
     known = [suffix[1:] for suffix in explanation.SUFFIXES]
