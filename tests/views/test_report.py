@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -216,8 +217,113 @@ def test_what_is_of_another_model_is_left_out(bare: Path, run: Path, tmp_path: P
     assert f"{_read(run, 'benchmark.json')['measurements'][0]['speed_up']:.2f}×" in page.text
 
 
+def test_models_of_the_same_token_counts_are_told_apart(run: Path, tmp_path: Path) -> None:
+    """Every ViT of as many patches has the same counts at the same ratios."""
+    other = tmp_path / "other"
+    classes = sparsify(tiny_vit(num_classes=4), 0.7)  # differs by one class, no more
+    save_folder(classes, other)
+    for name in ("benchmark.json", "sweep.json"):
+        shutil.copy(run / name, other)
+    shutil.copytree(run / "compare", other / "compare")
+    page = _Page(report(str(other)))
+    gmacs = f"{_read(run, 'benchmark.json')['gmacs']['sparse']:.9g} GMACs"
+    own = f"{count_gmacs(classes, (3, 32, 32)):.9g} GMACs"
+    for name in ("benchmark.json", "sweep.json", "compare.json"):
+        wrong = rf"{name} is of another model, with {gmacs}, where this one has {own}"
+        assert re.search(wrong, page.text), name
+    turned = _read(run, "benchmark.json")
+    turned |= {"input_size": [3, 64, 16]}
+    (tmp_path / "turned.json").write_text(json.dumps(turned))
+    with pytest.raises(ValueError, match=r"with input of 3 × 64 × 16, where this .* 3 × 32 × 32"):
+        report(str(run), benchmark=str(tmp_path / "turned.json"), output=str(tmp_path / "a.html"))
+    # What compare wrote before it wrote GMACs is known by its counts.
+    old = _read(run, "compare/compare.json")
+    del old["gmacs"]
+    (other / "compare" / "compare.json").write_text(json.dumps(old))
+    text = _Page(report(str(other))).text
+    assert f"{old['dense_top1']:.2f} → {old['sparse_top1']:.2f}%" in text
+
+
+def test_points_of_a_sweep_are_told_apart_by_their_blocks(
+    run: Path, images_folder: Path, tmp_path: Path
+) -> None:
+    swept = _read(run, "sweep.json")
+    mine = next(point for point in swept["points"] if point["tokens"] == [16, 11, 7, 5])
+    blocks = mine["schedule"]["blocks"]
+    moved = json.loads(json.dumps(mine)) | {"top1": 98.76}
+    moved["schedule"]["blocks"] = [block - 1 for block in blocks]
+    moved["gmacs"] -= 1e-4
+    path = tmp_path / "sweep.json"
+    path.write_text(json.dumps(swept | {"points": [moved, *swept["points"]]}))
+    model = Path(shutil.copytree(run / "best", tmp_path / "model"))
+    page = report(str(model), sweep=str(path)).read_text()
+    card = re.findall(r"([\d.]+ → [\d.]+)%", page)[0]
+    assert card == f"{swept['dense']['top1']:.2f} → {mine['top1']:.2f}"
+    rows = re.findall(r"<tr>.*?</tr>", page, re.DOTALL)
+    [marked] = [row for row in rows if re.search("<td>this model", row)]
+    assert f"<td>{', '.join(map(str, blocks))}</td>" in marked
+    path.write_text(json.dumps(swept | {"points": [moved]}))
+    before = ", ".join(map(str, moved["schedule"]["blocks"]))
+    own = ", ".join(map(str, blocks))
+    with pytest.raises(ValueError, match=rf"before blocks {before}, where .* before blocks {own}"):
+        report(str(model), sweep=str(path))
+
+
+def test_the_dense_model_that_a_run_trained_first_is_its_teacher(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run / "best", folder / "best")
+    for name in (CONFIG, "sweep.json"):
+        shutil.copy(run / name, folder)
+    metrics = (run / METRICS).read_text().splitlines()[-1]  # one validation
+    (folder / METRICS).write_text(metrics)
+    for first, teacher in ((False, "a_teacher"), (True, str(folder / "dense" / "best"))):
+        if first:
+            save_folder(tiny_vit(num_classes=3), folder / "dense" / "best")
+            (folder / "dense" / METRICS).write_text(metrics)
+        page = _Page(report(str(folder)))
+        assert f"not the teacher that the training began with, {teacher};" in page.text
+        assert (f"(model: what the dense teacher, {teacher}, was trained from)" in page.text) == (
+            first
+        )
+        [call] = [
+            shlex.split(line)
+            for block in page.blocks
+            for line in block.splitlines()
+            if line.startswith("dynamicvit compare")
+        ]
+        assert call[call.index("--dense") + 1] == teacher
+
+
+def test_figures_tell_what_they_are_of(run: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(run / "best", tmp_path / "model"))
+    shutil.copytree(run / "compare", folder / "compare")
+    shutil.copy2(run / "benchmark.json", folder)
+    note = "measured before this model's file was written"
+    text = _Page(report(str(folder))).text
+    assert "; dense: own backbone\n" in text
+    assert note not in text
+    named = _read(folder, "compare/compare.json") | {"dense": SCRIPT}
+    (folder / "compare" / "compare.json").write_text(json.dumps(named))
+    for name in ("compare/compare.json", "benchmark.json"):
+        os.utime(folder / name, (1, 1))
+    text = _Page(report(str(folder))).text
+    assert f"; dense: {SCRIPT}; {note}\n" in text
+    assert re.search(rf"batch \d+; {note}", text)
+
+
+def test_a_model_that_merges_is_refused(tmp_path: Path) -> None:
+    save_folder(sparsify(tiny_vit(), 0.7, scorer="pooling"), tmp_path / "merging")
+    with pytest.raises(
+        ValueError, match=r"model must choose tokens, got .*merging with PoolingMerger"
+    ):
+        report(str(tmp_path / "merging"))
+    assert not (tmp_path / "merging" / "report.html").exists()
+
+
 def test_a_report_names_what_is_wrong(bare: Path, run: Path, tmp_path: Path) -> None:
-    for content in ("[]", "{}", "not JSON", '{"tokens": [16, 11, 7, 5]}'):
+    changes: list[dict[str, Any]] = [{"environment": "x"}, {"gmacs": []}, {"tokens": 16}]
+    spoilt = [json.dumps(_read(run, "benchmark.json") | change) for change in changes]
+    for content in ("[]", "{}", "not JSON", '{"tokens": [16, 11, 7, 5]}', *spoilt):
         bad = tmp_path / "bad.json"
         bad.write_text(content)
         with pytest.raises(ValueError, match=r"bad.json is not what `dynamicvit benchmark` writes"):

@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseViT
 from dynamicvit.environment import environment
 from dynamicvit.files import write_bytes, write_text
@@ -26,6 +27,7 @@ from dynamicvit.training.evaluate import (
     backbone_of,
     check_labels,
     compare_answers,
+    input_size,
     load_pair,
     open_images,
     run_batches,
@@ -117,6 +119,10 @@ def compare(
         "split": split,
         "precision": precision,
         **describe(comparison, names),
+        "gmacs": {
+            "dense": count_gmacs(reference, input_size(reference)),
+            "sparse": count_gmacs(sparse, input_size(sparse)),
+        },
         "environment": environment(),
     }
     if images.unreadable is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ USUAL = {
     "quickstart": "metrics.json",
 }
 _MODEL, _RUN = "sparse", "sparse_run"  # of a quickstart
+_DENSE = "dense"  # of a run that trained its dense model first
 
 
 class ForeignFile(ValueError):
@@ -52,6 +53,7 @@ class Findings:
     tokens: list[int]
     gmacs: tuple[float, float]  # dense, sparse
     config: dict[str, Any]  # of the run; empty if there is none
+    trained_first: Path | None  # dense model that the run trained, to begin with
     compare: dict[str, Any] | None
     maps: dict[str, np.ndarray] | None  # arrays, beside what `compare` holds
     benchmark: dict[str, Any] | None
@@ -59,6 +61,16 @@ class Findings:
     quickstart: dict[str, Any] | None
     sources: list[tuple[str, str]]  # what the page is made from, and when that was measured
     refused: dict[str, str]  # what was found but is of another model → why
+    earlier: set[str]  # what was measured before the model's file was written
+
+    @property
+    def teacher(self) -> str | None:
+        """The dense model that the training began with."""
+        return str(self.trained_first or self.config.get("model") or "") or None
+
+    def is_own(self, point: dict[str, Any]) -> bool:
+        """Whether a point of the sweep is of the model's own schedule."""
+        return _shares(point["schedule"]) == _shares(asdict(self.sparse.schedule))
 
 
 def gather(name: str, benchmark: str | None, compare: str | None, sweep: str | None) -> Findings:
@@ -67,10 +79,16 @@ def gather(name: str, benchmark: str | None, compare: str | None, sweep: str | N
     sparse = load_model(model)
     if not isinstance(sparse, SparseViT):
         raise ValueError(f"model must be sparse, got the dense model {model}")
+    if sparse.merges:
+        kind = type(sparse.scorers[0]).__name__
+        raise ValueError(f"model must choose tokens, got {model} with {kind}, which merges them")
     tokens, size = list(token_counts(sparse)), input_size(sparse)
+    gmacs = (count_gmacs(sparse.backbone, size), count_gmacs(sparse, size))
+    own = _facts(tokens, asdict(sparse.schedule), size, gmacs[1])
     weights = Path(model) / WEIGHTS
     sources: list[tuple[str, str]] = []
     refused: dict[str, str] = {}
+    earlier: set[str] = set()
 
     def find(command: str, given: str | None, inside: str = "") -> Path | None:
         """The file that is named, or lies in its usual place."""
@@ -88,19 +106,29 @@ def gather(name: str, benchmark: str | None, compare: str | None, sweep: str | N
         if path is None:
             return None
         result = _read_json(path, command)
-        theirs = _tokens_of(path, command, result)
-        date = result["environment"]["date"]
-        if tokens not in theirs:
+        try:
+            theirs = _facts_of(command, result)
+            date = result["environment"]["date"]
+        except ForeignFile:
+            raise
+        except Exception as error:  # foreign content makes readers raise nearly anything
+            raise ForeignFile(path, command, error) from error
+        apart = [[kind for kind in facts if facts[kind] != own[kind]] for facts in theirs]
+        if all(apart):
+            nearest = min(range(len(apart)), key=lambda index: len(apart[index]))
+            kind = apart[nearest][0]
             reason = (
-                f"{path} is of another model, with {arrows(theirs[0])} tokens, where this one has "
-                f"{arrows(tokens)}"
+                f"{path} is of another model, with {theirs[nearest][kind]}, where this one has "
+                f"{own[kind]}"
             )
             if given is not None:
                 raise ValueError(f"{command} must be of this model: {reason}")
             refused[command] = reason
             return None
-        old = weights.exists() and path.stat().st_mtime < weights.stat().st_mtime
-        note = ", before the model's file was" if old else ""
+        note = ""
+        if weights.exists() and path.stat().st_mtime < weights.stat().st_mtime:
+            note = ", before the model's file was"
+            earlier.add(command)
         sources.append((str(path), f"dynamicvit {command}, {date}{note}"))
         return result
 
@@ -113,8 +141,9 @@ def gather(name: str, benchmark: str | None, compare: str | None, sweep: str | N
         run=run,
         sparse=sparse,
         tokens=tokens,
-        gmacs=(count_gmacs(sparse.backbone, size), count_gmacs(sparse, size)),
+        gmacs=gmacs,
         config=_read_config(run),
+        trained_first=find_best(run / _DENSE) if run is not None else None,
         compare=compared,
         maps=_read_maps(compared_in.with_name(ARRAYS)) if compared and compared_in else None,
         benchmark=read("benchmark", find("benchmark", benchmark), benchmark),
@@ -126,6 +155,7 @@ def gather(name: str, benchmark: str | None, compare: str | None, sweep: str | N
         ),
         sources=sources,
         refused=refused,
+        earlier=earlier,
     )
     for path in (run / CONFIG, run / METRICS) if run is not None else ():
         if path.is_file():
@@ -170,16 +200,45 @@ def _read_json(path: Path, command: str) -> dict[str, Any]:
     return content
 
 
-def _tokens_of(path: Path, command: str, result: dict[str, Any]) -> list[list[int]]:
-    """The token counts of what a command measured: a sweep's are of many schedules."""
-    try:
-        if command == "sweep":
-            if not result["points"]:
-                raise ForeignFile(path, command, "no points")
-            return [list(point["tokens"]) for point in result["points"]]
-        return [list((result["sparse"] if command == "quickstart" else result)["tokens"])]
-    except TypeError as error:
-        raise ForeignFile(path, command, error) from error
+def _facts_of(command: str, result: dict[str, Any]) -> list[dict[str, str]]:
+    """`_facts` of what a command measured, as far as its file tells: a sweep's are of many
+    schedules."""
+    if command == "sweep":
+        if not result["points"]:
+            raise ValueError("no points")
+        return [
+            _facts(point["tokens"], point["schedule"], None, point["gmacs"])
+            for point in result["points"]
+        ]
+    if command == "quickstart":
+        return [_facts(result["sparse"]["tokens"], None, None, result["sparse"]["gmacs"])]
+    if command == "compare" and "gmacs" not in result:  # older files
+        return [_facts(result["tokens"], None, None, None)]
+    size = result["input_size"] if command == "benchmark" else None
+    return [_facts(result["tokens"], None, size, result["gmacs"]["sparse"])]
+
+
+def _facts(
+    tokens: Sequence[int],
+    schedule: dict[str, Any] | None,
+    size: Sequence[int] | None,
+    gmacs: float | None,
+) -> dict[str, str]:
+    """What tells models apart, in words; None is not known. GMACs to nine digits tell one class
+    more or less."""
+    facts = {"tokens": f"{arrows(tokens)} tokens"}
+    if schedule is not None:
+        facts["schedule"] = _shares(schedule)
+    if size is not None:
+        facts["size"] = f"input of {' × '.join(map(str, size))}"
+    if gmacs is not None:
+        facts["gmacs"] = f"{gmacs:.9g} GMACs"
+    return facts
+
+
+def _shares(schedule: dict[str, Any]) -> str:
+    ratios = ", ".join(f"{ratio:.9g}" for ratio in schedule["ratios"])
+    return f"shares {ratios} kept before blocks {', '.join(map(str, schedule['blocks']))}"
 
 
 def _read_maps(path: Path) -> dict[str, np.ndarray]:

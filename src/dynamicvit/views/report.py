@@ -74,7 +74,8 @@ def report(
 
     Raises:
         ValueError, FileNotFoundError: naming what is wrong with an option, the model or the data;
-            or if a file that is named is not what its command writes, or is of another model.
+            or if the model merges tokens, so that none is kept, or a file that is named is not
+            what its command writes, or is of another model.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("report needs the extra: pip install 'dynamicvit[plot]'")
@@ -116,9 +117,9 @@ def _missing(found: Findings, examples: _Examples | None) -> dict[str, _Missing]
     again = ["report", found.name]
     data = ["--data", str(found.config.get("data") or "path/to/images")]
     images = list(data)  # to compare on, best with the run's teacher
-    for option, setting in (("--data_dir", "data_dir"), ("--dense", "model")):
-        if found.config.get(setting):
-            images += [option, str(found.config[setting])]
+    for option, value in (("--data_dir", found.config.get("data_dir")), ("--dense", found.teacher)):
+        if value:
+            images += [option, str(value)]
     missing: dict[str, _Missing] = {}
     for command, what, options in (
         ("compare", "accuracy beside the dense model, keep maps, answers that change", images),
@@ -222,7 +223,7 @@ def _accuracies(found: Findings) -> list[_Accuracy]:
         measured.append(_Accuracy("compare", where, it["images"], *tops, it["dense"], it))
     if it := found.sweep:
         where, dense = f"{it['data']}, {it['split']}", it["dense"]
-        own = next(point for point in it["points"] if point["tokens"] == found.tokens)
+        own = next(point for point in it["points"] if found.is_own(point))
         tops, change = (dense["top1"], own["top1"]), own["change"]
         measured.append(_Accuracy("sweep", where, it["images"], *tops, dense["model"], change))
     if it := found.quickstart:
