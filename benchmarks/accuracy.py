@@ -562,7 +562,8 @@ def tables(results: Sequence[dict[str, Any]]) -> dict[str, str]:
         "stages": ["| stages | keep ratio of each | GMACs | top-1 | points lost |"],
         "losses": ["| loss left out | top-1 | points lost |"],
     }
-    for ratio, scorer in dict.fromkeys((row["keep_ratio"], row["scorer"]) for row in main):
+    rules = dict.fromkeys((row["keep_ratio"], row["scorer"]) for row in main)
+    for ratio, scorer in sorted(rules, key=lambda rule: -rule[0]):
         same = [row for row in main if (row["keep_ratio"], row["scorer"]) == (ratio, scorer)]
         plain = [_top1(row) for row in same if row["steps"] == 0]
         tuned = [row for row in same if row["steps"]]
