@@ -626,14 +626,20 @@ def write_page(page: Path, results: Sequence[dict[str, Any]]) -> None:
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Both diagrams as a PNG; needs matplotlib."""
+    """Both diagrams as a PNG, without one that has no line yet; needs matplotlib."""
     from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
 
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     dense = [row["top1"] for row in rows if row["table"] == "dense"]
-    for number, axis in enumerate(("gmacs", "steps")):
-        axes = figure.add_subplot(1, 2, number + 1)
-        for index, (name, points) in enumerate(curves(rows, axis).items()):
+    found = {axis: curves(rows, axis) for axis in ("gmacs", "steps")}
+    shown = [axis for axis, lines in found.items() if any(len(row) > 1 for row in lines.values())]
+    for number, axis in enumerate(shown):
+        axes = figure.add_subplot(1, len(shown), number + 1)
+        rules: list[str] = []  # the same colour and mark with and without training
+        for name, points in found[axis].items():
+            rule = name.removesuffix(", not trained")
+            rules += [rule] if rule not in rules else []
+            index = rules.index(rule)
             top1 = [row["top1"] for row in points]
             below = [row["top1"] - row["spread"][0] for row in points]
             above = [row["spread"][1] - row["top1"] for row in points]
@@ -642,6 +648,7 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
                 top1,
                 yerr=[below, above],
                 label=name,
+                color=f"C{index}",
                 marker="os^Dv<>Ph*X"[index % 11],
                 markersize=4,
                 capsize=3,
