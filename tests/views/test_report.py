@@ -466,18 +466,6 @@ def test_the_page_passes_the_validator(run: Path) -> None:
     assert [(item["type"], item["message"]) for item in messages] == []
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api", reason="needs axe-playwright-python")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("needs Chromium")
-    with api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield started
-        started.close()
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1280])
 def test_the_page_is_accessible_offline(browser: Any, run: Path, width: int, scheme: str) -> None:

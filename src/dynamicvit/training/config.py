@@ -11,7 +11,7 @@ from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.training.evaluate import check_precision
 
 # Options that differ from TrainConfig's defaults, which are the paper's. The warm start of the
-# scorers and their start at the keep ratio are not in it: docs/results.md has what they are worth.
+# scorers and their start at the keep ratio are not in it.
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {},
     "fast": {
