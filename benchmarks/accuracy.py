@@ -45,7 +45,7 @@ from dynamicvit.environment import environment
 from dynamicvit.files import write_bytes, write_text
 from dynamicvit.quickstart import RECIPE, unpack_images
 from dynamicvit.training.checkpoints import CHECKPOINTS, find_checkpoints
-from dynamicvit.training.config import TrainConfig
+from dynamicvit.training.config import RECIPES, TrainConfig
 from dynamicvit.training.data import create_image_loader, open_data
 from dynamicvit.training.evaluate import evaluate_model
 from dynamicvit.training.fit import BEST, METRICS, train
@@ -59,6 +59,13 @@ LOSSES = ("cross_entropy", "ratio", "logit_kl", "token")
 WARM_START = 120  # steps, of those that a row has; half of them at most
 BEST_START = {"warm_start": WARM_START}  # of learned selection; it begins at the ratio by default
 STEP_BASELINES = ("random", "class_attention")  # with as few steps as the learned one
+# What `train --recipe` sets, but for the number of steps; the paper's 30 epochs, of which the first
+# five freeze the backbone and warm up, are six here.
+PAPER = {
+    **{"epochs": 6, "freeze_epochs": 1, "warmup_epochs": 1},
+    **{"backbone_lr": 0.01, "start_at_ratio": False},
+}
+FAST = {name: value for name, value in RECIPES["fast"].items() if name != "epochs"}
 
 
 @dataclass(frozen=True)
@@ -187,6 +194,10 @@ def plan(scale: Scale, seeds: int = 1, depth: int = 12) -> list[Row]:
         for name, (scorer, options) in variants.items()
         if steps < full or name not in in_main
     ]
+    recipes = [
+        Row("recipe-paper", "recipes", full, "learned", 0.7, headline=True, options=PAPER),
+        Row("recipe-fast", "recipes", full // 4, "learned", 0.7, headline=True, options=FAST),
+    ]
     stages = [
         Row(
             f"stages-{n}",
@@ -210,7 +221,7 @@ def plan(scale: Scale, seeds: int = 1, depth: int = 12) -> list[Row]:
         )
         for loss in LOSSES
     ]
-    first = [Row("dense", "dense", scale.dense_steps), *main, *fewer]
+    first = [Row("dense", "dense", scale.dense_steps), *main, *recipes, *fewer]
     more = [replace(row, seed=seed) for seed in range(1, seeds) for row in first if row.headline]
     return [*first, *more, *stages, *losses]
 
@@ -283,7 +294,7 @@ class Bench:
         batch = self.scale.batch_size
         # As few epochs as the data allows, since each ends with a validation; alike, so that
         # there are as many steps as asked for, or nearly.
-        epochs = -(-steps // max(1, self.images["train"] // batch))
+        epochs = row.options.get("epochs") or -(-steps // max(1, self.images["train"] // batch))
         of_dense: dict[str, Any] = {
             **(self.scale.model or {}),
             "pretrained": False,
@@ -308,6 +319,7 @@ class Bench:
             "kept_gradients": self.accelerator.device.type == "cpu" and row.scorer is not None,
             "start_at_ratio": row.scorer in LEARNING,
             **(of_dense if row.scorer is None else of_sparse),
+            "epochs": epochs,
             **row.options,
             "warm_start": warm,
             "workers": self.workers,
@@ -316,7 +328,6 @@ class Bench:
             data=self.data,
             data_dir=self.data_dir,
             output=str(self.folder / row.folder),
-            epochs=epochs,
             epoch_images=round(steps / epochs) * batch,
             batch_size=batch,
             precision=self.precision,
@@ -558,6 +569,7 @@ def tables(results: Sequence[dict[str, Any]]) -> dict[str, str]:
             f"| dense | {dense['gmacs']:.4f} | {_top1(dense)} | {dense['steps']} |",
         ],
         "main": ["| keep ratio | what decides | GMACs | not trained | fine-tuned | points lost |"],
+        "recipes": ["| recipe | training steps | top-1 | points lost |"],
         "steps": ["| scorer | " + " | ".join(f"{steps}" for steps in _budgets(rows)) + " |"],
         "stages": ["| stages | keep ratio of each | GMACs | top-1 | points lost |"],
         "losses": ["| loss left out | top-1 | points lost |"],
@@ -577,6 +589,10 @@ def tables(results: Sequence[dict[str, Any]]) -> dict[str, str]:
         cells = " | ".join(at.get(steps, "") for steps in _budgets(rows))
         found["steps"].append(f"| {name} | {cells} |")
     kept = [row for row in main if (row["scorer"], row["keep_ratio"]) == ("learned", 0.7)]
+    for row in [*(row for row in rows if row["table"] == "recipes"), *kept]:
+        recipe = row["row"].removeprefix("recipe-") if row["table"] == "recipes" else "this table's"
+        steps = row["steps"] + row["warm_start"]
+        found["recipes"].append(f"| {recipe} | {steps} | {_top1(row)} | {_lost(row, dense)} |")
     for row in [*(row for row in rows if row["table"] == "stages"), *kept]:
         found["stages"].append(
             f"| {row['stages']} | {row['keep_ratio']} | {_saved(row, dense)} | {_top1(row)} | "

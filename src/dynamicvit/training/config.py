@@ -100,7 +100,8 @@ class TrainConfig:
         start_at_ratio: begin with scorers that keep tokens at the schedule's ratio, not half of
             them. Not in the paper; by default with fewer than 100,000 training images.
         warm_start: steps in which scorers first learn to keep what the teacher's class token
-            attends to. Not in the paper; helps short training.
+            attends to, at a learning rate that falls from 1 / width to 0. Not in the paper; helps
+            short training.
         precision: "no" for float32, or "bf16" for mixed bfloat16.
         compile: compile the training step with torch.compile.
         checkpoint_activations: compute the student's activations a second time in the backward

@@ -579,15 +579,18 @@ def _warm_start(
     records: Records,
     skips: _Skips,
 ) -> None:
-    """Fit the scorers to the teacher's attention for `config.warm_start` steps, at constant lr.
+    """Fit the scorers to the teacher's attention for `config.warm_start` steps.
 
+    Their learning rate falls from 1 / width to 0: higher than in the training that follows, since
+    targets have no noise and steps are few; the wider a model, the smaller the steps it bears.
     The scorers are small: their gradients are averaged over processes one by one. With them a loss
     that is not finite in one process makes all of them leave the step out.
     """
     task = WarmStartTask(student, teacher.to(accelerator.device)).train()
     student.backbone.requires_grad_(False).eval()  # nothing of it learns, nothing of it is dropped
     learnt = list(student.scorers.parameters())
-    optimizer = AdamW(learnt, lr=1e-3, weight_decay=config.weight_decay, fused=True)
+    lr = 1 / student.embed_dim
+    optimizer = AdamW(learnt, lr=lr, weight_decay=config.weight_decay, fused=True)
     done = micro = 0
     total: dict[str, Tensor] = {}
     bad: tuple[Tensor, Tensor] | None = None
@@ -616,6 +619,7 @@ def _warm_start(
             else:
                 skips.add(done, bad, of=" of the warm start")
             optimizer.zero_grad()
+            optimizer.param_groups[0]["lr"] = lr * (1 - done / config.warm_start)
             total, bad = {}, None
             if done % config.log_steps == 0 or done == config.warm_start:
                 line = {k: v.tolist() for k, v in numbers.items()}
