@@ -62,8 +62,11 @@ STEP_BASELINES = ("random", "class_attention")  # with as few steps as the learn
 # What `train --recipe` sets, but for the number of steps; the paper's 30 epochs, of which the first
 # five freeze the backbone and warm up, are six here.
 PAPER = {
-    **{"epochs": 6, "freeze_epochs": 1, "warmup_epochs": 1},
-    **{"backbone_lr": 0.01, "start_at_ratio": False},
+    "epochs": 6,
+    "freeze_epochs": 1,
+    "warmup_epochs": 1,
+    "backbone_lr": 0.01,
+    "start_at_ratio": False,
 }
 FAST = {name: value for name, value in RECIPES["fast"].items() if name != "epochs"}
 

@@ -166,6 +166,22 @@ def test_start_at_ratio_and_warm_start(options: dict[str, Any]) -> None:
     assert lines[3]["kept"][0] > 0.7, "0.5 is where scorers start otherwise"
 
 
+def test_the_warm_start_s_learning_rate_falls_from_one_over_width(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = []
+
+    class Watched(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    monkeypatch.setattr(fit, "AdamW", Watched)
+    train(TrainConfig(**options | {"epochs": 0, "warm_start": 4}))
+    width = cast(Any, dynamicvit.load(f"{options['output']}/best")).embed_dim
+    assert rates == pytest.approx([share / width for share in (1, 0.75, 0.5, 0.25)])
+
+
 def test_parameter_groups_have_two_speeds_and_spare_norms_and_biases() -> None:
     config = TrainConfig(data="", output="", backbone_lr=0.01, weight_decay=0.05)
     sparse = sparsify(tiny_vit(), 0.7)
