@@ -151,6 +151,9 @@ def test_the_plan_has_every_comparison() -> None:
         {**accuracy.BEST_START, f"{name}_weight": 0.0}
         for name in ("cross_entropy", "ratio", "logit_kl", "token")
     ]
+    # What one rule that learns is given, the other is too.
+    learns = [row for row in rows if row.scorer in accuracy.LEARNING and row.steps]
+    assert {row.options["ratio_weight"] for row in learns if row.table == "main"} == {10.0}
     assert {row.seed for row in rows if row.name == "learned-0.7"} == {0, 1, 2}
     assert {row.seed for row in rows if row.name == "learned-0.9"} == {0}
     steps = {(row.steps, row.name.split("-")[2]) for row in rows if row.table == "steps"}
