@@ -205,16 +205,6 @@ def plan(scale: Scale, seeds: int = 1, depth: int = 12) -> list[Row]:
     recipes = [
         Row("recipe-paper", "recipes", full, "learned", 0.7, headline=True, options=PAPER),
         Row("recipe-fast", "recipes", full // 4, "learned", 0.7, headline=True, options=FAST),
-        # as fast as in the main table
-        Row(
-            "recipe-fast_backbone_lr_1",
-            "recipes",
-            full // 4,
-            "learned",
-            0.7,
-            headline=True,
-            options={**FAST, "backbone_lr": 1.0},
-        ),
     ]
     stages = [
         Row(
@@ -608,11 +598,7 @@ def tables(results: Sequence[dict[str, Any]]) -> dict[str, str]:
         found["steps"].append(f"| {name} | {cells} |")
     kept = [row for row in main if (row["scorer"], row["keep_ratio"]) == ("learned", 0.7)]
     for row in [*(row for row in rows if row["table"] == "recipes"), *kept]:
-        recipe = (
-            row["row"].removeprefix("recipe-").replace("_backbone_lr_1", " --backbone_lr 1")
-            if row["table"] == "recipes"
-            else "this table's"
-        )
+        recipe = row["row"].removeprefix("recipe-") if row["table"] == "recipes" else "this table's"
         steps = row["steps"] + row["warm_start"]
         found["recipes"].append(f"| {recipe} | {steps} | {_top1(row)} | {_lost(row, dense)} |")
     for row in [*(row for row in rows if row["table"] == "stages"), *kept]:

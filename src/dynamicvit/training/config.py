@@ -11,8 +11,7 @@ from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.training.evaluate import check_precision
 
 # Options that differ from TrainConfig's defaults, which are the paper's. The warm start of the
-# scorers and their start at the keep ratio are not in it, and its ratio loss takes longer to bring
-# scorers to the ratio than a short training lasts.
+# scorers and their start at the keep ratio are not in it.
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {},
     "fast": {
@@ -22,7 +21,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "start_at_ratio": True,
         "warm_start": 60,
         "backbone_lr": 0.1,
-        "ratio_weight": 10.0,
     },
 }
 
