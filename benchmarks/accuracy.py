@@ -60,8 +60,8 @@ WARM_START = 120  # steps, of those that a row has; half of them at most
 # Of what learns to choose, which begins at the ratio by default. With the paper's weight of 2, the
 # ratio loss leaves scorers above the ratio at the end of so few steps, and the model that then
 # keeps just the ratio is not the one that was trained.
-LEARNED = {"ratio_weight": 10.0}
-BEST_START = {**LEARNED, "warm_start": WARM_START}
+REACH_RATIO = {"ratio_weight": 10.0}
+BEST_START = {**REACH_RATIO, "warm_start": WARM_START}
 STEP_BASELINES = ("random", "class_attention")  # with as few steps as the learned one
 # What `train --recipe` sets, but for the number of steps; the paper's 30 epochs, of which the first
 # five freeze the backbone and warm up, are six here.
@@ -183,14 +183,14 @@ def plan(scale: Scale, seeds: int = 1, depth: int = 12) -> list[Row]:
             row = f"{name}-{ratio}"
             headline = ratio == 0.5 or name in STEP_BASELINES
             untrained.append(Row(f"{row}-untrained", "main", 0, name, ratio))
-            options = LEARNED if name in LEARNING else {}
+            options = REACH_RATIO if name in LEARNING else {}
             tuned.append(Row(row, "main", full, name, ratio, headline=headline, options=options))
     # The dense model, fine-tuned as the others are: what they gain without anything that leaves.
     kept = Row("all-kept", "main", full, "random", 1.0, headline=True)
     main = [*learned[:2], kept, *untrained, *tuned, *learned[2:]]
     variants: dict[str, tuple[str, dict[str, Any]]] = {
-        "learned": ("learned", {**LEARNED, "start_at_ratio": False}),
-        "learned_at_ratio": ("learned", LEARNED),
+        "learned": ("learned", {**REACH_RATIO, "start_at_ratio": False}),
+        "learned_at_ratio": ("learned", REACH_RATIO),
         "learned_warm": ("learned", {**BEST_START, "start_at_ratio": False}),
         "learned_warm_at_ratio": ("learned", BEST_START),
         **{name: (name, {}) for name in STEP_BASELINES},
