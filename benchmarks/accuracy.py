@@ -639,10 +639,10 @@ def _saved(row: dict[str, Any], dense: dict[str, Any]) -> str:
 
 
 def write_page(page: Path, results: Sequence[dict[str, Any]]) -> None:
-    """Put the tables where a page has their names: `<!-- main -->` … `<!-- end -->`."""
+    """Put the tables where a page has their names: `<!-- small main -->` … `<!-- end -->`."""
     text = page.read_text(encoding="utf-8")
     for name, table in tables(results).items():
-        before, start, rest = text.partition(f"<!-- {name} -->\n")
+        before, start, rest = text.partition(f"<!-- {results[0]['scale']} {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")
         if end:
             text = f"{before}{start}\n{table}\n\n{end}{after}"

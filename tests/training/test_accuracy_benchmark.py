@@ -77,12 +77,12 @@ def test_rows_are_run_and_written_and_left_alone_when_done(
         raise AssertionError("a finished row was run again")
 
     page = folder / "page.md"
-    page.write_text("before\n<!-- main -->\nold\n<!-- end -->\nafter <!-- none -->\n")
+    page.write_text("before\n<!-- tiny main -->\nold\n<!-- end -->\nafter <!-- small main -->\n")
     monkeypatch.setattr(accuracy, "train", refuse)
     monkeypatch.setattr(accuracy, "evaluate_model", refuse)
     assert _run(folder, *rows, seeds=2, page=page)["rows"] == report["rows"]
     before, *table, after = (line for line in page.read_text().splitlines() if line)
-    assert (before, after) == ("before", "after <!-- none -->")
+    assert (before, after) == ("before", "after <!-- small main -->")
     assert "\n".join(table[1:-1]) == accuracy.tables(report["rows"])["main"]
     dense, pooled = found["dense"], found["pooling-0.7"]
     lost = f"{dense['top1'] - pooled['top1']:+.2f}"
