@@ -87,7 +87,7 @@ def test_gmacs_beside_published_results_are_counted(
 def test_the_comparison_s_tables_are_those_measured(tmp_path: Path) -> None:
     page = tmp_path / "results.md"
     page.write_text(ACCURACY)
-    found = {}
+    found: dict[str, str] = {}
     for scale, rows in ROWS.items():
         assert {row["scale"] for row in rows} == {scale}
         accuracy.write_page(page, rows)
