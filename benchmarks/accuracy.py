@@ -183,23 +183,33 @@ def plan(scale: Scale, seeds: int = 1, depth: int = 12) -> list[Row]:
             row = f"{name}-{ratio}"
             headline = ratio == 0.5 or name in STEP_BASELINES
             untrained.append(Row(f"{row}-untrained", "main", 0, name, ratio))
-            options = REACH_RATIO if name in LEARNING else {}
+            options = BEST_START if name in LEARNING else {}
             tuned.append(Row(row, "main", full, name, ratio, headline=headline, options=options))
     # The dense model, fine-tuned as the others are: what they gain without anything that leaves.
     kept = Row("all-kept", "main", full, "random", 1.0, headline=True)
     main = [*learned[:2], kept, *untrained, *tuned, *learned[2:]]
-    variants: dict[str, tuple[str, dict[str, Any]]] = {
-        "learned": ("learned", {**REACH_RATIO, "start_at_ratio": False}),
-        "learned_at_ratio": ("learned", REACH_RATIO),
-        "learned_warm": ("learned", {**BEST_START, "start_at_ratio": False}),
-        "learned_warm_at_ratio": ("learned", BEST_START),
-        **{name: (name, {}) for name in STEP_BASELINES},
+    variants: dict[str, tuple[str, float, dict[str, Any]]] = {
+        "all_kept": ("random", 1.0, {}),
+        "learned": ("learned", 0.7, {**REACH_RATIO, "start_at_ratio": False}),
+        "learned_at_ratio": ("learned", 0.7, REACH_RATIO),
+        "learned_warm": ("learned", 0.7, {**BEST_START, "start_at_ratio": False}),
+        "learned_warm_at_ratio": ("learned", 0.7, BEST_START),
+        **{name: (name, 0.7, {}) for name in STEP_BASELINES},
     }
-    in_main = {"learned_warm_at_ratio", *STEP_BASELINES}
+    in_main = {"all_kept", "learned_warm_at_ratio", *STEP_BASELINES}
     fewer = [
-        Row(f"steps-{steps}-{name}", "steps", steps, scorer, 0.7, options=options)
+        Row(
+            f"steps-{steps}-{name}",
+            "steps",
+            steps,
+            scorer,
+            ratio,
+            # What a quarter of the steps gives without selection: the fast recipe's yardstick.
+            headline=(name, steps) == ("all_kept", full // 4),
+            options=options,
+        )
         for steps in (*scale.fewer_steps, full)
-        for name, (scorer, options) in variants.items()
+        for name, (scorer, ratio, options) in variants.items()
         if steps < full or name not in in_main
     ]
     recipes = [
@@ -269,6 +279,8 @@ class Bench:
     console: Console = field(default_factory=lambda: Console(width=120))
 
     def __post_init__(self) -> None:
+        if self.model is not None and isinstance(dynamicvit.load(self.model), SparseViT):
+            raise ValueError(f"model must be a dense model's folder, got the sparse {self.model}")
         self.accelerator = Accelerator(mixed_precision=self.precision)
         self.images = {
             split: len(open_data(self.data, split, data_dir=self.data_dir, in_chans=1).dataset)
@@ -355,21 +367,31 @@ class Bench:
         if config is not None:
             training = {k: v for k, v in asdict(config).items() if k not in _PLACES}
         images = "embedded" if self.data_dir is None else "torch/fashion_mnist"
-        return {"data": images, "dense": self.model_name, "train": training}
+        precision = {"precision": self.precision}
+        return {"data": images, "dense": self.model_name, **precision, "train": training}
 
-    def run(self, row: Row) -> dict[str, Any]:
-        """A row's result, from its folder if it is done; trained and measured if not."""
+    def result(self, row: Row) -> dict[str, Any] | None:
+        """A row's result, if it is done; ValueError if that has other settings."""
+        path = self.folder / row.folder / RESULT
+        if not path.exists():
+            return None
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(json.dumps(self.settings(row, self.config(row))))
+        had = {"scale": result["scale"], **_flat(_completed(result["settings"]))}
+        have = {"scale": self.scale_name, **_flat(settings)}
+        others = [key for key in {**had, **have} if had.get(key) != have.get(key)]
+        if others:
+            raise ValueError(
+                f"{path} has a result of other settings: choose another folder, or remove it, got "
+                + ", ".join(f"{key} {have.get(key)} (not {had.get(key)})" for key in others)
+            )
+        return result
+
+    def run(self, row: Row) -> None:
+        """Train and measure a row, and write its result."""
         folder = self.folder / row.folder
         config = self.config(row)
-        settings = json.loads(json.dumps(self.settings(row, config)))
-        if (folder / RESULT).exists():
-            result: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-            if _completed(result["settings"]) != settings or result["scale"] != self.scale_name:
-                raise ValueError(
-                    f"{folder / RESULT} has a result of other settings: choose another folder, or "
-                    f"remove it, got scale {self.scale_name}, settings {settings}"
-                )
-            return result
+        settings = self.settings(row, config)
         start = time.perf_counter()
         set_seed(row.seed)
         model = self._train(row, config) if config is not None else self._untrained(row)
@@ -396,7 +418,6 @@ class Bench:
         write_text(folder / RESULT, json.dumps(result, indent=2) + "\n")
         for name in (CHECKPOINTS, BEST):  # the final model is what was measured
             shutil.rmtree(folder / name, ignore_errors=True)
-        return result
 
     def _train(self, row: Row, config: TrainConfig) -> nn.Module:
         """The model after the last step: the best epoch would be chosen on the test images."""
@@ -483,7 +504,13 @@ def _completed(settings: dict[str, Any]) -> dict[str, Any]:
         return settings
     added = asdict(TrainConfig(data="", output=""))
     added = {name: value for name, value in added.items() if name not in _PLACES}
-    return {**settings, "train": {**added, **settings["train"]}}
+    training = {**added, **settings["train"]}
+    return {"precision": training["precision"], **settings, "train": training}
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with those of the training among them."""
+    return {**settings, **(settings["train"] or {}), "train": settings["train"] is not None}
 
 
 _PLACES = ("data", "data_dir", "output", "model", "workers", "trackers", "checkpoint_steps")
@@ -542,6 +569,9 @@ def curves(rows: Sequence[dict[str, Any]], axis: str) -> dict[str, list[dict[str
     """Named curves over `axis`: "gmacs", a curve a method, or "steps", one a variant."""
     found: dict[str, list[dict[str, Any]]] = {}
     full = max((_cost("steps")(row) for row in rows if row["table"] == "main"), default=0)
+    # The main table's rows that end a variant's curve.
+    ends = {("random", 1.0): "all_kept", ("learned", 0.7): "learned_warm_at_ratio"}
+    ends |= {(name, 0.7): name for name in STEP_BASELINES}
     for row in rows:
         if axis == "gmacs" and row["table"] == "main":
             name = _what_leaves(row) + (", not trained" if row["steps"] == 0 else "")
@@ -549,11 +579,11 @@ def curves(rows: Sequence[dict[str, Any]], axis: str) -> dict[str, list[dict[str
             name = row["row"].split("-", 2)[2]
         elif (
             axis == "steps"
-            and (row["table"], row["keep_ratio"]) == ("main", 0.7)
+            and row["table"] == "main"
             and _cost("steps")(row) == full
-            and row["scorer"] in ("learned", "random", "class_attention")
+            and (row["scorer"], row["keep_ratio"]) in ends
         ):
-            name = {"learned": "learned_warm_at_ratio"}.get(row["scorer"], row["scorer"])
+            name = ends[row["scorer"], row["keep_ratio"]]
         else:
             continue
         found.setdefault(name, []).append(row)
@@ -656,7 +686,7 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     dense = [row["top1"] for row in rows if row["table"] == "dense"]
     found = {axis: curves(rows, axis) for axis in ("gmacs", "steps")}
-    shown = [axis for axis, lines in found.items() if any(len(row) > 1 for row in lines.values())]
+    shown = [axis for axis, lines in found.items() if any(len(line) > 1 for line in lines.values())]
     for number, axis in enumerate(shown):
         axes = figure.add_subplot(1, len(shown), number + 1)
         rules: list[str] = []  # the same colour and mark with and without training
@@ -682,7 +712,7 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
             axes.axhline(value, color="grey", linewidth=0.8, label="dense")
         if axis == "steps" and axes.lines[len(dense) :]:
             axes.set_xscale("log")
-        axes.set_xlabel("GMACs an image" if axis == "gmacs" else "training steps, keep ratio 0.7")
+        axes.set_xlabel("GMACs an image" if axis == "gmacs" else "training steps")
         axes.set_ylabel("top-1 %")
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
@@ -717,21 +747,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--device cuda: torch finds no GPU")
     if options.device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
+    if options.page is not None and not _has_tables(options.page, options.scale):
+        parser.error(f"--page must be a page with tables of {options.scale}, got {options.page}")
     scale = SCALES[options.scale]
     folder = Path(options.folder)
     gpu = torch.cuda.is_available() and options.device != "cpu"
     embedded = scale.model is None and options.model is None
-    bench = Bench(
-        folder=folder,
-        scale_name=options.scale,
-        scale=scale,
-        data="torch/fashion_mnist" if options.data_dir else str(unpack_images(folder / "data")),
-        data_dir=options.data_dir,
-        model=str(ASSETS / "model") if embedded else options.model,
-        model_name="embedded" if embedded else options.model,
-        precision=options.precision or ("bf16" if gpu else "no"),
-        workers=options.workers,
-    )
+    try:
+        bench = Bench(
+            folder=folder,
+            scale_name=options.scale,
+            scale=scale,
+            data="torch/fashion_mnist" if options.data_dir else str(unpack_images(folder / "data")),
+            data_dir=options.data_dir,
+            model=str(ASSETS / "model") if embedded else options.model,
+            model_name="embedded" if embedded else options.model and os.path.relpath(options.model),
+            precision=options.precision or ("bf16" if gpu else "no"),
+            workers=options.workers,
+        )
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
     rows = plan(scale, options.seeds, bench.depth)
     chosen = [
         row
@@ -744,25 +779,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _list(bench, chosen)
         return 0
     dense = next(row for row in rows if row.scorer is None)
-    if dense not in chosen and bench.model is None:
-        chosen.insert(0, dense)  # all others start from it
-    for row in chosen:
-        done = (folder / row.folder / RESULT).exists()
-        if not done:
-            going_on = " (going on)" if (folder / row.folder / METRICS).exists() else ""
-            bench.console.rule(f"{row.folder}{going_on}")
+    if dense not in chosen:
+        chosen.insert(0, dense)  # all others start from it, and are compared with it
+    try:
+        left = [row for row in chosen if bench.result(row) is None]
+    except ValueError as error:
+        parser.error(str(error))
+    for row in left:
+        going_on = " (going on)" if (folder / row.folder / METRICS).exists() else ""
+        bench.console.rule(f"{row.folder}{going_on}")
         bench.run(row)
-        if not done:
-            _collect(bench, rows)
-    print_table(bench.console, _collect(bench, rows))
+        _collect(bench)
+    print_table(bench.console, _collect(bench))
     if options.page is not None:
         report = json.loads((folder / JSON).read_text(encoding="utf-8"))
         write_page(options.page, report["rows"])
     return 0
 
 
-def _collect(bench: Bench, rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """Write all results that are there; returns them, seeds taken together."""
+def _has_tables(page: Path, scale: str) -> bool:
+    return page.is_file() and f"<!-- {scale} " in page.read_text(encoding="utf-8")
+
+
+def _collect(bench: Bench) -> list[dict[str, Any]]:
+    """Write all results that are there, of any seed; returns them, seeds taken together."""
+    seeds = (path.name.rpartition("-seed")[2] for path in bench.folder.glob("*-seed*"))
+    most = max((int(seed) for seed in seeds if seed.isdigit()), default=0)
+    rows = plan(bench.scale, most + 1, bench.depth)
     results = [
         json.loads((bench.folder / row.folder / RESULT).read_text(encoding="utf-8"))
         for row in rows

@@ -296,6 +296,14 @@ def test_other_rules_are_not_exported(scorer: str, tmp_path: Path) -> None:
         ),
         *(
             (
+                "similarity_merging",
+                {"class_token": False, "global_pool": pool},
+                f"with global_pool '{pool}' is not supported by SimilarityMerger: its mean",
+            )
+            for pool in ("avg", "map")
+        ),
+        *(
+            (
                 scorer,
                 {"name": ROTARY},
                 rf"Eva is not supported by {SCORERS[scorer].__name__}: .* no",
@@ -307,6 +315,11 @@ def test_other_rules_are_not_exported(scorer: str, tmp_path: Path) -> None:
 def test_an_unfit_backbone_is_refused(scorer: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedBackbone, match=message):
         sparsify(tiny_vit(**options), schedule=SCHEDULE, scorer=scorer)
+
+
+def test_a_rule_needs_no_keep_ratio() -> None:
+    sparse = sparsify(tiny_vit(), scorer="class_attention")
+    assert sparse.schedule == KeepSchedule.from_keep_ratio(0.7, depth=4)
 
 
 @pytest.mark.parametrize("scorer", ["Learned", "", None, 3])

@@ -160,6 +160,7 @@ def test_sweep_from_the_command_line(
     assert result["environment"]["torch"] == torch.__version__
     text = " ".join(capsys.readouterr().out.split())
     assert "at most 100 points lost: keep 0.5" in text
+    assert "dense: top-1" in text
     # evaluate finds the same for the model that was saved, for the given one and for the dense one.
     found = evaluate([str(best), str(sparse_folder), str(dense_folder)], str(images), workers=0)
     point, given, dense = result["recommended"], result["points"][0], result["dense"]
@@ -177,7 +178,9 @@ def test_few_images_are_said_to_be_few(
     # Whatever 8 images show, they cannot make sure of half a point: 95% confidence takes hundreds.
     result = run(max_loss=99.0)
     assert result["recommended"]["change"]["interval"][1] > 5
-    assert "8 images are too few" not in capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "8 images are too few" not in printed
+    assert "dense (the model's own backbone with all tokens; --dense: another): top-1" in printed
     loss = result["points"][0]["change"]["points_lost"]
     run(max_loss=max(loss, 0.0))
     assert "8 images are too few to be sure" in " ".join(capsys.readouterr().out.split())

@@ -13,10 +13,11 @@ import pytest
 import dynamicvit
 from benchmarks import accuracy
 from benchmarks.accuracy import SCALES, plan, same_cost_ratio, summarise
-from dynamicvit import SparseViT
+from dynamicvit import SparseViT, sparsify
 from dynamicvit.core.baselines import SCORERS, scorer_name
 from dynamicvit.embedded import embedded_images
 from dynamicvit.training.records import METRICS
+from tests.conftest import tiny_vit
 from tests.training.worker import Stopped, stopped_after
 
 ROOT = Path(accuracy.__file__).parents[1]
@@ -80,7 +81,8 @@ def test_rows_are_run_and_written_and_left_alone_when_done(
     page.write_text("before\n<!-- tiny main -->\nold\n<!-- end -->\nafter <!-- small main -->\n")
     monkeypatch.setattr(accuracy, "train", refuse)
     monkeypatch.setattr(accuracy, "evaluate_model", refuse)
-    assert _run(folder, *rows, seeds=2, page=page)["rows"] == report["rows"]
+    # Other seeds stay, also where they are not asked for.
+    assert _run(folder, rows[0], page=page)["rows"] == report["rows"]
     before, *table, after = (line for line in page.read_text().splitlines() if line)
     assert (before, after) == ("before", "after <!-- small main -->")
     assert "\n".join(table[1:-1]) == accuracy.tables(report["rows"])["main"]
@@ -113,20 +115,27 @@ def test_a_row_that_was_interrupted_goes_on(folder: Path, tmp_path: Path) -> Non
         assert resumed[key] == whole[key], key
 
 
-def test_a_result_of_other_settings_is_not_passed_off(folder: Path) -> None:
+def test_a_result_of_other_settings_is_not_passed_off(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     _run(folder, "dense")
     result = folder / "dense" / accuracy.RESULT
     older = json.loads(result.read_text())
     del older["settings"]["train"]["epoch_images"], older["settings"]["train"]["temperature"]
     result.write_text(json.dumps(older, indent=2))
-    with pytest.raises(ValueError, match="has a result of other settings"):
+    with pytest.raises(SystemExit):
         _run(folder, "dense")  # an epoch has fewer images than by default
+    message = "dense/result.json has a result of other settings: choose another folder, or remove "
+    assert f"{message}it, got epoch_images 40 (not None)\n" in capsys.readouterr().err
     older["settings"]["train"]["epoch_images"] = 40
     result.write_text(json.dumps(older, indent=2))
     _run(folder, "dense")  # an option that came later had its default before
-    result.write_text(result.read_text().replace('"batch_size": 10', '"batch_size": 20'))
-    with pytest.raises(ValueError, match=r"has a result of other settings.*got scale tiny"):
-        _run(folder, "dense")
+    written = result.read_text().replace('"batch_size": 10', '"batch_size": 20')
+    result.write_text(written.replace('"precision": "no"', '"precision": "bf16"'))
+    with pytest.raises(SystemExit):
+        _run(folder, "random-0.7")
+    assert "it, got precision no (not bf16), batch_size 10 (not 20)" in capsys.readouterr().err
+    assert not (folder / "random-0.7").exists()
 
 
 def test_the_plan_has_every_comparison() -> None:
@@ -154,11 +163,12 @@ def test_the_plan_has_every_comparison() -> None:
     # What one rule that learns is given, the other is too.
     learns = [row for row in rows if row.scorer in accuracy.LEARNING and row.steps]
     assert {row.options["ratio_weight"] for row in learns if row.table == "main"} == {10.0}
+    assert {row.options["warm_start"] for row in learns if row.table == "main"} == {120}
     assert {row.seed for row in rows if row.name == "learned-0.7"} == {0, 1, 2}
     assert {row.seed for row in rows if row.name == "learned-0.9"} == {0}
     steps = {(row.steps, row.name.split("-")[2]) for row in rows if row.table == "steps"}
     assert {budget for budget, _ in steps} == {100, 225, 450, 900}
-    assert len({name for budget, name in steps if budget == 100}) == 6
+    assert len({name for budget, name in steps if budget == 100}) == 7
     assert len({name for budget, name in steps if budget == 900}) == 3  # the others: main table
     # Stopped early, it has the most important.
     order = [row.table if row.seed == 0 else "seeds" for row in rows]
@@ -204,11 +214,23 @@ def test_rows_can_be_listed_with_the_time_that_they_take(
     [
         (["--rows", "nothing"], "--rows must name some of dense, learned-0.7"),
         (["--seeds", "0"], "--seeds must be 1 or more, got 0"),
+        (["--model", "nowhere"], "no model folder at nowhere"),
+        (["--model", "{folder}/sparse"], "model must be a dense model's folder, got the sparse"),
+        (["--data_dir", "nowhere"], "cannot open 'torch/fashion_mnist' in 'nowhere'"),
+        (["--page", "nowhere.md"], "--page must be a page with tables of tiny, got nowhere.md"),
+        (["--page", "README.md"], "--page must be a page with tables of tiny, got README.md"),
     ],
 )
 def test_what_cannot_be_run_is_refused(
-    arguments: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(ROOT)
+    sparsify(tiny_vit()).save_pretrained(folder / "sparse")
+    arguments = [part.format(folder=folder) for part in arguments]
     with pytest.raises(SystemExit) as stopped:
         accuracy.main([str(folder), "--scale", "tiny", "--device", "cpu", *arguments])
     assert stopped.value.code == 2

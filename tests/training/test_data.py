@@ -64,6 +64,15 @@ def test_the_validation_folder_may_have_any_usual_name(tmp_path: Path, split: st
     assert len(data.dataset) == 6
 
 
+@pytest.mark.parametrize("split", ["test", "valid", "training"])
+def test_another_split_is_not_answered_with_a_usual_one(tmp_path: Path, split: str) -> None:
+    write_images(tmp_path, {"train": 1, "val": 3})
+    with pytest.raises(DataError, match=rf"has no folder '{split}'; it has \['train', 'val'\]"):
+        open_data(str(tmp_path), split)
+    write_images(tmp_path, {split: 2})
+    assert len(open_data(str(tmp_path), split).dataset) == 4
+
+
 def test_loader_gives_normalised_images_and_labels(images: Path) -> None:
     [(inputs, targets)] = _batches(open_data(str(images), "val"))
     assert inputs.shape == (8, 3, 32, 32)

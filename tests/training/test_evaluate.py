@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
 import dynamicvit
 from dynamicvit.core.model import sparsify
@@ -70,6 +71,31 @@ def test_evaluate_compares_models_and_writes_json(
     assert results[str(sparse)]["unreadable"] == 1
     assert results[str(sparse)]["images"] == 7
     assert "GMACs" in capsys.readouterr().out
+
+
+def test_a_random_choice_is_evaluated_alike_each_time(
+    images: Path, dense_folder: Path, tmp_path: Path
+) -> None:
+    folder = str(tmp_path / "random")
+    sparsify(dynamicvit.load(dense_folder), 0.5, scorer="random").save_pretrained(folder)
+    losses = [evaluate([folder], str(images), workers=0)[folder]["loss"] for _ in range(2)]
+    assert losses[0] == losses[1]
+
+
+def test_the_crop_can_be_another_than_the_model_s(images: Path, dense_folder: Path) -> None:
+    for path in images.rglob("*.png"):  # dark outside its middle half
+        picture = Image.new("RGB", (64, 64))
+        picture.paste((255, 255, 255), (16, 16, 48, 48))
+        picture.save(path)
+    name = str(dense_folder)
+    found = [
+        evaluate([name], str(images), workers=0, crop_pct=crop)[name]["loss"]
+        for crop in (None, 1.0, 0.5)
+    ]
+    assert len(set(found)) > 1
+    for crop in (0.0, 1.5):
+        with pytest.raises(ValueError, match=rf"crop_pct must lie in \(0, 1\], got {crop}"):
+            evaluate([name], str(images), crop_pct=crop)
 
 
 def test_other_dense_models_are_evaluated_beside(images: Path) -> None:

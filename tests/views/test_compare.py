@@ -69,8 +69,8 @@ def test_what_changed_is_told_class_by_class() -> None:
     assert [row["name"] for row in found["classes"]] == ["a", "b"], "worst first, none of no image"
     assert [row["points_lost"] for row in found["classes"]] == pytest.approx([100 / 3, -100 / 3])
     assert sorted(map(tuple, (row.values() for row in found["confusion"]))) == [
-        ("a", "b", 1),
-        ("a", "c", 1),
+        ("a", "b", 1, 0, 1),
+        ("a", "c", 1, 1, 0),
     ]
     assert (found["tokens"], found["grid"]) == ([4, 2, 1], [1, 4])
     # Stage 1 keeps position 0 always and one of two others; stage 2 always the same.
@@ -83,8 +83,8 @@ def test_confusion_is_sorted_by_how_frequent_it_is() -> None:
     both = Comparison(dense, dense, sparse, torch.ones(3, 1, 1, 1, dtype=torch.int64) * 2)
     rows = describe(both, ["a", "b", "c"])["confusion"]
     assert rows == [
-        {"dense": "c", "sparse": "a", "images": 3},
-        {"dense": "b", "sparse": "a", "images": 2},
+        {"dense": "c", "sparse": "a", "images": 3, "dense_right": 3, "sparse_right": 0},
+        {"dense": "b", "sparse": "a", "images": 2, "dense_right": 2, "sparse_right": 0},
     ]
 
 

@@ -163,6 +163,11 @@ class SimilarityMerger(Merger):
     def check(self, model: Backbone) -> None:
         super().check(model)
         check_attention(model, class_token=False)
+        if model.global_pool not in ("token", "max"):
+            raise UnsupportedBackbone(
+                f"{type(model).__name__} with global_pool {model.global_pool!r} is not supported "
+                f"by {type(self).__name__}: its mean would have to count a token by its size"
+            )
 
     def forward(
         self, x_BNC: Tensor, count: int, sizes_BN: Tensor, place: Place

@@ -489,7 +489,8 @@ def sparsify(
     Args:
         model: a timm VisionTransformer or Eva; it is copied, not modified.
         keep_ratio: share of tokens each of three evenly spaced stages keeps, in (0, 1]; the paper's
-            models use 0.9, 0.8, 0.7 and 0.5. At 1.0 the result returns the dense model's logits.
+            models use 0.9, 0.8, 0.7 and 0.5. By default 0.7. At 1.0 the result returns the dense
+            model's logits.
         schedule: the stages in full, instead of `keep_ratio`.
         align: round the kept counts, prefix tokens included, to multiples of this, where matrix
             engines like it (16, for example), at a cost within 2% of what was asked for.
@@ -513,14 +514,15 @@ def sparsify(
         raise TypeError("model must be dense, got a SparseViT; its dense part is `.backbone`")
     adapter.check_backbone(model)
     check_scorer(scorer)
-    if (keep_ratio is None) == (schedule is None):
+    if keep_ratio is not None and schedule is not None:
         raise ValueError(
             f"give either keep_ratio or schedule, got keep_ratio={keep_ratio!r} "
             f"and schedule={schedule!r}"
         )
     if schedule is None:
+        ratio = 0.7 if keep_ratio is None else keep_ratio
         depth = len(cast(adapter.Backbone, model).blocks)
-        schedule = KeepSchedule.from_keep_ratio(cast(float, keep_ratio), depth=depth)
+        schedule = KeepSchedule.from_keep_ratio(ratio, depth=depth)
     if align is not None:
         schedule = _aligned(schedule, cast(adapter.Backbone, model), align)
     return SparseViT(copy.deepcopy(model), schedule, scorer)

@@ -91,9 +91,11 @@ def sweep(
             those tried.
         data: image folder with split sub-folders, or a timm data set name such as torch/cifar10.
         data_dir: where a named data set lies.
-        split: which split to use; best one that has served for nothing yet.
+        split: which split to use; best one that has served for nothing yet. Another name than
+            "train" and "val" is taken as it is.
         dense: the dense model to compare with: model folder, hub id or timm name. By default the
-            sparse model's own backbone with all tokens.
+            sparse model's own backbone with all tokens, which after fine-tuning is not the dense
+            model that it came from.
         keep_ratios: shares of the tokens that each stage keeps; by default 0.9, 0.8, 0.7, 0.6 and
             0.5, unless ratios are given.
         blocks: where tokens leave, each a list of blocks, with each of the ratios: some of the
@@ -389,8 +391,9 @@ def _print(
             row.append(f"{speed.sparse:.0f}, {speed.speed_up:.2f}×")
         table.add_row(*row, style="bold" if point == chosen else None)
     console.print(table)
+    of = "" if dense["model"] else " (the model's own backbone with all tokens; --dense: another)"
     console.print(
-        f"dense: top-1 {dense['top1']:.2f}% of {images} images, {dense['gmacs']:.3f} GMACs; "
+        f"dense{of}: top-1 {dense['top1']:.2f}% of {images} images, {dense['gmacs']:.3f} GMACs; "
         "points: against dense, and what is likely for other images; lost, won: images that dense "
         "alone, or pruned alone, gets right; •: no other is as accurate for less"
     )
@@ -404,7 +407,7 @@ def _recommendation(result: dict[str, Any], points: Sequence[Point], chosen: Poi
     if max_gmacs is not None:
         goal = f"at most {max_gmacs:g} GMACs"
     else:
-        goal = f"{'surely ' if sure else ''}at most {max_loss:g} points lost"
+        goal = f"at most {max_loss:g} points lost{' with 95% confidence' if sure else ''}"
     if chosen is None:
         return f"none of these is within the budget, {goal}"
     places = len({point.schedule.blocks for point in points}) > 1
@@ -419,7 +422,7 @@ def _recommendation(result: dict[str, Any], points: Sequence[Point], chosen: Poi
         f"{text}. {images} images are too few to be sure: it may lose "
         f"{chosen.change.interval[1]:.2f}. "
         + ("None of these" if safe is None else f"Keep {_describe(safe.schedule, places)}")
-        + " surely holds it (--sure)"
+        + " holds it with 95% confidence (--sure)"
     )
 
 

@@ -159,7 +159,8 @@ def open_data(
     Args:
         data: a folder of images, `data/{train,val}/CLASS/IMAGE`; or a timm data set name:
             `torch/NAME` (torchvision), `hfds/NAME` (Hugging Face), `wds/NAME` (WebDataset), …
-        split: "train" or "val" in their usual spellings, or the source's own name of a split.
+        split: "train" or "val", whatever their usual spelling in the source, or the source's own
+            name of a split.
         data_dir: where a named data set lies.
         in_chans: 1 opens images as grey, 3 as RGB.
         class_names: the classes expected, in order (those of the training split). A folder need
@@ -398,8 +399,8 @@ class _Images(Dataset):
 def _split_folder(root: Path, split: str) -> Path:
     if not root.is_dir():
         raise DataError(f"no data folder at {root}")
-    usual = next((names for names in _SPLITS.values() if split in names), ())
-    for name in (split, *usual):
+    # Another name than these two is meant: "test" may not be answered with what chose a model.
+    for name in _SPLITS.get(split, (split,)):
         if (root / name).is_dir():
             return root / name
     found = sorted(path.name for path in root.iterdir() if path.is_dir())
@@ -452,9 +453,8 @@ def _open_named(
         raise DataError(f"{data!r} needs {package}: pip install 'dynamicvit[{extra}]'")
     if data_dir is None and prefix != "hfds":
         raise DataError(f"{data!r} needs data_dir, the folder where it lies")
-    usual = {name: kind for kind, names in _SPLITS.items() for name in names}
     # timm spells the usual two splits "train" and "validation" for every source.
-    split = {"train": "train", "val": "validation"}.get(usual.get(split, ""), split)
+    split = "validation" if split == "val" else split
     try:
         if prefix == "wds":
             # An extra, and the module needs this one.

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from rich.console import Console
 from rich.table import Table
 from timm.data import resolve_input_data_config
@@ -193,6 +194,7 @@ def evaluate(
     split: str = "val",
     batch_size: int = 64,
     workers: int = 2,
+    crop_pct: float | None = None,
     precision: str = "no",
     skip_unreadable: bool = False,
     output: str | None = None,
@@ -206,6 +208,7 @@ def evaluate(
         split: which split to use.
         batch_size: images a batch.
         workers: data loading processes.
+        crop_pct: the share of the image's side that is kept; by default each model's own.
         precision: "no" for float32, or "bf16".
         skip_unreadable: leave out and count images that cannot be read, instead of stopping.
         output: JSON file to write.
@@ -218,6 +221,8 @@ def evaluate(
     """
     if not models:
         raise ValueError("models must name at least one model, got none")
+    if crop_pct is not None and not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct must lie in (0, 1], got {crop_pct}")
     accelerator = start_evaluation(precision)
     results: dict[str, Any] = {}
     for name in models:
@@ -232,7 +237,9 @@ def evaluate(
             batch_size,
             workers,
             skip_unreadable,
+            crop_pct,
         )
+        set_seed(0)  # random selection draws
         results[name] = asdict(evaluate_model(model, loader, accelerator))
         if images.unreadable is not None:
             results[name]["unreadable"] = images.unreadable
@@ -263,6 +270,7 @@ def open_images(
     batch_size: int,
     workers: int,
     skip_unreadable: bool,
+    crop_pct: float | None = None,
 ) -> tuple[ImageData, DataLoader]:
     """A split as a model takes it: opened, checked against its classes, and a loader of it.
 
@@ -279,10 +287,11 @@ def open_images(
     if images.class_names is not None and set(images.class_names) < set(known):
         images = open_data(data, split, class_names=known, **options)
     check_classes(images.class_names, model, model_name)
+    config = resolve_input_data_config(backbone_of(model))
     loader = create_image_loader(
         images,
         batch_size,
-        resolve_input_data_config(backbone_of(model)),
+        config if crop_pct is None else config | {"crop_pct": crop_pct},
         training=False,
         workers=workers,
         device=accelerator.device,

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,7 +79,8 @@ def compare(
         data_dir: where a named data set lies.
         split: which split to use.
         dense: the dense model to compare with: model folder, hub id or timm name. By default the
-            sparse model's own backbone with all tokens.
+            sparse model's own backbone with all tokens, which after fine-tuning is not the dense
+            model that it came from.
         batch_size: images a batch.
         workers: data loading processes.
         precision: "no" for float32, or "bf16".
@@ -193,9 +195,10 @@ def describe(comparison: Comparison, names: Sequence[str]) -> dict[str, Any]:
     Returns:
         images; top1 of both models, points_lost with its interval, right_to_wrong, wrong_to_right;
         agreement, the percent of images that both take for the same; classes, those that lose most
-        first; confusion, what images that they do not agree on are taken for, the most frequent
-        first; static_share, for each stage the percent of what is kept that lies in the positions
-        kept most often, as many as it keeps: 100 if all images keep the same.
+        first; confusion, what images that they do not agree on are taken for, and how many each
+        model has right, the most frequent first; static_share, for each stage the percent of what
+        is kept that lies in the positions kept most often, as many as it keeps: 100 if all images
+        keep the same.
     """
     targets, dense, sparse = comparison.targets, comparison.dense, comparison.sparse
     classes = []
@@ -205,11 +208,18 @@ def describe(comparison: Comparison, names: Sequence[str]) -> dict[str, Any]:
             row = {"name": name, **_compare(targets[mine], dense[mine], sparse[mine])}
             classes.append(row)
     classes.sort(key=lambda row: (-row["points_lost"], row["sparse_top1"]))
-    pairs = torch.stack([dense, sparse], dim=1)[dense != sparse]
-    found, counts = pairs.unique(dim=0, return_counts=True)
+    pairs = torch.stack([dense, sparse, targets], dim=1)[dense != sparse].tolist()
+    met = Counter((before, after) for before, after, _ in pairs)
+    right = Counter((before, after, target) for before, after, target in pairs)
     confusion = [
-        {"dense": names[before], "sparse": names[after], "images": count}
-        for (before, after), count in zip(found.tolist(), counts.tolist(), strict=True)
+        {
+            "dense": names[before],
+            "sparse": names[after],
+            "images": count,
+            "dense_right": right[before, after, before],
+            "sparse_right": right[before, after, after],
+        }
+        for (before, after), count in sorted(met.items())
     ]
     confusion.sort(key=lambda row: -row["images"])
     rates = comparison.kept.sum(dim=0).flatten(1) / len(targets)  # [S, N]
@@ -325,5 +335,9 @@ def _print(console: Console, result: dict[str, Any], folder: Path) -> None:
         )
     console.print(table)
     for row in result["confusion"][:_CLASSES_PRINTED]:
-        console.print(f"{row['images']} × {row['dense']} → {row['sparse']}", markup=False)
+        console.print(
+            f"{row['images']} × {row['dense']} → {row['sparse']}: {row['dense_right']} times dense "
+            f"is right, {row['sparse_right']} times pruned",
+            markup=False,
+        )
     console.print(f"keep maps, arrays and all figures are in {folder}")
