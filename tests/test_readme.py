@@ -99,6 +99,69 @@ def test_the_comparison_s_tables_are_those_measured(tmp_path: Path) -> None:
         assert found[name] in ACCURACY
 
 
+def _claims() -> list[str]:
+    """What docs/results.md says of rows and of `compare`, made from their files."""
+    rows = {
+        scale: {row["row"]: row for row in accuracy.summarise(found)}
+        for scale, found in ROWS.items()
+    }
+
+    def top1(name: str, scale: str = "small") -> str:
+        return f"{rows[scale][name]['top1']:.2f}%"
+
+    def saved(name: str, scale: str = "small") -> str:
+        return f"{100 * (1 - rows[scale][name]['gmacs'] / rows[scale]['dense']['gmacs']):.1f}%"
+
+    compared = json.loads((RESULTS / "small" / "compare" / "compare.json").read_text())
+    shares = [f"{share:.0f}%" for share in compared["static_share"]]
+    worst, best = compared["classes"][0], compared["classes"][-1]
+    first, second = compared["confusion"][:2]
+    return [
+        f"learned selection has {top1('learned-0.7')} (mean of three seeds) with "
+        f"{saved('learned-0.7')} fewer multiply-adds, the dense model {top1('dense')}",
+        f"with all tokens kept, the dense model has {top1('all-kept')}",
+        f"Pooling ({top1('pooling-0.7')}), class attention ({top1('class_attention-0.7')}) and "
+        f"similarity merging ({top1('similarity_merging-0.7')})",
+        f"a static mask ({top1('static-0.7')})",
+        f"random selection ({top1('random-0.7')})",
+        f"learned selection ({top1('learned-0.5')}, three seeds)",
+        f"class attention {top1('class_attention-0.5')}, with what it drops merged into one token "
+        f"{top1('class_attention_merging-0.5')}",
+        f"a mask that is the same for all images {top1('static-0.5')}",
+        f"random {top1('random-0.5')}",
+        f"similarity merging ({top1('similarity_merging-0.5')}, three seeds)",
+        f"and has {top1('pooling-0.5')}; its three seeds and those of learned selection overlap",
+        f"The fast recipe has {top1('recipe-fast')} after 225 steps, the paper's "
+        f"{top1('recipe-paper')} after 900",
+        f"{top1('steps-225-all_kept')} after 225 steps and {top1('all-kept')} after 900",
+        f"({top1('steps-100-learned_warm')} against {top1('steps-100-learned')})",
+        f"{top1('steps-225-learned_warm')} after 225 steps, {top1('steps-450-learned_warm')} "
+        "after 450",
+        f"Of what is kept, {shares[0]}, {shares[1]} and {shares[2]} (stage by stage)",
+        f"agree on {compared['agreement']:.2f}% of the images",
+        f"{compared['right_to_wrong']} go from right to wrong, {compared['wrong_to_right']} from "
+        "wrong to right",
+        f"so {-compared['points_lost']:.2f} points are won (95%: {-compared['interval'][1]:.2f} to "
+        f"{-compared['interval'][0]:.2f})",
+        f"{worst['name']} loses most, {worst['points_lost']:.1f} points, and {best['name']} wins "
+        f"most, {-best['points_lost']:.1f}",
+        *(
+            f"{pair['images']} {pair['dense']} to {pair['sparse']}, {pair['sparse_right']} of them "
+            "rightly"
+            for pair in (first, second)
+        ),
+        f"{top1('dense', 'full')}, where 49 tokens have {top1('dense')}",
+        f"Learned selection has {top1('learned-0.7', 'full')} at 0.7, with "
+        f"{saved('learned-0.7', 'full')} fewer multiply-adds; at 0.5, with "
+        f"{saved('learned-0.5', 'full')} fewer, {top1('learned-0.5', 'full')}",
+    ]
+
+
+@pytest.mark.parametrize("claim", _claims())
+def test_the_comparison_s_claims_are_those_measured(claim: str) -> None:
+    assert claim in " ".join(ACCURACY.split())
+
+
 @pytest.mark.parametrize("scale", ROWS)
 def test_the_comparison_s_words_are_those_measured(scale: str) -> None:
     """Every figure with decimals in the prose is of a row, or of `compare`, as rounded there."""
@@ -115,12 +178,13 @@ def test_the_comparison_s_words_are_those_measured(scale: str) -> None:
         for name in ("dense_top1", "sparse_top1", "points_lost", "agreement"):
             known.add(f"{abs(compared[name]):.2f}")
         known |= {f"{abs(end):.2f}" for end in compared["interval"]}
+        known |= {f"{abs(row['points_lost']):.1f}" for row in compared["classes"]}
     [_, *sections] = re.split(
         "^## (?:Fashion-MNIST|The same with 196)", ACCURACY, flags=re.MULTILINE
     )
     prose = dict(zip(ROWS, sections, strict=True))[scale]
     prose = re.sub(r"^(\||    ).*$", "", prose, flags=re.MULTILINE)
-    figures = re.findall(r"(?<![\w/.-])\d+\.\d+(?![\w.])", prose)
+    figures = re.findall(r"(?<![\w/.-])\d+\.\d+(?!\w|\.\d)", prose)
     assert len(figures) >= (10 if scale == "small" else 5)
     assert set(figures) <= known
 
