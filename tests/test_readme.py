@@ -57,13 +57,17 @@ def test_the_quickstart_s_result_holds_what_it_promises() -> None:
 def test_the_embedded_model_s_accuracy_is_what_was_measured() -> None:
     [measured] = json.loads((RESULTS / "embedded_model.json").read_text()).values()
     assert measured["images"] == 10_000
-    assert measured["top1"] >= 88.0
+    assert measured["top1"] >= 91.0
     assert f"{measured['top1']:.2f}%" in README
-    log = (ROOT / "configs" / "fashion_mnist_dense_2.log.jsonl").read_text().splitlines()
+    log = (ROOT / "configs" / "fashion_mnist_56px.log.jsonl").read_text().splitlines()
     epochs = [line for line in map(json.loads, log) if line["kind"] == "validation"]
-    assert {line["images"] for line in epochs} == {10_000}
-    # The run validated in bfloat16, the model is kept in float16.
-    assert max(line["top1"] for line in epochs) == pytest.approx(measured["top1"], abs=0.1)
+    dense = next(row for row in ROWS["full"] if row["row"] == "dense")
+    assert {line["images"] for line in epochs} == {dense["images"]} == {10_000}
+    # The run validated in bfloat16, as the row is; the model is kept in float16.
+    best = max(line["top1"] for line in epochs)
+    assert best == epochs[-1]["top1"]
+    assert measured["top1"] == pytest.approx(best, abs=0.1)
+    assert dense["top1"] == pytest.approx(best, abs=0.1)
 
 
 @pytest.mark.parametrize(
@@ -187,15 +191,6 @@ def test_the_comparison_s_words_are_those_measured(scale: str) -> None:
     figures = re.findall(r"(?<![\w/.-])\d+\.\d+(?!\w|\.\d)", prose)
     assert len(figures) >= (10 if scale == "small" else 5)
     assert set(figures) <= known
-
-
-def test_the_dense_model_of_196_tokens_is_the_best_of_its_training() -> None:
-    dense = next(row for row in ROWS["full"] if row["row"] == "dense")
-    log = (ROOT / "configs" / "fashion_mnist_56px.log.jsonl").read_text().splitlines()
-    epochs = [line for line in map(json.loads, log) if line["kind"] == "validation"]
-    assert {line["images"] for line in epochs} == {dense["images"]} == {10_000}
-    # Both in bfloat16; the model is kept in float16.
-    assert max(line["top1"] for line in epochs) == pytest.approx(dense["top1"], abs=0.1)
 
 
 @pytest.mark.skipif("FASHION_MNIST" not in os.environ, reason="needs the data set's folder")

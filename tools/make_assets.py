@@ -1,7 +1,7 @@
 """Make what the quickstart carries, from the whole of Fashion-MNIST and a training run.
 
     python tools/make_assets.py images FASHION_MNIST_DIR   # torchvision's folder
-    python tools/make_assets.py model RUN_DIR              # of configs/fashion_mnist_dense_*.yaml
+    python tools/make_assets.py model RUN_DIR              # of configs/fashion_mnist_56px.yaml
 
 Images become one contact sheet a class and split, of 28×28 tiles in the order of the source.
 """
