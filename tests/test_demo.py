@@ -79,7 +79,7 @@ def test_the_pictures_show_what_the_schedule_keeps(
     html, scores = answers.show({"path": str(photo)}, "embedded", keep_ratio)
     counts = KeepSchedule.from_keep_ratio(keep_ratio, 12).counts(196)
     given, *stages = _pictures(html)
-    assert [_patches_left(stage, given, 2) for stage in stages] == list(counts)
+    assert [_patches_left(stage, given, 4) for stage in stages] == list(counts)
     for count in counts:
         assert f"{count} of 196 patches" in html
     assert len(_pictures(scores)) == 3
@@ -110,7 +110,7 @@ def test_costs_are_counted_and_measured(answers: Answers) -> None:
     cells = re.findall(r"<td>([^<]+)</td>", html)
     dense, pruned, fewer, dense_ms, pruned_ms, _ = cells
     assert fewer == f"{100 * (1 - float(pruned) / float(dense)):.0f}% fewer"
-    assert 0.3 < float(dense) < 0.5
+    assert 0.1 < float(dense) < 0.3
     assert min(float(dense_ms), float(pruned_ms)) > 0.1
     assert answers.cost("embedded", 0.5) is html, "measured anew without being asked"
     assert answers.cost("embedded", 0.5, again=True) is not html
@@ -346,7 +346,7 @@ def test_the_page_shows_an_upload_and_follows_the_slider(page: Any, photo: Path)
         counts = KeepSchedule.from_keep_ratio(keep_ratio, 12).counts(196)
         page.locator("#shown figcaption", has_text=f"{counts[0]} of 196 patches").wait_for()
         given, *stages = _pictures(page.locator("#shown").inner_html())
-        assert [_patches_left(stage, given, 2) for stage in stages] == list(counts)
+        assert [_patches_left(stage, given, 4) for stage in stages] == list(counts)
     # Moves made while others wait: the last one counts.
     for keep_ratio in (0.3, 0.6, 0.8):
         page.locator("#ratio input[type=range]").fill(str(keep_ratio))
