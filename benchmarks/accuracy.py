@@ -377,7 +377,9 @@ class Bench:
             return None
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         settings = json.loads(json.dumps(self.settings(row, self.config(row))))
-        had = {"scale": result["scale"], **_flat(_completed(result["settings"]))}
+        # Rows without training did not tell their precision at first.
+        had = {"scale": result["scale"], "precision": self.precision}
+        had |= _flat(_completed(result["settings"]))
         have = {"scale": self.scale_name, **_flat(settings)}
         others = [key for key in {**had, **have} if had.get(key) != have.get(key)]
         if others:

@@ -359,7 +359,11 @@ DENSE = tiny_vit()
         ({"keep_ratio": "a"}, TypeError, "keep_ratio must be a number.*got 'a'"),
         ({"keep_ratio": True}, TypeError, "keep_ratio must be a number.*got True"),
         ({"keep_ratio": 0.2}, ValueError, "at least one of the 16 patch tokens"),
-        ({"keep_ratio": 0.7, "schedule": THREE}, ValueError, "either keep_ratio or schedule, got"),
+        (
+            {"keep_ratio": 0.7, "schedule": THREE},
+            ValueError,
+            "keep_ratio or schedule, not both, got",
+        ),
         ({"schedule": 0.7}, TypeError, r"schedule must be a KeepSchedule, got 0\.7"),
         ({"schedule": KeepSchedule((4,), (0.5,))}, ValueError, "below the backbone's depth of 4"),
     ],

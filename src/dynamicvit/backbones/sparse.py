@@ -40,7 +40,7 @@ def _entrypoint(backbone: str) -> Callable[..., SparseViT]:
             )
         if keep_ratio is not None and schedule is not None:
             raise ValueError(
-                f"give either keep_ratio or schedule, got {keep_ratio!r} and {schedule!r}"
+                f"give keep_ratio or schedule, not both, got {keep_ratio!r} and {schedule!r}"
             )
         dense: Any = timm.create_model(backbone, pretrained=pretrained, **kwargs)
         if schedule is None:

@@ -496,7 +496,8 @@ def sparsify(
             engines like it (16, for example), at a cost within 2% of what was asked for.
         scorer: what decides, "learned" or another rule to compare with. class_attention,
             class_attention_merging, similarity_merging and pooling are of use without training;
-            random and static hardly are. Sources: arXiv 2202.07800 (EViT), 2210.09461 (ToMe).
+            random and static hardly are. similarity_merging needs a head on the class token.
+            Sources: arXiv 2202.07800 (EViT), 2210.09461 (ToMe).
 
     Raises:
         UnsupportedBackbone: if the model is not understood, saying why.
@@ -516,7 +517,7 @@ def sparsify(
     check_scorer(scorer)
     if keep_ratio is not None and schedule is not None:
         raise ValueError(
-            f"give either keep_ratio or schedule, got keep_ratio={keep_ratio!r} "
+            f"give keep_ratio or schedule, not both, got keep_ratio={keep_ratio!r} "
             f"and schedule={schedule!r}"
         )
     if schedule is None:

@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from rich.console import Console
 from rich.table import Table
 from timm.data import resolve_input_data_config
@@ -239,8 +238,10 @@ def evaluate(
             skip_unreadable,
             crop_pct,
         )
-        set_seed(0)  # random selection draws
-        results[name] = asdict(evaluate_model(model, loader, accelerator))
+        devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(0)  # random selection draws
+            results[name] = asdict(evaluate_model(model, loader, accelerator))
         if images.unreadable is not None:
             results[name]["unreadable"] = images.unreadable
     if accelerator.is_main_process:
