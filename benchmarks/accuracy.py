@@ -163,7 +163,7 @@ class Row:
 
 def plan(scale: Scale, seeds: int = 1, depth: int = 12) -> list[Row]:
     """All rows, in the order of their importance: the main table, how much training it takes, other
-    seeds, other stages and losses."""
+    seeds, other stages and losses, the static mask begun otherwise."""
     full = scale.tuning_steps
     learned = [
         Row(
@@ -239,9 +239,14 @@ def plan(scale: Scale, seeds: int = 1, depth: int = 12) -> list[Row]:
         )
         for loss in LOSSES
     ]
+    # The static mask's warm start helps it at one ratio and not at the other.
+    starts = [
+        Row(f"static-{ratio}-no_warm_start", "starts", full, "static", ratio, options=REACH_RATIO)
+        for ratio in BASELINE_RATIOS
+    ]
     first = [Row("dense", "dense", scale.dense_steps), *main, *recipes, *fewer]
     more = [replace(row, seed=seed) for seed in range(1, seeds) for row in first if row.headline]
-    return [*first, *more, *stages, *losses]
+    return [*first, *more, *stages, *losses, *starts]
 
 
 def same_cost_ratio(keep_ratio: float, stages: int, depth: int) -> float:

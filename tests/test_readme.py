@@ -140,6 +140,8 @@ def _claims() -> list[str]:
         f"{top1('class_attention_merging-0.5')}",
         f"a mask that is the same for all images {top1('static-0.5')}",
         f"random {top1('random-0.5')}",
+        f"Without that start it has {top1('static-0.7-no_warm_start')} at 0.7 and "
+        f"{top1('static-0.5-no_warm_start')} at 0.5",
         f"cannot tell it from similarity merging ({top1('similarity_merging-0.5')}, three seeds)",
         f"and has {top1('pooling-0.5')}; its three seeds and those of learned selection overlap",
         f"The fast recipe has {top1('recipe-fast')} after 225 steps, the paper's "
