@@ -372,15 +372,19 @@ class Bench:
         if config is not None:
             training = {k: v for k, v in asdict(config).items() if k not in _PLACES}
         images = "embedded" if self.data_dir is None else "torch/fashion_mnist"
-        precision = {"precision": self.precision}
-        return {"data": images, "dense": self.model_name, **precision, "train": training}
+        return {
+            "data": images,
+            "dense": self.model_name,
+            "precision": self.precision,
+            "train": training,
+        }
 
-    def result(self, row: Row) -> dict[str, Any] | None:
-        """A row's result, if it is done; ValueError if that has other settings."""
+    def done(self, row: Row) -> bool:
+        """Whether a row has its result; ValueError if that has other settings."""
         path = self.folder / row.folder / RESULT
         if not path.exists():
-            return None
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return False
+        result = json.loads(path.read_text(encoding="utf-8"))
         settings = json.loads(json.dumps(self.settings(row, self.config(row))))
         # Rows without training did not tell their precision at first.
         had = {"scale": result["scale"], "precision": self.precision}
@@ -392,7 +396,7 @@ class Bench:
                 f"{path} has a result of other settings: choose another folder, or remove it, got "
                 + ", ".join(f"{key} {have.get(key)} (not {had.get(key)})" for key in others)
             )
-        return result
+        return True
 
     def run(self, row: Row) -> None:
         """Train and measure a row, and write its result."""
@@ -789,7 +793,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if dense not in chosen:
         chosen.insert(0, dense)  # all others start from it, and are compared with it
     try:
-        left = [row for row in chosen if bench.result(row) is None]
+        left = [row for row in chosen if not bench.done(row)]
     except ValueError as error:
         parser.error(str(error))
     for row in left:
