@@ -146,7 +146,9 @@ def _claims() -> list[str]:
         f"and has {top1('pooling-0.5')}; its three seeds and those of learned selection overlap",
         f"The fast recipe has {top1('recipe-fast')} after 225 steps, the paper's "
         f"{top1('recipe-paper')} after 900",
-        f"{top1('steps-225-all_kept')} after 225 steps and {top1('all-kept')} after 900",
+        f"{top1('steps-225-all_kept')} after 225 steps and {top1('all-kept')} after 900 "
+        f"(`all_kept` below), learned selection {top1('steps-225-learned_warm_at_ratio')} and "
+        f"{top1('learned-0.7')}",
         f"({top1('steps-100-learned_warm')} against {top1('steps-100-learned')})",
         f"{top1('steps-225-learned_warm')} after 225 steps, {top1('steps-450-learned_warm')} "
         "after 450",
