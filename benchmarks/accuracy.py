@@ -212,10 +212,16 @@ def plan(scale: Scale, seeds: int = 1, depth: int = 12) -> list[Row]:
         for name, (scorer, ratio, options) in variants.items()
         if steps < full or name not in in_main
     ]
+    # The fast recipe beside what it gives up: the other three quarters of the steps, and what the
+    # same quarter gives where no token leaves.
+    without_scorers = {k: v for k, v in FAST.items() if k not in ("start_at_ratio", "warm_start")}
     recipes = [
-        Row("recipe-paper", "recipes", full, "learned", 0.7, headline=True, options=PAPER),
-        Row("recipe-fast", "recipes", full // 4, "learned", 0.7, headline=True, options=FAST),
+        Row("recipe-paper", "recipes", full, "learned", 0.7, options=PAPER),
+        Row("recipe-fast", "recipes", full // 4, "learned", 0.7, options=FAST),
+        Row("recipe-fast_full", "recipes", full, "learned", 0.7, options=FAST),
+        Row("recipe-fast_all_kept", "recipes", full // 4, "random", 1.0, options=without_scorers),
     ]
+    recipes = [replace(row, headline=True) for row in recipes]
     stages = [
         Row(
             f"stages-{n}",
