@@ -36,7 +36,11 @@ from rich.table import Table
 from timm.data import resolve_input_data_config
 from torch import nn
 
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # the script's own folder is what Python puts there
+
 import dynamicvit
+from benchmarks.cluttered import CANVAS, write_cluttered
 from dynamicvit import KeepSchedule, SparseViT, sparsify
 from dynamicvit.core.baselines import LEARNING, SCORERS, Merger
 from dynamicvit.core.folder import save_folder
@@ -86,6 +90,7 @@ class Scale:
         tuning_steps: of fine-tuning, which stand for the paper's 30 epochs.
         fewer_steps: budgets of the rows that tell how much training it takes.
         batch_size: of all steps.
+        cluttered: whether images lie on a larger canvas, as `write_cluttered` makes them.
     """
 
     model: dict[str, Any] | None
@@ -93,12 +98,15 @@ class Scale:
     tuning_steps: int
     fewer_steps: tuple[int, ...]
     batch_size: int
+    cluttered: bool = False
 
 
-def _vit(name: str, **sizes: Any) -> dict[str, Any]:
-    cfg = {"input_size": [1, 28, 28], "mean": [0.286], "std": [0.353], "crop_pct": 1.0}
-    shared = {"img_size": 28, "in_chans": 1, "num_classes": 10, "pretrained_cfg_overlay": cfg}
-    return {"model": name, "model_kwargs": {**shared, **sizes}}
+def _vit(name: str, side: int = 28, weights: str | None = None, **sizes: Any) -> dict[str, Any]:
+    cfg = {"input_size": [1, side, side], "mean": [0.286], "std": [0.353], "crop_pct": 1.0}
+    if weights is not None:
+        cfg |= {"file": weights, "num_classes": 10}
+    shared = {"img_size": side, "in_chans": 1, "num_classes": 10, "pretrained_cfg_overlay": cfg}
+    return {"model": name, "model_kwargs": {**shared, **sizes}, "pretrained": weights is not None}
 
 
 SCALES = {
@@ -118,6 +126,23 @@ SCALES = {
         tuning_steps=900,
         fewer_steps=(100, 225, 450),
         batch_size=128,
+    ),
+    # The small scale where images have a background: its dense model gone on with at 40 pixels, of
+    # which the same stem makes 10×10 tokens.
+    "cluttered": Scale(
+        _vit(
+            "vit_tiny_r_s16_p8_224",
+            side=CANVAS,
+            weights="benchmarks/results/small/dense/model.safetensors",
+            patch_size=1,
+            embed_dim=64,
+            num_heads=2,
+        ),
+        dense_steps=2808,
+        tuning_steps=900,
+        fewer_steps=(100, 225, 450),
+        batch_size=128,
+        cluttered=True,
     ),
     # to try the command
     "tiny": Scale(
@@ -328,7 +353,6 @@ class Bench:
         epochs = row.options.get("epochs") or -(-steps // max(1, self.images["train"] // batch))
         of_dense: dict[str, Any] = {
             **(self.scale.model or {}),
-            "pretrained": False,
             "keep_ratio": None,
             "lr": DENSE_LR * 1024 / batch,
             "crop_scale": [0.8, 1.0],
@@ -379,7 +403,7 @@ class Bench:
             training = {k: v for k, v in asdict(config).items() if k not in _PLACES}
         images = "embedded" if self.data_dir is None else "torch/fashion_mnist"
         return {
-            "data": images,
+            "data": images + (", cluttered" if self.scale.cluttered else ""),
             "dense": self.model_name,
             "precision": self.precision,
             "train": training,
@@ -771,11 +795,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gpu = torch.cuda.is_available() and options.device != "cpu"
     embedded = scale.model is None and options.model is None
     try:
+        data = "torch/fashion_mnist" if options.data_dir else str(unpack_images(folder / "data"))
+        if scale.cluttered:
+            data = str(write_cluttered(folder / "cluttered", data, options.data_dir))
         bench = Bench(
             folder=folder,
             scale_name=options.scale,
             scale=scale,
-            data="torch/fashion_mnist" if options.data_dir else str(unpack_images(folder / "data")),
+            data=data,
             data_dir=options.data_dir,
             model=str(ASSETS / "model") if embedded else options.model,
             model_name="embedded" if embedded else options.model and os.path.relpath(options.model),
