@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.lib.stride_tricks import sliding_window_view
+from PIL import Image
 
 import dynamicvit
 from benchmarks import accuracy
 from benchmarks.accuracy import SCALES, plan, same_cost_ratio, summarise
+from benchmarks.cluttered import write_cluttered
 from dynamicvit import SparseViT, sparsify
 from dynamicvit.core.baselines import SCORERS, scorer_name
 from dynamicvit.embedded import embedded_images
@@ -136,6 +141,46 @@ def test_a_result_of_other_settings_is_not_passed_off(
         _run(folder, "random-0.7")
     assert "it, got precision no (not bf16), batch_size 10 (not 20)" in capsys.readouterr().err
     assert not (folder / "random-0.7").exists()
+
+
+def test_cluttered_images_have_a_whole_one_and_pieces_of_others(
+    folder: Path, tmp_path: Path
+) -> None:
+    written = write_cluttered(tmp_path / "cluttered", str(folder / "data"))
+    for split in ("train", "val"):
+        before = sorted((folder / "data" / split).glob("*/*.png"))
+        after = sorted((written / split).glob("*/*.png"), key=lambda path: path.name)
+        assert len(before) == len(after) == 50
+        classes = sorted({path.parent.name for path in before})
+        for old, new in zip(before, after, strict=True):
+            assert new.parent.name.startswith(f"{classes.index(old.parent.name)}_")
+            whole, canvas = (np.asarray(Image.open(path)) for path in (old, new))
+            assert canvas.shape == (40, 40)
+            windows = sliding_window_view(canvas, (28, 28))
+            assert (windows >= whole).all(axis=(2, 3)).any()
+            assert (canvas > 0).sum() <= (whole > 0).sum() + 4 * 8 * 8
+        assert sum((np.asarray(Image.open(path)) > 0).sum() for path in after) > sum(
+            (np.asarray(Image.open(path)) > 0).sum() for path in before
+        )
+    again = write_cluttered(tmp_path / "again", str(folder / "data"))
+    files = [path.relative_to(written) for path in sorted(written.rglob("*.png"))]
+    assert [(written / file).read_bytes() for file in files] == [
+        (again / file).read_bytes() for file in files
+    ]
+
+
+def test_a_scale_of_cluttered_images_is_run_on_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SCALES, "tiny", replace(SCALES["tiny"], cluttered=True))
+    [row] = _run(folder, "dense")["rows"]
+    assert row["images"] == 50
+    assert row["settings"]["data"] == "embedded, cluttered"
+    assert (folder / "cluttered" / "val").is_dir()
+    assert SCALES["cluttered"].cluttered
+    model = SCALES["cluttered"].model
+    assert model is not None
+    assert (ROOT / model["model_kwargs"]["pretrained_cfg_overlay"]["file"]).is_file()
 
 
 def test_the_plan_has_every_comparison() -> None:
