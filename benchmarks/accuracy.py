@@ -138,7 +138,7 @@ SCALES = {
             embed_dim=64,
             num_heads=2,
         ),
-        dense_steps=2808,
+        dense_steps=1404,
         tuning_steps=900,
         fewer_steps=(100, 225, 450),
         batch_size=128,
