@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -58,10 +59,22 @@ COMMANDS: dict[str, Callable[..., object]] = {
 USER_ERRORS = (ValueError, UnsupportedBackbone, OSError)
 
 
+# What jsonargparse says of a value of the wrong kind, over several lines.
+_UNION = re.compile(
+    r'Parser key "(\w+)".*?Subtypes: \[(.*?)\]\s+Errors:.*Given value: (.*)', re.DOTALL
+)
+
+
 class _Parser(ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        union = _UNION.search(message)
+        if union is not None:
+            name, kinds, value = union.groups()
+            kinds = re.sub(r"<class '(\w+)'>", r"\1", kinds).replace(", NoneType", " or null")
+            example = ", such as [0.7]" if kinds.startswith("list[float]") else ""
+            message = f"{name} must be {kinds}{example}, got {value}"
         _fail(self.prog, message)
 
 

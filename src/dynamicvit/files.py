@@ -11,6 +11,16 @@ from typing import Any
 import torch
 
 
+def check_folder(name: str, folder: str | Path) -> None:
+    """Raise ValueError, which names the argument, if a folder cannot be made because a file has its
+    name."""
+    for path in (Path(folder), *Path(folder).parents):
+        if path.is_dir():
+            return
+        if path.exists():
+            raise ValueError(f"{name} must be a folder, got {folder}, and {path} is a file")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path`: to a temporary name first, then renamed."""
     write_bytes(path, text.encode())

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -23,6 +24,7 @@ from dynamicvit.deploy.sweep import (
     sweep,
 )
 from dynamicvit.training.evaluate import Change, evaluate
+from dynamicvit.views.compare import compare
 from tests.conftest import CLASSES, tiny_vit
 
 
@@ -171,6 +173,19 @@ def test_sweep_from_the_command_line(
     assert result["images"] == found[str(best)]["images"] == 8
 
 
+def test_random_selection_draws_the_same_each_time(images: Path, tmp_path: Path) -> None:
+    model = str(tmp_path / "random")
+    sparsify(tiny_vit(num_classes=2), 0.5, scorer="random").save_pretrained(model)
+    found = [sweep(model, str(images), workers=0, crop_pct=1.0)["points"] for _ in range(2)]
+    assert found[0] == found[1]
+    maps = []
+    for name in ("one", "other"):
+        compare(model, str(images), workers=0, crop_pct=1.0, output=str(tmp_path / name))
+        with np.load(tmp_path / name / "keep_maps.npz", allow_pickle=False) as arrays:
+            maps.append(arrays["keep"])
+    assert np.array_equal(*maps)
+
+
 def test_few_images_are_said_to_be_few(
     images: Path, sparse_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,6 +210,13 @@ def test_sweep_names_what_is_wrong(
     images: Path, dense_folder: Path, sparse_folder: Path, tmp_path: Path
 ) -> None:
     data = str(images)
+    file = tmp_path / "file"
+    file.touch()
+    for save in (file, file / "in"):
+        with pytest.raises(ValueError, match=f"save must be a folder, got {save}, and {file} is a"):
+            sweep(str(sparse_folder), data, save=str(save))
+        with pytest.raises(ValueError, match=f"output must be a folder, got {save}, and {file} is"):
+            compare(str(sparse_folder), data, output=str(save))
     other = tmp_path / "other"
     save_folder(tiny_vit(num_classes=2, img_size=16), other)
     reverse = tmp_path / "reverse"

@@ -107,6 +107,10 @@ def test_other_dense_models_are_evaluated_beside(images: Path) -> None:
 
 
 def test_evaluate_names_what_is_wrong(images: Path, dense_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="batch_size must be 1 or more, got 0"):
+        evaluate([str(dense_folder)], str(images), batch_size=0)
+    with pytest.raises(ValueError, match="workers must be 0 or more, got -1"):
+        evaluate([str(dense_folder)], str(images), workers=-1)
     with pytest.raises(ValueError, match="models must name at least one model, got none"):
         evaluate([], str(images))
     with pytest.raises(ValueError, match="precision must be"):

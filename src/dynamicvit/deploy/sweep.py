@@ -22,7 +22,7 @@ from dynamicvit.core.model import SparseViT
 from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.deploy.benchmark import Speed, compare_speed
 from dynamicvit.environment import environment
-from dynamicvit.files import write_text
+from dynamicvit.files import check_folder, write_text
 from dynamicvit.training.evaluate import (
     Change,
     check_labels,
@@ -31,6 +31,7 @@ from dynamicvit.training.evaluate import (
     load_pair,
     open_images,
     run_batches,
+    seeded,
     start_evaluation,
 )
 
@@ -76,6 +77,7 @@ def sweep(
     seconds: float = 0.0,
     batch_size: int = 64,
     workers: int = 2,
+    crop_pct: float | None = None,
     precision: str = "no",
     skip_unreadable: bool = False,
     output: str | None = None,
@@ -111,6 +113,7 @@ def sweep(
             batch_size; 0 leaves it out.
         batch_size: images a batch.
         workers: data loading processes.
+        crop_pct: the share of the image's side that is kept; by default the model's own.
         precision: "no" for float32, or "bf16".
         skip_unreadable: leave out and count images that cannot be read, instead of stopping.
         output: JSON file to write.
@@ -134,6 +137,8 @@ def sweep(
             raise ValueError(f"{name} must be 0 or more, got {value}")
     if max_gmacs is not None and not max_gmacs > 0:
         raise ValueError(f"max_gmacs must be above 0, got {max_gmacs}")
+    if save is not None:
+        check_folder("save", save)
     accelerator = start_evaluation(precision)
     sparse, reference = load_pair(model, dense)
     schedules = list_schedules(sparse, keep_ratios, blocks, ratios)
@@ -146,9 +151,12 @@ def sweep(
         split,
         batch_size,
         workers,
+        crop_pct,
         skip_unreadable,
     )
-    count, top1, points = evaluate_schedules(sparse, reference, schedules, loader, accelerator)
+    with seeded(accelerator):
+        found = evaluate_schedules(sparse, reference, schedules, loader, accelerator)
+    count, top1, points = found
     if not accelerator.is_main_process:
         seconds = 0.0
     if seconds:

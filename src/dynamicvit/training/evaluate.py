@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -220,8 +221,6 @@ def evaluate(
     """
     if not models:
         raise ValueError("models must name at least one model, got none")
-    if crop_pct is not None and not 0 < crop_pct <= 1:
-        raise ValueError(f"crop_pct must lie in (0, 1], got {crop_pct}")
     accelerator = start_evaluation(precision)
     results: dict[str, Any] = {}
     for name in models:
@@ -235,12 +234,10 @@ def evaluate(
             split,
             batch_size,
             workers,
-            skip_unreadable,
             crop_pct,
+            skip_unreadable,
         )
-        devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(0)  # random selection draws
+        with seeded(accelerator):
             results[name] = asdict(evaluate_model(model, loader, accelerator))
         if images.unreadable is not None:
             results[name]["unreadable"] = images.unreadable
@@ -261,6 +258,16 @@ def start_evaluation(precision: str) -> Accelerator:
     return start_processes(precision)
 
 
+@contextmanager
+def seeded(accelerator: Accelerator) -> Iterator[None]:
+    """The same random numbers each time, since random selection draws; the generators' states are
+    restored."""
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        yield
+
+
 def open_images(
     model: nn.Module,
     model_name: str,
@@ -270,13 +277,19 @@ def open_images(
     split: str,
     batch_size: int,
     workers: int,
+    crop_pct: float | None,
     skip_unreadable: bool,
-    crop_pct: float | None = None,
 ) -> tuple[ImageData, DataLoader]:
     """A split as a model takes it: opened, checked against its classes, and a loader of it.
 
     Arguments and errors as for `evaluate`.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    if workers < 0:
+        raise ValueError(f"workers must be 0 or more, got {workers}")
+    if crop_pct is not None and not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct must lie in (0, 1], got {crop_pct}")
     options: dict[str, Any] = {
         "data_dir": data_dir,
         "in_chans": input_size(model)[0],

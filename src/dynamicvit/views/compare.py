@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseViT
 from dynamicvit.environment import environment
-from dynamicvit.files import write_bytes, write_text
+from dynamicvit.files import check_folder, write_bytes, write_text
 from dynamicvit.training.evaluate import (
     backbone_of,
     check_labels,
@@ -32,6 +32,7 @@ from dynamicvit.training.evaluate import (
     load_pair,
     open_images,
     run_batches,
+    seeded,
     start_evaluation,
 )
 
@@ -65,6 +66,7 @@ def compare(
     dense: str | None = None,
     batch_size: int = 64,
     workers: int = 2,
+    crop_pct: float | None = None,
     precision: str = "no",
     skip_unreadable: bool = False,
     output: str = "compare",
@@ -83,6 +85,7 @@ def compare(
             model that it came from.
         batch_size: images a batch.
         workers: data loading processes.
+        crop_pct: the share of the image's side that is kept; by default the model's own.
         precision: "no" for float32, or "bf16".
         skip_unreadable: leave out and count images that cannot be read, instead of stopping.
         output: folder to write: compare.json (agreement, classes, confusion), keep_maps.npz (how
@@ -98,6 +101,7 @@ def compare(
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("compare needs the extra: pip install 'dynamicvit[plot]'")
+    check_folder("output", output)
     accelerator = start_evaluation(precision)
     sparse, reference = load_pair(model, dense)
     images, loader = open_images(
@@ -109,9 +113,11 @@ def compare(
         split,
         batch_size,
         workers,
+        crop_pct,
         skip_unreadable,
     )
-    comparison = compare_models(sparse, reference, loader, accelerator)
+    with seeded(accelerator):
+        comparison = compare_models(sparse, reference, loader, accelerator)
     known = images.class_names or cast(Any, backbone_of(sparse)).pretrained_cfg.get("label_names")
     names = list(known or map(str, range(sparse.num_classes)))
     result = {

@@ -278,7 +278,7 @@ def _look_at(found: Findings, data: str, data_dir: str | None, split: str) -> _E
     accelerator = start_evaluation("no")
     sparse = found.sparse.to(accelerator.device)
     images, loader = open_images(
-        sparse, found.model, accelerator, data, data_dir, split, _BATCH, 0, True
+        sparse, found.model, accelerator, data, data_dir, split, _BATCH, 0, None, True
     )
     names = images.class_names or class_names(sparse)
     read: Iterator[tuple[torch.Tensor, int]]
