@@ -46,7 +46,7 @@ from dynamicvit.core.baselines import LEARNING, SCORERS, Merger
 from dynamicvit.core.folder import save_folder
 from dynamicvit.embedded import ASSETS
 from dynamicvit.environment import environment
-from dynamicvit.files import write_bytes, write_text
+from dynamicvit.files import check_folder, write_bytes, write_text
 from dynamicvit.quickstart import RECIPE, unpack_images
 from dynamicvit.training.checkpoints import CHECKPOINTS, find_checkpoints
 from dynamicvit.training.config import RECIPES, TrainConfig
@@ -109,6 +109,7 @@ def _vit(name: str, side: int = 28, weights: str | None = None, **sizes: Any) ->
     return {"model": name, "model_kwargs": {**shared, **sizes}, "pretrained": weights is not None}
 
 
+DENSE_49 = "benchmarks/results/small/dense/model.safetensors"  # of the small scale
 SCALES = {
     # Two cores, some hours: width 64, and 49 tokens of a stem of one convolution of stride 2 and
     # pooling of stride 2, with which it learns much faster than with patches of 4×4 pixels.
@@ -133,7 +134,7 @@ SCALES = {
         _vit(
             "vit_tiny_r_s16_p8_224",
             side=CANVAS,
-            weights="benchmarks/results/small/dense/model.safetensors",
+            weights=DENSE_49,
             patch_size=1,
             embed_dim=64,
             num_heads=2,
@@ -414,10 +415,13 @@ class Bench:
         path = self.folder / row.folder / RESULT
         if not path.exists():
             return False
-        result = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged, remove it: {error}") from error
         settings = json.loads(json.dumps(self.settings(row, self.config(row))))
-        # Rows without training did not tell their precision at first.
-        had = {"scale": result["scale"], "precision": self.precision}
+        # Rows without training did not tell their precision at first, which was float32.
+        had = {"scale": result["scale"], "precision": "no"}
         had |= _flat(_completed(result["settings"]))
         have = {"scale": self.scale_name, **_flat(settings)}
         others = [key for key in {**had, **have} if had.get(key) != have.get(key)]
@@ -559,6 +563,8 @@ _PLACES = ("data", "data_dir", "output", "model", "workers", "trackers", "checkp
 
 # Results.
 
+_UNTRAINED = ", not trained"
+
 
 def report(bench: Bench, results: list[dict[str, Any]]) -> dict[str, Any]:
     """All rows in one JSON."""
@@ -615,7 +621,7 @@ def curves(rows: Sequence[dict[str, Any]], axis: str) -> dict[str, list[dict[str
     ends |= {(name, 0.7): name for name in STEP_BASELINES}
     for row in rows:
         if axis == "gmacs" and row["table"] == "main":
-            name = _what_leaves(row) + (", not trained" if row["steps"] == 0 else "")
+            name = _what_leaves(row) + (_UNTRAINED if row["steps"] == 0 else "")
         elif axis == "steps" and row["table"] == "steps":
             name = row["row"].split("-", 2)[2]
         elif (
@@ -647,11 +653,13 @@ def tables(results: Sequence[dict[str, Any]]) -> dict[str, str]:
             "| model | GMACs | top-1 | training steps |",
             f"| dense | {dense['gmacs']:.4f} | {_top1(dense)} | {dense['steps']} |",
         ],
-        "main": ["| keep ratio | what decides | GMACs | not trained | fine-tuned | points lost |"],
-        "recipes": ["| recipe | training steps | top-1 | points lost |"],
+        "main": [
+            "| keep ratio | what decides | GMACs | not trained | fine-tuned | against dense |"
+        ],
+        "recipes": ["| recipe | training steps | top-1 | against dense |"],
         "steps": ["| scorer | " + " | ".join(f"{steps}" for steps in _budgets(rows)) + " |"],
-        "stages": ["| stages | keep ratio of each | GMACs | top-1 | points lost |"],
-        "losses": ["| loss left out | top-1 | points lost |"],
+        "stages": ["| stages | keep ratio of each | GMACs | top-1 | against dense |"],
+        "losses": ["| loss left out | top-1 | against dense |"],
     }
     rules = dict.fromkeys((row["keep_ratio"], row["scorer"]) for row in main)
     for ratio, scorer in sorted(rules, key=lambda rule: -rule[0]):
@@ -660,7 +668,7 @@ def tables(results: Sequence[dict[str, Any]]) -> dict[str, str]:
         tuned = [row for row in same if row["steps"]]
         found["main"].append(
             f"| {ratio} | {_what_leaves(same[0])} | {_saved(same[0], dense)} | {''.join(plain)} | "
-            + " | ".join([*map(_top1, tuned), *(_lost(row, dense) for row in tuned)] or [" | "])
+            + " | ".join([*map(_top1, tuned), *(_against(row, dense) for row in tuned)] or [" | "])
             + " |"
         )
     for name, points in curves(rows, "steps").items():
@@ -671,15 +679,15 @@ def tables(results: Sequence[dict[str, Any]]) -> dict[str, str]:
     for row in [*(row for row in rows if row["table"] == "recipes"), *kept]:
         recipe = row["row"].removeprefix("recipe-") if row["table"] == "recipes" else "this table's"
         steps = row["steps"] + row["warm_start"]
-        found["recipes"].append(f"| {recipe} | {steps} | {_top1(row)} | {_lost(row, dense)} |")
+        found["recipes"].append(f"| {recipe} | {steps} | {_top1(row)} | {_against(row, dense)} |")
     for row in [*(row for row in rows if row["table"] == "stages"), *kept]:
         found["stages"].append(
             f"| {row['stages']} | {row['keep_ratio']} | {_saved(row, dense)} | {_top1(row)} | "
-            f"{_lost(row, dense)} |"
+            f"{_against(row, dense)} |"
         )
     for row in [*kept, *(row for row in rows if row["table"] == "losses")]:
         loss = row["row"].removeprefix("without-") if row["table"] == "losses" else "none"
-        found["losses"].append(f"| {loss} | {_top1(row)} | {_lost(row, dense)} |")
+        found["losses"].append(f"| {loss} | {_top1(row)} | {_against(row, dense)} |")
     return {
         name: "\n".join([head, "|" + "---|" * (head.count("|") - 1), *lines])
         for name, (head, *lines) in found.items()
@@ -701,8 +709,8 @@ def _top1(row: dict[str, Any]) -> str:
     return f"{row['top1']:.2f}{of}"
 
 
-def _lost(row: dict[str, Any], dense: dict[str, Any]) -> str:
-    return f"{dense['top1'] - row['top1']:+.2f}"
+def _against(row: dict[str, Any], dense: dict[str, Any]) -> str:
+    return f"{row['top1'] - dense['top1']:+.2f}".replace("-", "−")
 
 
 def _saved(row: dict[str, Any], dense: dict[str, Any]) -> str:
@@ -721,20 +729,23 @@ def write_page(page: Path, results: Sequence[dict[str, Any]]) -> None:
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Both diagrams as a PNG, without one that has no line yet; needs matplotlib."""
+    """All diagrams as a PNG, without one that has no line yet; needs matplotlib."""
     from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
 
-    figure = Figure(figsize=(13, 5.5), layout="constrained")
     dense = [row["top1"] for row in rows if row["table"] == "dense"]
-    found = {axis: curves(rows, axis) for axis in ("gmacs", "steps")}
-    shown = [axis for axis, lines in found.items() if any(len(line) > 1 for line in lines.values())]
-    for number, axis in enumerate(shown):
+    by_cost = curves(rows, "gmacs")
+    panels = {
+        "fine-tuned": ("gmacs", {k: v for k, v in by_cost.items() if not k.endswith(_UNTRAINED)}),
+        "not trained": ("gmacs", {k: v for k, v in by_cost.items() if k.endswith(_UNTRAINED)}),
+        "how much training it takes, at 0.7": ("steps", curves(rows, "steps")),
+    }
+    # Untrained rules lose so much that beside them the others would lie on one another.
+    shown = [title for title, (_, lines) in panels.items() if any(map(_is_line, lines.values()))]
+    figure = Figure(figsize=(6 * max(1, len(shown)), 5.5), layout="constrained")
+    for number, title in enumerate(shown):
+        axis, lines = panels[title]
         axes = figure.add_subplot(1, len(shown), number + 1)
-        rules: list[str] = []  # the same colour and mark with and without training
-        for name, points in found[axis].items():
-            rule = name.removesuffix(", not trained")
-            rules += [rule] if rule not in rules else []
-            index = rules.index(rule)
+        for name, points in lines.items():
             top1 = [row["top1"] for row in points]
             below = [row["top1"] - row["spread"][0] for row in points]
             above = [row["spread"][1] - row["top1"] for row in points]
@@ -742,25 +753,35 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
                 [_cost(axis)(row) for row in points],
                 top1,
                 yerr=[below, above],
-                label=name,
-                color=f"C{index}",
-                marker="os^Dv<>Ph*X"[index % 11],
+                label=name.removesuffix(_UNTRAINED),
                 markersize=4,
                 capsize=3,
-                linestyle=":" if name.endswith("not trained") else "-",
+                **_style(name, points[0]),
             )
         for value in dense:
             axes.axhline(value, color="grey", linewidth=0.8, label="dense")
-        if axis == "steps" and axes.lines[len(dense) :]:
+        if axis == "steps":
             axes.set_xscale("log")
+        axes.set_title(title)
         axes.set_xlabel("GMACs an image" if axis == "gmacs" else "training steps")
         axes.set_ylabel("top-1 %")
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7)
+        axes.legend(fontsize=7)
     picture = BytesIO()
     figure.savefig(picture, format="png", dpi=130)
     write_bytes(path, picture.getvalue())
+
+
+def _is_line(points: Sequence[dict[str, Any]]) -> bool:
+    return len(points) > 1
+
+
+def _style(name: str, row: dict[str, Any]) -> dict[str, Any]:
+    """A rule's colour and mark, the same in all diagrams; other starts of it have other lines."""
+    index = [*SCORERS, "nothing leaves"].index(_what_leaves(row))
+    lines = {"learned_warm": "--", "learned_at_ratio": "-.", "learned": ":"}
+    other = lines.get(name, "-") if row["table"] == "steps" else "-"
+    return {"color": f"C{index}", "marker": "os^Dv<>P"[index], "linestyle": other}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -790,14 +811,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     if options.page is not None and not _has_tables(options.page, options.scale):
         parser.error(f"--page must be a page with tables of {options.scale}, got {options.page}")
+    if options.workers < 0:
+        parser.error(f"--workers must be 0 or more, got {options.workers}")
     scale = SCALES[options.scale]
+    if scale.cluttered and not Path(DENSE_49).is_file():
+        parser.error(f"--scale {options.scale} starts from {DENSE_49}: run this where that lies")
     folder = Path(options.folder)
     gpu = torch.cuda.is_available() and options.device != "cpu"
     embedded = scale.model is None and options.model is None
     try:
+        check_folder("folder", folder)
         data = "torch/fashion_mnist" if options.data_dir else str(unpack_images(folder / "data"))
         if scale.cluttered:
-            data = str(write_cluttered(folder / "cluttered", data, options.data_dir))
+            of = "fashion_mnist" if options.data_dir else "embedded"
+            data = str(write_cluttered(folder / f"cluttered_{of}", data, options.data_dir))
         bench = Bench(
             folder=folder,
             scale_name=options.scale,
@@ -809,7 +836,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             precision=options.precision or ("bf16" if gpu else "no"),
             workers=options.workers,
         )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     rows = plan(scale, options.seeds, bench.depth)
     chosen = [

@@ -92,9 +92,9 @@ def test_rows_are_run_and_written_and_left_alone_when_done(
     assert (before, after) == ("before", "after <!-- small main -->")
     assert "\n".join(table[1:-1]) == accuracy.tables(report["rows"])["main"]
     dense, pooled = found["dense"], found["pooling-0.7"]
-    lost = f"{dense['top1'] - pooled['top1']:+.2f}"
+    against = f"{pooled['top1'] - dense['top1']:+.2f}".replace("-", "−")
     untrained = f"{found['pooling-0.7-untrained']['top1']:.2f}"
-    assert f"| {untrained} | {pooled['top1']:.2f} | {lost} |" in page.read_text()
+    assert f"| {untrained} | {pooled['top1']:.2f} | {against} |" in page.read_text()
     both = [found[name]["top1"] for name in ("learned-0.5", "learned-0.5-seed1")]
     assert f"{sum(both) / 2:.2f} ({min(both):.2f}–{max(both):.2f}, 2 seeds)" in page.read_text()
 
@@ -136,6 +136,10 @@ def test_a_result_of_other_settings_is_not_passed_off(
     result.write_text(json.dumps(older, indent=2))
     _run(folder, "dense")  # an option that came later had its default before
     written = result.read_text().replace('"batch_size": 10', '"batch_size": 20')
+    result.write_text(written[:99])
+    with pytest.raises(SystemExit):
+        _run(folder, "random-0.7")
+    assert "dense/result.json is damaged, remove it: " in capsys.readouterr().err
     result.write_text(written.replace('"precision": "no"', '"precision": "bf16"'))
     with pytest.raises(SystemExit):
         _run(folder, "random-0.7")
@@ -170,13 +174,18 @@ def test_cluttered_images_have_a_whole_one_and_pieces_of_others(
 
 
 def test_a_scale_of_cluttered_images_is_run_on_them(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(SCALES, "tiny", replace(SCALES["tiny"], cluttered=True))
     [row] = _run(folder, "dense")["rows"]
     assert row["images"] == 50
     assert row["settings"]["data"] == "embedded, cluttered"
-    assert (folder / "cluttered" / "val").is_dir()
+    assert (folder / "cluttered_embedded" / "val").is_dir()
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit):
+        accuracy.main([str(folder), "--scale", "cluttered"])
+    error = capsys.readouterr().err
+    assert "--scale cluttered starts from benchmarks/results/small/dense/model.safeten" in error
     assert SCALES["cluttered"].cluttered
     model = SCALES["cluttered"].model
     assert model is not None
@@ -259,6 +268,7 @@ def test_rows_can_be_listed_with_the_time_that_they_take(
     [
         (["--rows", "nothing"], "--rows must name some of dense, learned-0.7"),
         (["--seeds", "0"], "--seeds must be 1 or more, got 0"),
+        (["--workers", "-1"], "--workers must be 0 or more, got -1"),
         (["--model", "nowhere"], "no model folder at nowhere"),
         (["--model", "{folder}/sparse"], "model must be a dense model's folder, got the sparse"),
         (["--data_dir", "nowhere"], "cannot open 'torch/fashion_mnist' in 'nowhere'"),
