@@ -16,8 +16,9 @@ from PIL import Image
 
 import dynamicvit
 from benchmarks import accuracy
-from benchmarks.accuracy import SCALES, plan, same_cost_ratio, summarise
+from benchmarks.accuracy import SCALES, plan, same_cost_ratio
 from benchmarks.cluttered import write_cluttered
+from benchmarks.tables import summarise, tables
 from dynamicvit import SparseViT, sparsify
 from dynamicvit.core.baselines import SCORERS, scorer_name
 from dynamicvit.embedded import embedded_images
@@ -90,7 +91,7 @@ def test_rows_are_run_and_written_and_left_alone_when_done(
     assert _run(folder, rows[0], page=page)["rows"] == report["rows"]
     before, *table, after = (line for line in page.read_text().splitlines() if line)
     assert (before, after) == ("before", "after <!-- small main -->")
-    assert "\n".join(table[1:-1]) == accuracy.tables(report["rows"])["main"]
+    assert "\n".join(table[1:-1]) == tables(report["rows"])["main"]
     dense, pooled = found["dense"], found["pooling-0.7"]
     against = f"{pooled['top1'] - dense['top1']:+.2f}".replace("-", "−")
     untrained = f"{found['pooling-0.7-untrained']['top1']:.2f}"

@@ -1,0 +1,225 @@
+"""What benchmarks/accuracy.py found: the tables of docs/results.md, and its diagrams."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dynamicvit.core.baselines import SCORERS
+from dynamicvit.files import write_bytes, write_text
+
+STEP_BASELINES = ("random", "class_attention")  # with as few steps as the learned one
+_UNTRAINED = ", not trained"
+
+
+def summarise(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that differ in the seed alone as one: means, and the range of top-1."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        name = result["row"].removesuffix(f"-seed{result['seed']}")
+        groups.setdefault(name, []).append(result)
+    return [
+        {
+            **{key: found[0][key] for key in ("table", "scorer", "keep_ratio", "stages", "steps")},
+            "row": name,
+            "warm_start": found[0]["warm_start"],
+            "top1": statistics.mean(result["top1"] for result in found),
+            "spread": (min(r["top1"] for r in found), max(r["top1"] for r in found)),
+            "gmacs": found[0]["gmacs"],
+            "seeds": len(found),
+        }
+        for name, found in groups.items()
+    ]
+
+
+def print_table(console: Console, rows: Iterable[dict[str, Any]]) -> None:
+    table = Table("row", "top-1 %", "range", "seeds", "GMACs", "steps")
+    for row in rows:
+        low, high = row["spread"]
+        table.add_row(
+            row["row"],
+            f"{row['top1']:.2f}",
+            f"{low:.2f}–{high:.2f}" if row["seeds"] > 1 else "",
+            str(row["seeds"]),
+            f"{row['gmacs']:.4f}",
+            str(row["steps"] + row["warm_start"]),
+        )
+    console.print(table)
+
+
+def curves(rows: Sequence[dict[str, Any]], axis: str) -> dict[str, list[dict[str, Any]]]:
+    """Named curves over `axis`: "gmacs", a curve a method, or "steps", one a variant."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    full = max((_cost("steps")(row) for row in rows if row["table"] == "main"), default=0)
+    # The main table's rows that end a variant's curve.
+    ends = {("random", 1.0): "all_kept", ("learned", 0.7): "learned_warm_at_ratio"}
+    ends |= {(name, 0.7): name for name in STEP_BASELINES}
+    for row in rows:
+        if axis == "gmacs" and row["table"] == "main":
+            name = _what_leaves(row) + (_UNTRAINED if row["steps"] == 0 else "")
+        elif axis == "steps" and row["table"] == "steps":
+            name = row["row"].split("-", 2)[2]
+        elif (
+            axis == "steps"
+            and row["table"] == "main"
+            and _cost("steps")(row) == full
+            and (row["scorer"], row["keep_ratio"]) in ends
+        ):
+            name = ends[row["scorer"], row["keep_ratio"]]
+        else:
+            continue
+        found.setdefault(name, []).append(row)
+    return {name: sorted(points, key=_cost(axis)) for name, points in found.items()}
+
+
+def _cost(axis: str) -> Any:
+    if axis == "gmacs":
+        return lambda row: row["gmacs"]
+    return lambda row: row["steps"] + row["warm_start"]
+
+
+def tables(results: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """docs/results.md's tables in Markdown, each by its name, of the rows that are there."""
+    rows = summarise(results)
+    dense = next(row for row in rows if row["table"] == "dense")
+    main = [row for row in rows if row["table"] == "main"]
+    found = {
+        "dense": [
+            "| model | GMACs | top-1 | training steps |",
+            f"| dense | {dense['gmacs']:.4f} | {_top1(dense)} | {dense['steps']} |",
+        ],
+        "main": [
+            "| keep ratio | what decides | GMACs | not trained | fine-tuned | against dense |"
+        ],
+        "recipes": ["| recipe | training steps | top-1 | against dense |"],
+        "steps": ["| scorer | " + " | ".join(f"{steps}" for steps in _budgets(rows)) + " |"],
+        "stages": ["| stages | keep ratio of each | GMACs | top-1 | against dense |"],
+        "losses": ["| loss left out | top-1 | against dense |"],
+    }
+    rules = dict.fromkeys((row["keep_ratio"], row["scorer"]) for row in main)
+    for ratio, scorer in sorted(rules, key=lambda rule: -rule[0]):
+        same = [row for row in main if (row["keep_ratio"], row["scorer"]) == (ratio, scorer)]
+        plain = [_top1(row) for row in same if row["steps"] == 0]
+        tuned = [row for row in same if row["steps"]]
+        found["main"].append(
+            f"| {ratio} | {_what_leaves(same[0])} | {_saved(same[0], dense)} | {''.join(plain)} | "
+            + " | ".join([*map(_top1, tuned), *(_against(row, dense) for row in tuned)] or [" | "])
+            + " |"
+        )
+    for name, points in curves(rows, "steps").items():
+        at = {row["steps"] + row["warm_start"]: _top1(row) for row in points}
+        cells = " | ".join(at.get(steps, "") for steps in _budgets(rows))
+        found["steps"].append(f"| {name} | {cells} |")
+    kept = [row for row in main if (row["scorer"], row["keep_ratio"]) == ("learned", 0.7)]
+    for row in [*(row for row in rows if row["table"] == "recipes"), *kept]:
+        recipe = row["row"].removeprefix("recipe-") if row["table"] == "recipes" else "this table's"
+        steps = row["steps"] + row["warm_start"]
+        found["recipes"].append(f"| {recipe} | {steps} | {_top1(row)} | {_against(row, dense)} |")
+    for row in [*(row for row in rows if row["table"] == "stages"), *kept]:
+        found["stages"].append(
+            f"| {row['stages']} | {row['keep_ratio']} | {_saved(row, dense)} | {_top1(row)} | "
+            f"{_against(row, dense)} |"
+        )
+    for row in [*kept, *(row for row in rows if row["table"] == "losses")]:
+        loss = row["row"].removeprefix("without-") if row["table"] == "losses" else "none"
+        found["losses"].append(f"| {loss} | {_top1(row)} | {_against(row, dense)} |")
+    return {
+        name: "\n".join([head, "|" + "---|" * (head.count("|") - 1), *lines])
+        for name, (head, *lines) in found.items()
+    }
+
+
+def _what_leaves(row: dict[str, Any]) -> str:
+    return "nothing leaves" if row["keep_ratio"] == 1.0 else str(row["scorer"])
+
+
+def _budgets(rows: Sequence[dict[str, Any]]) -> list[int]:
+    points = [row for curve in curves(rows, "steps").values() for row in curve]
+    return sorted({row["steps"] + row["warm_start"] for row in points})
+
+
+def _top1(row: dict[str, Any]) -> str:
+    low, high = row["spread"]
+    of = f" ({low:.2f}–{high:.2f}, {row['seeds']} seeds)" if row["seeds"] > 1 else ""
+    return f"{row['top1']:.2f}{of}"
+
+
+def _against(row: dict[str, Any], dense: dict[str, Any]) -> str:
+    return f"{row['top1'] - dense['top1']:+.2f}".replace("-", "−")
+
+
+def _saved(row: dict[str, Any], dense: dict[str, Any]) -> str:
+    return f"{row['gmacs']:.4f} (−{1 - row['gmacs'] / dense['gmacs']:.1%})"
+
+
+def write_page(page: Path, results: Sequence[dict[str, Any]]) -> None:
+    """Put the tables where a page has their names: `<!-- small main -->` … `<!-- end -->`."""
+    text = page.read_text(encoding="utf-8")
+    for name, table in tables(results).items():
+        before, start, rest = text.partition(f"<!-- {results[0]['scale']} {name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        if end:
+            text = f"{before}{start}\n{table}\n\n{end}{after}"
+    write_text(page, text)
+
+
+def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """All diagrams as a PNG, without one that has no line yet; needs matplotlib."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
+
+    dense = [row["top1"] for row in rows if row["table"] == "dense"]
+    by_cost = curves(rows, "gmacs")
+    panels = {
+        "fine-tuned": ("gmacs", {k: v for k, v in by_cost.items() if not k.endswith(_UNTRAINED)}),
+        "not trained": ("gmacs", {k: v for k, v in by_cost.items() if k.endswith(_UNTRAINED)}),
+        "how much training it takes, at 0.7": ("steps", curves(rows, "steps")),
+    }
+    # Untrained rules lose so much that beside them the others would lie on one another.
+    shown = [title for title, (_, lines) in panels.items() if any(map(_is_line, lines.values()))]
+    figure = Figure(figsize=(6 * max(1, len(shown)), 5.5), layout="constrained")
+    for number, title in enumerate(shown):
+        axis, lines = panels[title]
+        axes = figure.add_subplot(1, len(shown), number + 1)
+        for name, points in lines.items():
+            top1 = [row["top1"] for row in points]
+            below = [row["top1"] - row["spread"][0] for row in points]
+            above = [row["spread"][1] - row["top1"] for row in points]
+            axes.errorbar(
+                [_cost(axis)(row) for row in points],
+                top1,
+                yerr=[below, above],
+                label=name.removesuffix(_UNTRAINED),
+                markersize=4,
+                capsize=3,
+                **_style(name, points[0]),
+            )
+        for value in dense:
+            axes.axhline(value, color="grey", linewidth=0.8, label="dense")
+        if axis == "steps":
+            axes.set_xscale("log")
+        axes.set_title(title)
+        axes.set_xlabel("GMACs an image" if axis == "gmacs" else "training steps")
+        axes.set_ylabel("top-1 %")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=130)
+    write_bytes(path, picture.getvalue())
+
+
+def _is_line(points: Sequence[dict[str, Any]]) -> bool:
+    return len(points) > 1
+
+
+def _style(name: str, row: dict[str, Any]) -> dict[str, Any]:
+    """A rule's colour and mark, the same in all diagrams; other starts of it have other lines."""
+    index = [*SCORERS, "nothing leaves"].index(_what_leaves(row))
+    lines = {"learned_warm": "--", "learned_at_ratio": "-.", "learned": ":"}
+    other = lines.get(name, "-") if row["table"] == "steps" else "-"
+    return {"color": f"C{index}", "marker": "os^Dv<>P"[index], "linestyle": other}
