@@ -21,6 +21,14 @@ def check_folder(name: str, folder: str | Path) -> None:
             raise ValueError(f"{name} must be a folder, got {folder}, and {path} is a file")
 
 
+def check_file(name: str, file: str | Path) -> None:
+    """Raise ValueError, which names the argument, if a file cannot be written because a folder has
+    its name, or a file that of its folder."""
+    if Path(file).is_dir():
+        raise ValueError(f"{name} must be a file, got the folder {file}")
+    check_folder(f"the folder of {name}", Path(file).parent)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path`: to a temporary name first, then renamed."""
     write_bytes(path, text.encode())

@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -160,6 +160,7 @@ def test_sweep_from_the_command_line(
     assert result["recommended"] == result["points"][1]
     assert all(point["speed"]["sparse"] > 0 for point in result["points"])
     assert result["environment"]["torch"] == torch.__version__
+    assert result["crop_pct"] is None
     text = " ".join(capsys.readouterr().out.split())
     assert "at most 100 points lost: keep 0.5" in text
     assert "dense: top-1" in text
@@ -217,6 +218,14 @@ def test_sweep_names_what_is_wrong(
             sweep(str(sparse_folder), data, save=str(save))
         with pytest.raises(ValueError, match=f"output must be a folder, got {save}, and {file} is"):
             compare(str(sparse_folder), data, output=str(save))
+    for command in (sweep, lambda model, *rest, **options: evaluate([model], *rest, **options)):
+        run = cast(Any, command)
+        with pytest.raises(ValueError, match=f"output must be a file, got the folder {tmp_path}"):
+            run("nowhere", data, output=str(tmp_path))
+        with pytest.raises(ValueError, match=f"the folder of output must be a folder, got {file},"):
+            run("nowhere", data, output=str(file / "in"))
+        with pytest.raises(ValueError, match="batch_size must be 1 or more, got 0"):
+            run("nowhere", data, batch_size=0)  # before any model is looked for
     other = tmp_path / "other"
     save_folder(tiny_vit(num_classes=2, img_size=16), other)
     reverse = tmp_path / "reverse"

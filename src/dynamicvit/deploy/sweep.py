@@ -22,10 +22,11 @@ from dynamicvit.core.model import SparseViT
 from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.deploy.benchmark import Speed, compare_speed
 from dynamicvit.environment import environment
-from dynamicvit.files import check_folder, write_text
+from dynamicvit.files import check_file, check_folder, write_text
 from dynamicvit.training.evaluate import (
     Change,
     check_labels,
+    check_loading,
     compare_answers,
     input_size,
     load_pair,
@@ -137,7 +138,10 @@ def sweep(
             raise ValueError(f"{name} must be 0 or more, got {value}")
     if max_gmacs is not None and not max_gmacs > 0:
         raise ValueError(f"max_gmacs must be above 0, got {max_gmacs}")
-    if save is not None:
+    check_loading(batch_size, workers, crop_pct)
+    if output:
+        check_file("output", output)
+    if save:
         check_folder("save", save)
     accelerator = start_evaluation(precision)
     sparse, reference = load_pair(model, dense)
@@ -167,6 +171,7 @@ def sweep(
         "data": data,
         "split": split,
         "images": count,
+        "crop_pct": crop_pct,  # None: the model's own
         "precision": precision,
         "dense": {
             "model": dense,  # None: the sparse model's backbone

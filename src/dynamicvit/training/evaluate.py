@@ -25,7 +25,7 @@ from dynamicvit.checkpoint import load_model
 from dynamicvit.core.backbone import Backbone
 from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseViT
-from dynamicvit.files import write_text
+from dynamicvit.files import check_file, write_text
 from dynamicvit.training.data import (
     DataError,
     ImageData,
@@ -221,6 +221,9 @@ def evaluate(
     """
     if not models:
         raise ValueError("models must name at least one model, got none")
+    check_loading(batch_size, workers, crop_pct)
+    if output:
+        check_file("output", output)
     accelerator = start_evaluation(precision)
     results: dict[str, Any] = {}
     for name in models:
@@ -284,12 +287,6 @@ def open_images(
 
     Arguments and errors as for `evaluate`.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
-    if workers < 0:
-        raise ValueError(f"workers must be 0 or more, got {workers}")
-    if crop_pct is not None and not 0 < crop_pct <= 1:
-        raise ValueError(f"crop_pct must lie in (0, 1], got {crop_pct}")
     options: dict[str, Any] = {
         "data_dir": data_dir,
         "in_chans": input_size(model)[0],
@@ -370,6 +367,16 @@ def check_classes(names: Sequence[str] | None, model: nn.Module, model_name: str
     """Raise DataError unless the data has as many classes as the model."""
     if names is not None and len(names) != model.num_classes:
         raise DataError(f"the data has {len(names)} classes, {model_name} has {model.num_classes}")
+
+
+def check_loading(batch_size: int, workers: int, crop_pct: float | None) -> None:
+    """Raise ValueError, which names the argument, unless images can be loaded so."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    if workers < 0:
+        raise ValueError(f"workers must be 0 or more, got {workers}")
+    if crop_pct is not None and not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct must lie in (0, 1], got {crop_pct}")
 
 
 def check_precision(precision: str) -> None:

@@ -27,6 +27,7 @@ from dynamicvit.files import check_folder, write_bytes, write_text
 from dynamicvit.training.evaluate import (
     backbone_of,
     check_labels,
+    check_loading,
     compare_answers,
     input_size,
     load_pair,
@@ -101,6 +102,7 @@ def compare(
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("compare needs the extra: pip install 'dynamicvit[plot]'")
+    check_loading(batch_size, workers, crop_pct)
     check_folder("output", output)
     accelerator = start_evaluation(precision)
     sparse, reference = load_pair(model, dense)
@@ -125,6 +127,7 @@ def compare(
         "dense": dense,  # None: the sparse model's backbone
         "data": data,
         "split": split,
+        "crop_pct": crop_pct,  # None: the model's own
         "precision": precision,
         **describe(comparison, names),
         "gmacs": {
