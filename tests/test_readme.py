@@ -254,7 +254,7 @@ def test_the_order_where_images_have_a_background_is_that_measured() -> None:
     tuned = ["learned", "pooling", "class_attention", "similarity_merging"]
     assert order("cluttered", "", tuned) == tuned
     first, second = (rows["cluttered"][f"{name}-0.5"] for name in ("learned", "pooling"))
-    assert first["spread"][0] > second["spread"][1]
+    assert round(100 * (first["spread"][0] - second["spread"][1])) == 3  # images of 10,000
     assert (first["seeds"], second["seeds"]) == (2, 2)
     assert order("full", "", ["learned", "pooling"]) == ["pooling", "learned"]
     untrained = order("cluttered", "-untrained", [name for name in SCORERS if name != "learned"])
