@@ -639,6 +639,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if dense not in chosen:
         chosen.insert(0, dense)  # all others start from it, and are compared with it
     try:
+        for row in _with_result(bench):
+            bench.done(row)  # rows of other settings would be in the same table
         left = [row for row in chosen if not bench.done(row)]
     except ValueError as error:
         parser.error(str(error))
@@ -658,15 +660,19 @@ def _has_tables(page: Path, scale: str) -> bool:
     return page.is_file() and f"<!-- {scale} " in page.read_text(encoding="utf-8")
 
 
-def _collect(bench: Bench) -> list[dict[str, Any]]:
-    """Write all results that are there, of any seed; returns them, seeds taken together."""
+def _with_result(bench: Bench) -> list[Row]:
+    """The rows whose result is there, of any seed."""
     seeds = (path.name.rpartition("-seed")[2] for path in bench.folder.glob("*-seed*"))
     most = max((int(seed) for seed in seeds if seed.isdigit()), default=0)
     rows = plan(bench.scale, most + 1, bench.depth)
+    return [row for row in rows if (bench.folder / row.folder / RESULT).exists()]
+
+
+def _collect(bench: Bench) -> list[dict[str, Any]]:
+    """Write all results that are there; returns them, seeds taken together."""
     results = [
         json.loads((bench.folder / row.folder / RESULT).read_text(encoding="utf-8"))
-        for row in rows
-        if (bench.folder / row.folder / RESULT).exists()
+        for row in _with_result(bench)
     ]
     write_text(bench.folder / JSON, json.dumps(report(bench, results), indent=2) + "\n")
     rows_shown = summarise(results)

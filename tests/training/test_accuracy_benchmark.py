@@ -135,7 +135,14 @@ def test_a_result_of_other_settings_is_not_passed_off(
     assert f"{message}it, got epoch_images 40 (not None)\n" in capsys.readouterr().err
     older["settings"]["train"]["epoch_images"] = 40
     result.write_text(json.dumps(older, indent=2))
-    _run(folder, "dense")  # an option that came later had its default before
+    _run(folder, "static-0.7-untrained")  # an option that came later had its default before
+    other = folder / "static-0.7-untrained" / accuracy.RESULT
+    as_run = other.read_text()
+    other.write_text(as_run.replace('"precision": "no"', '"precision": "bf16"'))
+    with pytest.raises(SystemExit):
+        _run(folder, "dense")  # not asked for, but it would be in the same table
+    assert "static-0.7-untrained/result.json has a result of other" in capsys.readouterr().err
+    other.write_text(as_run)
     written = result.read_text().replace('"batch_size": 10', '"batch_size": 20')
     result.write_text(written[:99])
     with pytest.raises(SystemExit):
