@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -153,6 +154,30 @@ def test_a_result_of_other_settings_is_not_passed_off(
         _run(folder, "random-0.7")
     assert "it, got precision no (not bf16), batch_size 10 (not 20)" in capsys.readouterr().err
     assert not (folder / "random-0.7").exists()
+
+
+def test_rows_stay_with_the_dense_model_that_they_are_of(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _run(folder, "static-0.7-untrained")
+    shutil.rmtree(folder / "dense")
+    with pytest.raises(SystemExit):
+        _run(folder, "dense")
+    assert "has rows (static-0.7-untrained, …) but not the dense model" in capsys.readouterr().err
+    assert not (folder / "dense").exists()
+
+
+def test_a_row_that_was_begun_with_other_settings_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(Stopped), stopped_after(3):
+        _run(folder, "random-0.7")
+    monkeypatch.setitem(SCALES, "tiny", replace(SCALES["tiny"], tuning_steps=8))
+    with pytest.raises(SystemExit):
+        _run(folder, "random-0.7")
+    error = capsys.readouterr().err
+    assert "error: random-0.7: " in error
+    assert "belongs to a run with another config: epoch_images was 30, got 40" in error
 
 
 def test_cluttered_images_have_a_whole_one_and_pieces_of_others(
