@@ -163,8 +163,8 @@ def _claims() -> list[str]:
         f"({top1('recipe-fast_all_kept')} after 225 steps, at the full rate "
         f"{top1('steps-225-all_kept')})",
         f"({top1('steps-100-learned_warm')} against {top1('steps-100-learned')})",
-        f"{top1('steps-225-learned_warm')} after 225 steps, {top1('steps-450-learned_warm')} "
-        "after 450",
+        f"have {top1('steps-225-learned_warm')} and {top1('steps-225-learned_warm_at_ratio')} then "
+        "(three seeds each; next table)",
         f"Of what is kept, {shares[0]}, {shares[1]} and {shares[2]} (stage by stage)",
         f"agree on {compared['agreement']:.2f}% of the images",
         f"{compared['right_to_wrong']} go from right to wrong, {compared['wrong_to_right']} from "
@@ -236,6 +236,9 @@ def test_the_comparison_s_orders_are_those_measured() -> None:
     )
     assert 0.1 <= full - fast <= 0.2
     assert table - full == pytest.approx(0.2, abs=0.05)
+    quarter = [row for name, row in rows.items() if name.startswith("steps-225-learned_warm")]
+    assert [row["seeds"] for row in quarter] == [3, 3]
+    assert all(table - row["top1"] > 0.1 for row in (*quarter, rows["recipe-fast"]))
     # "a quarter of a point (three seeds)"; "two to five tenths behind"; "two points"
     assert table - rows["class_attention-0.7"]["top1"] == pytest.approx(0.25, abs=0.04)
     whole = {"learned_warm_at_ratio": rows["learned-0.7"]}
@@ -258,7 +261,7 @@ def test_the_comparison_s_orders_are_those_measured() -> None:
                 rows[f"steps-{steps}-{name}"]["top1"] - rows[f"steps-{steps}-{rule}"]["top1"]
                 for rule in ("class_attention", "random")
             ]
-            assert 0.3 <= ahead[0] <= 0.7
+            assert 0.2 <= ahead[0] <= 0.7
             assert ahead[1] >= 0.9
 
 
