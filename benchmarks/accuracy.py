@@ -409,11 +409,9 @@ class Bench:
             "train": training,
         }
 
-    def done(self, row: Row) -> bool:
-        """Whether a row has its result; ValueError if that has other settings."""
+    def check(self, row: Row) -> None:
+        """ValueError if a row's result has other settings."""
         path = self.folder / row.folder / RESULT
-        if not path.exists():
-            return False
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -429,7 +427,6 @@ class Bench:
                 f"{path} has a result of other settings: choose another folder, or remove it, got "
                 + ", ".join(f"{key} {have.get(key)} (not {had.get(key)})" for key in others)
             )
-        return True
 
     def run(self, row: Row) -> None:
         """Train and measure a row, and write its result."""
@@ -640,11 +637,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if dense not in chosen:
         chosen.insert(0, dense)  # all others start from it, and are compared with it
     try:
-        for row in _with_result(bench):
-            bench.done(row)  # rows of other settings would be in the same table
-        left = [row for row in chosen if not bench.done(row)]
+        done = _with_result(bench)
+        for row in done:
+            bench.check(row)  # not only what was asked for: all of it is in the same table
     except ValueError as error:
         parser.error(str(error))
+    left = [row for row in chosen if row not in done]
     others = [row for row in rows if row.scorer and (folder / row.folder).exists()]
     begun = (folder / dense.folder / METRICS).exists()
     if dense in left and others and bench.model is None and not begun:
