@@ -285,7 +285,7 @@ def open_images(
 ) -> tuple[ImageData, DataLoader]:
     """A split as a model takes it: opened, checked against its classes, and a loader of it.
 
-    Arguments and errors as for `evaluate`.
+    Arguments and errors as for `evaluate`, which has `check_loading` look at them first.
     """
     options: dict[str, Any] = {
         "data_dir": data_dir,
