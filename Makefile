@@ -23,7 +23,7 @@ test: lint  ## lint, types, tests
 
 zoo: .venv/installed  ## every plain transformer of timm's: the table in docs, and its test
 	$(BIN)/dynamicvit models --output docs/models.md
-	$(BIN)/python -m pytest -m 'zoo or not zoo' tests/backbones/test_zoo.py
+	$(BIN)/python -m pytest -m 'zoo or not zoo' tests/evaluation/test_support.py
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

@@ -42,15 +42,15 @@ from benchmarks.cluttered import CANVAS, write_cluttered
 from benchmarks.tables import STEP_BASELINES, draw, print_table, summarise, write_page
 from dynamicvit import KeepSchedule, SparseViT, sparsify
 from dynamicvit.core.baselines import LEARNING, SCORERS, Merger
-from dynamicvit.core.folder import save_folder
-from dynamicvit.embedded import ASSETS
-from dynamicvit.environment import environment
-from dynamicvit.files import check_folder, write_text
+from dynamicvit.evaluation.data import create_image_loader, open_data
+from dynamicvit.evaluation.environment import environment
+from dynamicvit.evaluation.evaluate import evaluate_model
+from dynamicvit.io.embedded import ASSETS
+from dynamicvit.io.files import check_folder, write_text
+from dynamicvit.io.folder import save_folder
 from dynamicvit.quickstart import RECIPE, unpack_images
 from dynamicvit.training.checkpoints import CHECKPOINTS, find_checkpoints
 from dynamicvit.training.config import RECIPES, TrainConfig
-from dynamicvit.training.data import create_image_loader, open_data
-from dynamicvit.training.evaluate import evaluate_model
 from dynamicvit.training.fit import BEST, METRICS, train
 from dynamicvit.training.task import DenseTask, SparseTask
 

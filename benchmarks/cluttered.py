@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dynamicvit.training.data import open_data
+from dynamicvit.evaluation.data import open_data
 
 CANVAS, SIDE = 40, 28
 PIECES, PIECE = 4, 8

@@ -22,10 +22,10 @@ import timm
 import torch
 
 from dynamicvit import SparseViT, sparsify
-from dynamicvit.checkpoint import load_model
 from dynamicvit.deploy.export import FORMATS, export_model, print_exported
-from dynamicvit.environment import environment
-from dynamicvit.files import write_text
+from dynamicvit.evaluation.environment import environment
+from dynamicvit.io.files import write_text
+from dynamicvit.io.load import load_model
 
 EXPORTS = [
     *((kind, "float32") for kind in FORMATS),

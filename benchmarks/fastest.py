@@ -21,9 +21,9 @@ import timm
 import torch
 
 from dynamicvit import count_gmacs, optimize, sparsify
-from dynamicvit.deploy.benchmark import interleave
-from dynamicvit.environment import environment
-from dynamicvit.files import write_text
+from dynamicvit.evaluation.environment import environment
+from dynamicvit.evaluation.timing import interleave
+from dynamicvit.io.files import write_text
 
 MODEL = "deit_small_patch16_224"
 SIZE = (3, 224, 224)

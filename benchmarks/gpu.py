@@ -52,23 +52,19 @@ from benchmarks.training_step import (
     print_steps,
 )
 from dynamicvit import SparseViT, count_gmacs, sparsify
-from dynamicvit.core.folder import save_folder
 from dynamicvit.core.scorer import RandomScorer
-from dynamicvit.deploy.benchmark import (
-    interleave,
-    peak_bytes,
-    random_batches,
-    weight_bytes,
-)
+from dynamicvit.deploy.benchmark import peak_bytes, random_batches, weight_bytes
 from dynamicvit.deploy.engines import Engine, build, find_device
 from dynamicvit.deploy.verify import TIE
-from dynamicvit.embedded import ASSETS, embedded_images
-from dynamicvit.environment import environment
-from dynamicvit.files import write_text
+from dynamicvit.evaluation.data import create_image_loader, open_data
+from dynamicvit.evaluation.environment import environment
+from dynamicvit.evaluation.evaluate import evaluate_model, input_size, token_counts
+from dynamicvit.evaluation.timing import interleave
+from dynamicvit.io.embedded import ASSETS, embedded_images
+from dynamicvit.io.files import write_text
+from dynamicvit.io.folder import save_folder
 from dynamicvit.quickstart import RECIPE, unpack_images
 from dynamicvit.training.config import TrainConfig
-from dynamicvit.training.data import create_image_loader, open_data
-from dynamicvit.training.evaluate import evaluate_model, input_size, token_counts
 from dynamicvit.training.fit import BEST, train
 from tests import parity
 
@@ -557,7 +553,7 @@ def _compile_step(setting: Setting, until: float) -> bool:
 
 def _prepare_to_compile(device: str) -> torch.device:
     """In a process of `precompile`, which has run others before."""
-    from torch._inductor import config  # noqa: PLC0415 (slow to import)
+    from torch._inductor import config  # slow to import
 
     config.compile_threads = 2  # by default each of us would start as many as there are cores
     place = torch.device(device)

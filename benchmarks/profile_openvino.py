@@ -22,8 +22,8 @@ import torch
 from dynamicvit import sparsify
 from dynamicvit.deploy.engines import save
 from dynamicvit.deploy.export import OPENVINO_HINTS
-from dynamicvit.environment import environment
-from dynamicvit.files import write_text
+from dynamicvit.evaluation.environment import environment
+from dynamicvit.io.files import write_text
 
 MODEL = "deit_small_patch16_224"
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dynamicvit.core.baselines import SCORERS
-from dynamicvit.files import write_bytes, write_text
+from dynamicvit.io.files import write_bytes, write_text
 
 STEP_BASELINES = ("random", "class_attention")  # with as few steps as the learned one
 _UNTRAINED = ", not trained"
@@ -171,7 +171,7 @@ def write_page(page: Path, results: Sequence[dict[str, Any]]) -> None:
 
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """All diagrams as a PNG, without one that has no line yet; needs matplotlib."""
-    from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
+    from matplotlib.figure import Figure  # an extra
 
     dense = [row["top1"] for row in rows if row["table"] == "dense"]
     by_cost = curves(rows, "gmacs")

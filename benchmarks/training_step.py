@@ -38,13 +38,14 @@ from dynamicvit import SparseViT, sparsify
 from dynamicvit.core import backbone as adapter
 from dynamicvit.core.model import SparseOutput
 from dynamicvit.core.tokens import sample_keep
-from dynamicvit.deploy.benchmark import interleave, random_batches
+from dynamicvit.deploy.benchmark import random_batches
 from dynamicvit.deploy.engines import find_device
 from dynamicvit.deploy.memory import resident
-from dynamicvit.embedded import ASSETS
-from dynamicvit.environment import environment
-from dynamicvit.files import write_text
-from dynamicvit.training.evaluate import input_size
+from dynamicvit.evaluation.environment import environment
+from dynamicvit.evaluation.evaluate import input_size
+from dynamicvit.evaluation.timing import interleave
+from dynamicvit.io.embedded import ASSETS
+from dynamicvit.io.files import write_text
 from dynamicvit.training.task import SparseTask
 
 # "kept gradients": with SparseViT.set_kept_gradients, as TrainConfig.kept_gradients does.

@@ -16,7 +16,7 @@ from PIL import Image
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
-from dynamicvit.core.folder import save_folder
+from dynamicvit.io.folder import save_folder
 
 # Tiny matrices gain nothing from threads, and lose much where cores are shared.
 torch.set_num_threads(1)

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dynamicvit import SparseViT, from_released
-from dynamicvit.backbones.lvvit import RESIDUAL_SCALE, from_official
 from dynamicvit.core.backbone import masked_head
 from dynamicvit.core.model import SparseOutput
+from dynamicvit.models.lvvit import RESIDUAL_SCALE, from_official
 from dynamicvit.training.losses import LossWeights, distillation_loss, token_kl, token_mse
 
 NAMES = ("deit", "lvvit")

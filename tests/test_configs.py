@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from dynamicvit import KeepSchedule, SparseViT, count_gmacs
-from dynamicvit.backbones.zoo import build_on_meta
+from dynamicvit.evaluation.support import build_on_meta
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.defaults import complete
 from dynamicvit.training.fit import train

@@ -10,10 +10,10 @@ from PIL import Image
 
 import dynamicvit
 import dynamicvit.quickstart as quickstart_module
-from dynamicvit.core.folder import save_folder
 from dynamicvit.core.model import SparseViT
-from dynamicvit.deploy.benchmark import compare_speed
-from dynamicvit.embedded import ASSETS
+from dynamicvit.evaluation.timing import compare_speed
+from dynamicvit.io.embedded import ASSETS
+from dynamicvit.io.folder import save_folder
 from dynamicvit.quickstart import quickstart, unpack_images
 from tests.conftest import tiny_vit
 

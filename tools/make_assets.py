@@ -16,8 +16,8 @@ from PIL import Image
 from torchvision.datasets import FashionMNIST
 
 import dynamicvit
-from dynamicvit.core.folder import save_folder
-from dynamicvit.embedded import ASSETS, SHEET_COLUMNS
+from dynamicvit.io.embedded import ASSETS, SHEET_COLUMNS
+from dynamicvit.io.folder import save_folder
 
 PER_CLASS = {"train": 600, "val": 200}
 

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from dynamicvit.files import write_text
+from dynamicvit.io.files import write_text
 
 
 def run(notebook: dict[str, Any]) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from dynamicvit import backbones
-from dynamicvit.checkpoint import from_released, load
+from dynamicvit import models
 from dynamicvit.core.backbone import UnsupportedBackbone
 from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseOutput, SparseViT, sparsify
 from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.core.scorer import TokenScorer
+from dynamicvit.io.load import load
+from dynamicvit.io.released import from_released
 
 if TYPE_CHECKING:
     from dynamicvit.deploy.optimize import optimize
@@ -23,11 +24,11 @@ __all__ = [
     "SparseViT",
     "TokenScorer",
     "UnsupportedBackbone",
-    "backbones",
     "count_gmacs",
     "explain",
     "from_released",
     "load",
+    "models",
     "optimize",
     "sparsify",
 ]

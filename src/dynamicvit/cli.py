@@ -21,21 +21,21 @@ import docstring_parser
 from jsonargparse import ArgumentParser
 
 from dynamicvit import __version__
-from dynamicvit.backbones.zoo import models
-from dynamicvit.checkpoint import convert
 from dynamicvit.core.backbone import UnsupportedBackbone
-from dynamicvit.demo import demo
 from dynamicvit.deploy.benchmark import benchmark
 from dynamicvit.deploy.export import export
 from dynamicvit.deploy.predict import predict
-from dynamicvit.deploy.sweep import sweep
+from dynamicvit.evaluation.compare import compare
+from dynamicvit.evaluation.evaluate import evaluate
+from dynamicvit.evaluation.support import models
+from dynamicvit.evaluation.sweep import sweep
+from dynamicvit.io.released import convert
 from dynamicvit.quickstart import quickstart
 from dynamicvit.training.config import RECIPES, TrainConfig, find_recipe
-from dynamicvit.training.evaluate import evaluate
 from dynamicvit.training.fit import train
-from dynamicvit.training.plot import plot
-from dynamicvit.views.compare import compare
+from dynamicvit.views.demo import demo
 from dynamicvit.views.explain import explain
+from dynamicvit.views.plot import plot
 from dynamicvit.views.report import report
 
 COMMANDS: dict[str, Callable[..., object]] = {

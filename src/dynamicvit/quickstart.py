@@ -18,17 +18,17 @@ from timm.data import resolve_input_data_config
 from torch.utils.data import DataLoader
 
 import dynamicvit
-from dynamicvit.checkpoint import load_model
-from dynamicvit.core.folder import save_folder
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.scorer import RandomScorer
-from dynamicvit.deploy.benchmark import Speed, compare_speed
-from dynamicvit.embedded import ASSETS, embedded_images
-from dynamicvit.environment import environment
-from dynamicvit.files import write_text, written_whole
+from dynamicvit.evaluation.data import ImageData, create_image_loader, open_data
+from dynamicvit.evaluation.environment import environment
+from dynamicvit.evaluation.evaluate import Evaluation, evaluate_model, input_size, print_evaluations
+from dynamicvit.evaluation.timing import Speed, compare_speed
+from dynamicvit.io.embedded import ASSETS, embedded_images
+from dynamicvit.io.files import write_text, written_whole
+from dynamicvit.io.folder import save_folder
+from dynamicvit.io.load import load_model
 from dynamicvit.training.config import TrainConfig
-from dynamicvit.training.data import ImageData, create_image_loader, open_data
-from dynamicvit.training.evaluate import Evaluation, evaluate_model, input_size, print_evaluations
 from dynamicvit.training.fit import BEST, CONFIG, DENSE, METRICS, train
 from dynamicvit.views.explanation import explain
 from dynamicvit.views.pictures import draw_sheet

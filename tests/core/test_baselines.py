@@ -28,10 +28,10 @@ from dynamicvit.core.baselines import (
     pooling_shares,
     scorer_name,
 )
-from dynamicvit.core.folder import CONFIG
 from dynamicvit.core.scorer import RandomScorer, TokenScorer
 from dynamicvit.core.tokens import keep_mask
 from dynamicvit.deploy.export import export_model
+from dynamicvit.io.folder import CONFIG
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.defaults import complete
 from dynamicvit.training.task import SparseTask

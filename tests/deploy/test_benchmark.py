@@ -13,9 +13,10 @@ from torch import nn
 
 from dynamicvit import SparseViT, cli, sparsify
 from dynamicvit.deploy import engines
-from dynamicvit.deploy.benchmark import benchmark, compare_speed, interleave, stage_times
+from dynamicvit.deploy.benchmark import benchmark, stage_times
 from dynamicvit.deploy.memory import peak_memory
-from dynamicvit.environment import environment
+from dynamicvit.evaluation.environment import environment
+from dynamicvit.evaluation.timing import compare_speed, interleave
 from tests.conftest import randomise, tiny_vit
 
 

@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dynamicvit import KeepSchedule, SparseViT, cli, sparsify
-from dynamicvit.checkpoint import load_model
 from dynamicvit.deploy import export as module
 from dynamicvit.deploy import verify
 from dynamicvit.deploy.export import FORMATS, Exported, export_model, read_metadata
@@ -28,6 +27,7 @@ from dynamicvit.deploy.verify import (
     find_labels,
     load_images,
 )
+from dynamicvit.io.load import load_model
 from tests.conftest import randomise, tiny_vit, write_images
 
 NAMES = ["ant", "bee", "cat", "dog", "élan"]

@@ -23,7 +23,7 @@ from benchmarks.training_step import (
     keep_matrix,
 )
 from dynamicvit import SparseViT, sparsify
-from dynamicvit.embedded import ASSETS
+from dynamicvit.io.embedded import ASSETS
 from tests.conftest import TINY, tiny_vit
 
 ROOT = Path(training_step.__file__).parents[1]

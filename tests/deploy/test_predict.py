@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from dynamicvit import load, sparsify
-from dynamicvit.core import predict as core
-from dynamicvit.core.folder import save_folder
 from dynamicvit.deploy.predict import predict
+from dynamicvit.io import predictions as core
+from dynamicvit.io.folder import save_folder
 from tests.conftest import tiny_vit
 
 

@@ -22,8 +22,8 @@ from benchmarks.cluttered import write_cluttered
 from benchmarks.tables import summarise, tables
 from dynamicvit import SparseViT, sparsify
 from dynamicvit.core.baselines import SCORERS, scorer_name
-from dynamicvit.embedded import embedded_images
-from dynamicvit.training.records import METRICS
+from dynamicvit.io.embedded import embedded_images
+from dynamicvit.training.metrics import METRICS
 from tests.conftest import tiny_vit
 from tests.training.worker import Stopped, stopped_after
 

@@ -23,16 +23,16 @@ import dynamicvit.core.backbone as backbone
 import dynamicvit.training.fit as fit
 from dynamicvit.core.backbone import UnsupportedBackbone
 from dynamicvit.core.baselines import READING, scorer_name
-from dynamicvit.core.folder import save_folder
-from dynamicvit.core.kept_gradients import KeptGradients
 from dynamicvit.core.model import SparseViT, sparsify
+from dynamicvit.io.folder import save_folder
 from dynamicvit.training.checkpoints import CHECKPOINTS, find_checkpoints
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.defaults import complete
 from dynamicvit.training.fit import BEST, CONFIG, METRICS, parameter_groups, train
+from dynamicvit.training.kept_gradients import KeptGradients
 from dynamicvit.training.task import SparseTask, WarmStartTask
 from tests.conftest import tiny_vit, write_images
-from tests.training.test_data import _write_shards, collected, shard_files  # noqa: F401
+from tests.evaluation.test_data import _write_shards, collected, shard_files  # noqa: F401
 from tests.training.worker import Stopped, not_finite_at, stopped_after
 
 

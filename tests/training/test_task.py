@@ -6,10 +6,10 @@ import pytest
 import torch
 from timm.models.vision_transformer import ParallelThingsBlock
 
-from dynamicvit.backbones.lvvit import LVViT
 from dynamicvit.core.backbone import UnsupportedBackbone
 from dynamicvit.core.model import SparseViT, sparsify
 from dynamicvit.core.scorer import TokenScorer
+from dynamicvit.models.lvvit import LVViT
 from dynamicvit.training.losses import token_kl
 from dynamicvit.training.task import DenseTask, SparseTask, WarmStartTask
 from tests.conftest import tiny_vit

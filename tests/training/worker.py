@@ -16,8 +16,8 @@ import torch
 from accelerate import PartialState
 
 import dynamicvit.training.fit as fit
+from dynamicvit.evaluation.evaluate import evaluate
 from dynamicvit.training.config import TrainConfig
-from dynamicvit.training.evaluate import evaluate
 from dynamicvit.training.task import SparseTask
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dynamicvit.core.predict import Prediction
+from dynamicvit.io.predictions import Prediction
 from dynamicvit.views.explanation import Explanation
 from dynamicvit.views.pictures import (
     dim_dropped,

@@ -19,11 +19,11 @@ import torch
 
 import dynamicvit.deploy.benchmark as benchmark_module
 from dynamicvit import cli, count_gmacs
-from dynamicvit.core.folder import save_folder
 from dynamicvit.core.model import sparsify
 from dynamicvit.core.schedule import KeepSchedule
-from dynamicvit.training.plot import CONFIG, METRICS
+from dynamicvit.io.folder import save_folder
 from dynamicvit.views.charts import _INKS, draw_schedule, draw_speed
+from dynamicvit.views.plot import CONFIG, METRICS
 from dynamicvit.views.report import report
 from tests.conftest import CLASSES, tiny_vit, write_images
 

@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, cast, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
 import torch
 from timm.models.deit import VisionTransformerDistilled
@@ -14,10 +14,6 @@ from torch import Tensor, nn
 
 from dynamicvit.core import backbone as adapter
 from dynamicvit.core.baselines import Merger, Place, PlacedScorer, check_scorer, create_scorers
-from dynamicvit.core.folder import save_folder
-from dynamicvit.core.hub import push_to_hub
-from dynamicvit.core.kept_gradients import KeptGradients
-from dynamicvit.core.predict import ImageSource, Prediction, predict
 from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.core.scorer import FusedScorer, RandomScorer, TokenScorer
 from dynamicvit.core.tokens import (
@@ -28,6 +24,9 @@ from dynamicvit.core.tokens import (
     threshold_keep,
     topk_keep,
 )
+
+if TYPE_CHECKING:
+    from dynamicvit.io.predictions import ImageSource, Prediction
 
 
 class SparseOutput(NamedTuple):
@@ -187,6 +186,8 @@ class SparseViT(nn.Module):
             )
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
+        from dynamicvit.training.kept_gradients import KeptGradients
+
         model = self.backbone
         adapter.check_images(model, images)
         x, rope = adapter.embed(model, images)
@@ -339,6 +340,8 @@ class SparseViT(nn.Module):
             FileNotFoundError: if there is no such file.
             TypeError, ValueError: if an image cannot be read, or naming a bad argument.
         """
+        from dynamicvit.io.predictions import predict
+
         return predict(self, image, top_k)
 
     def save_pretrained(
@@ -346,8 +349,10 @@ class SparseViT(nn.Module):
     ) -> None:
         """Write `config.json` and `model.safetensors` into `folder`, for `dynamicvit.load`.
 
-        Arguments and errors as for `dynamicvit.core.folder.save_folder`.
+        Arguments and errors as for `dynamicvit.io.folder.save_folder`.
         """
+        from dynamicvit.io.folder import save_folder
+
         save_folder(self, folder, class_names)
 
     def push_to_hub(
@@ -362,8 +367,10 @@ class SparseViT(nn.Module):
         """Upload the model to the Hugging Face Hub, for `dynamicvit.load(repo_id)`.
 
         Returns the repository's address. Arguments and errors as for
-        `dynamicvit.core.hub.push_to_hub`.
+        `dynamicvit.io.hub.push_to_hub`.
         """
+        from dynamicvit.io.hub import push_to_hub
+
         return push_to_hub(
             self,
             repo_id,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dynamicvit.core.model import SparseViT
 from dynamicvit.deploy import export
-from dynamicvit.files import write_bytes
+from dynamicvit.io.files import write_bytes
 
 Engine = Callable[[Tensor], Any]
 

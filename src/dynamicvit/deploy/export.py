@@ -26,15 +26,15 @@ from timm.data import resolve_input_data_config
 from torch import Tensor, nn
 
 from dynamicvit import __version__
-from dynamicvit.checkpoint import load_model
 from dynamicvit.core.baselines import Merger
 from dynamicvit.core.model import SparseViT
-from dynamicvit.core.predict import class_names, preprocessing
 from dynamicvit.core.scorer import RandomScorer
 from dynamicvit.deploy.verify import Agreement, Engine, Found, compare, find_images, load_images
-from dynamicvit.environment import environment
-from dynamicvit.files import write_text
-from dynamicvit.training.evaluate import backbone_of, input_size, token_counts
+from dynamicvit.evaluation.environment import environment
+from dynamicvit.evaluation.evaluate import backbone_of, input_size, token_counts
+from dynamicvit.io.files import write_text
+from dynamicvit.io.load import load_model
+from dynamicvit.io.predictions import class_names, preprocessing
 
 # How a file of each format must end, and the packages that it takes.
 FORMATS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -243,12 +243,12 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     _require(path.suffix, {".onnx": ["onnx"], ".xml": ["openvino"]}.get(path.suffix, []))
     try:
         if path.suffix == ".onnx":
-            import onnx  # noqa: PLC0415
+            import onnx
 
             properties = onnx.load(str(path), load_external_data=False).metadata_props
             text = next(item.value for item in properties if item.key == KEY)
         elif path.suffix == ".xml":
-            import openvino  # noqa: PLC0415
+            import openvino
 
             text = openvino.Core().read_model(path).get_rt_info(KEY).value
         else:
@@ -363,7 +363,7 @@ def write_onnx(
     opset: int,
     calibration: _Calibration | None,
 ) -> None:
-    import onnx  # noqa: PLC0415
+    import onnx
 
     model = _to_onnx(program, opset).model_proto
     if calibration is not None:
@@ -381,7 +381,7 @@ def write_openvino(
     opset: int,
     calibration: _Calibration | None,
 ) -> None:
-    import openvino  # noqa: PLC0415
+    import openvino
 
     # By way of ONNX, which keeps the fixed image size and the names of inputs and outputs.
     between = path.with_suffix(".onnx")
@@ -410,7 +410,7 @@ def _write_torch(program: torch.export.ExportedProgram, path: Path, metadata: st
 
 
 def _write_aoti(program: torch.export.ExportedProgram, path: Path, metadata: str) -> None:
-    from torch._inductor import aoti_compile_and_package, exc  # noqa: PLC0415
+    from torch._inductor import aoti_compile_and_package, exc
 
     buffer = io.BytesIO()
     configs = {"aot_inductor.metadata": {KEY: metadata}}
@@ -444,7 +444,7 @@ class _Calibration:
 
     def quantize(self, model: Any, leave: list[str]) -> Any:
         """An ONNX or OpenVINO model, quantised but for the nodes of these names."""
-        import nncf  # noqa: PLC0415
+        import nncf
 
         nncf.set_log_level(logging.ERROR)
         images = ({"images": batch.numpy()} for batch in load_images(self.model, self.images, 1))
@@ -473,7 +473,7 @@ def _scorer_nodes(model: Any) -> list[str]:
 
 
 def _open_onnx(path: Path, precision: str) -> Engine:
-    import onnxruntime  # noqa: PLC0415
+    import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -485,7 +485,7 @@ def _open_onnx(path: Path, precision: str) -> Engine:
 
 
 def _open_openvino(path: Path, precision: str) -> Engine:
-    import openvino  # noqa: PLC0415
+    import openvino
 
     options = {
         "INFERENCE_PRECISION_HINT": OPENVINO_HINTS[precision],
@@ -501,7 +501,7 @@ def _open_torch(path: Path, precision: str) -> Engine:
 
 
 def _open_aoti(path: Path, precision: str) -> Engine:
-    from torch._inductor import aoti_load_package  # noqa: PLC0415
+    from torch._inductor import aoti_load_package
 
     package: Any = aoti_load_package(str(path))
     return lambda images: tuple(package(images))
@@ -586,7 +586,7 @@ def _check_options(
 
 def check_openvino(precision: str) -> None:
     """OpenVINO takes every hint, and computes in another precision where the device lacks it."""
-    import openvino  # noqa: PLC0415
+    import openvino
 
     needed = {"float16": "FP16", "bfloat16": "BF16", "int8": "INT8"}.get(precision, "FP32")
     able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")

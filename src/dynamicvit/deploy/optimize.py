@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from dynamicvit.deploy.benchmark import time_call
 from dynamicvit.deploy.engines import (
     ENGINES,
     TORCH_ENGINES,
@@ -21,6 +20,7 @@ from dynamicvit.deploy.engines import (
     first_line,
     installed,
 )
+from dynamicvit.evaluation.timing import time_call
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dynamicvit.checkpoint import load_model
-from dynamicvit.core import predict as core
-from dynamicvit.files import write_text
+from dynamicvit.io import predictions as core
+from dynamicvit.io.files import write_text
+from dynamicvit.io.load import load_model
 
 
 def predict(

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from dynamicvit.core import backbone as adapter
 from dynamicvit.core.baselines import Place
 from dynamicvit.core.model import SparseOutput, SparseViT
-from dynamicvit.core.predict import ImageSource, class_names, preprocessing, read_image
 from dynamicvit.core.tokens import gather_tokens, keep_mask
-from dynamicvit.embedded import embedded_images
+from dynamicvit.io.embedded import embedded_images
+from dynamicvit.io.predictions import ImageSource, class_names, preprocessing, read_image
 
 # Images [B, C, H, W] → logits [B, num_classes] and, of a sparse model, kept tokens.
 Engine = Callable[[Tensor], tuple[Tensor, ...]]

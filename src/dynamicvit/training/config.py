@@ -8,7 +8,7 @@ from typing import Any
 
 from dynamicvit.core.baselines import LEARNING, check_scorer
 from dynamicvit.core.schedule import KeepSchedule
-from dynamicvit.training.evaluate import check_precision
+from dynamicvit.evaluation.evaluate import check_precision
 
 # Options that differ from TrainConfig's defaults, which are the paper's. The warm start of the
 # scorers and their start at the keep ratio are not in it.

@@ -32,13 +32,28 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
-from dynamicvit.checkpoint import load_model
 from dynamicvit.core.backbone import Backbone, check_backbone
 from dynamicvit.core.baselines import LEARNING, READING
-from dynamicvit.core.folder import save_folder
 from dynamicvit.core.model import SparseViT, sparsify
 from dynamicvit.core.schedule import KeepSchedule
-from dynamicvit.files import write_text
+from dynamicvit.evaluation.data import (
+    DataError,
+    ImageData,
+    check_labels,
+    create_image_loader,
+    open_data,
+    seed_of,
+)
+from dynamicvit.evaluation.evaluate import (
+    Evaluation,
+    backbone_of,
+    check_classes,
+    evaluate_model,
+)
+from dynamicvit.evaluation.launch import launched_with_fsdp, start_processes
+from dynamicvit.io.files import write_text
+from dynamicvit.io.folder import save_folder
+from dynamicvit.io.load import load_model
 from dynamicvit.training.checkpoints import (
     find_checkpoints,
     full_weights,
@@ -47,23 +62,8 @@ from dynamicvit.training.checkpoints import (
     save_checkpoint,
 )
 from dynamicvit.training.config import TrainConfig
-from dynamicvit.training.data import (
-    DataError,
-    ImageData,
-    check_labels,
-    create_image_loader,
-    open_data,
-    seed_of,
-)
 from dynamicvit.training.defaults import complete
-from dynamicvit.training.evaluate import (
-    Evaluation,
-    backbone_of,
-    check_classes,
-    evaluate_model,
-)
-from dynamicvit.training.losses import LossWeights
-from dynamicvit.training.places import (
+from dynamicvit.training.determinism import (
     Draws,
     EpochOrder,
     Feed,
@@ -71,17 +71,16 @@ from dynamicvit.training.places import (
     PlacedDropPath,
     place_drop_paths,
 )
-from dynamicvit.training.processes import (
+from dynamicvit.training.distributed import (
     clip_gradients,
     divide,
     gradients_summed,
-    launched_with_fsdp,
     lost_process_named,
     mean_over_processes,
     sigterm_noted,
-    start_processes,
 )
-from dynamicvit.training.records import METRICS, CollapseWatch, Records, check_trackers
+from dynamicvit.training.losses import LossWeights
+from dynamicvit.training.metrics import METRICS, CollapseWatch, Records, check_trackers
 from dynamicvit.training.task import DenseTask, SparseTask, WarmStartTask
 
 BEST, DENSE, CONFIG, BAD_BATCH = "best", "dense", "config.yaml", "bad_batch"

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dynamicvit.backbones.lvvit import LVViT
 from dynamicvit.core.backbone import Backbone, UnsupportedBackbone, masked_head
-from dynamicvit.core.kept_gradients import KeptGradients
 from dynamicvit.core.model import SparseOutput, SparseViT
 from dynamicvit.core.tokens import keep_mask, topk_keep
+from dynamicvit.models.lvvit import LVViT
+from dynamicvit.training.kept_gradients import KeptGradients
 from dynamicvit.training.losses import (
     LossWeights,
     cross_entropy,

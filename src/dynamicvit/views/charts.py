@@ -14,7 +14,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from dynamicvit.core.schedule import KeepSchedule
-from dynamicvit.training.plot import COLOURS, Panel, draw_panel, read_panels, step_limits
+from dynamicvit.views.plot import COLOURS, Panel, draw_panel, read_panels, step_limits
 
 _WIDTH, _HEIGHT, _LINE = 5.0, 2.7, 0.2  # inches: of a diagram, and a line of its legend
 # What matplotlib writes, and the page's variables for it. It leaves black fills out; they are the
@@ -141,8 +141,8 @@ def _draw(name: str, alt: str, paint: Callable[[Any], None]) -> Markup:
         alt: what it shows, for who does not see it.
         paint: draws into matplotlib's axes.
     """
-    from matplotlib import style  # noqa: PLC0415 (an extra)
-    from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib import style  # an extra
+    from matplotlib.figure import Figure
 
     settings = {
         "svg.fonttype": "none",  # text stays text, in the page's font

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from dynamicvit.checkpoint import load_model
-from dynamicvit.core.images import IMAGE_SUFFIXES
 from dynamicvit.core.model import SparseViT
-from dynamicvit.core.predict import preprocessing, read_image
-from dynamicvit.files import written_whole
+from dynamicvit.io.files import written_whole
+from dynamicvit.io.images import IMAGE_SUFFIXES
+from dynamicvit.io.load import load_model
+from dynamicvit.io.predictions import preprocessing, read_image
 from dynamicvit.views import explanation, video
 from dynamicvit.views.pictures import draw_sheet
 

@@ -16,7 +16,8 @@ from timm.data import resolve_input_data_config
 from torch import Tensor, nn
 
 from dynamicvit.core.model import SparseOutput, SparseViT
-from dynamicvit.core.predict import (
+from dynamicvit.io.files import write_bytes
+from dynamicvit.io.predictions import (
     ImageSource,
     Prediction,
     as_predictions,
@@ -25,7 +26,6 @@ from dynamicvit.core.predict import (
     class_names,
     run,
 )
-from dynamicvit.files import write_bytes
 from dynamicvit.views import pictures
 
 SUFFIXES = (".png", ".gif", ".webp", ".npz")  # what `Explanation.save` writes

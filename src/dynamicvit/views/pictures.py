@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
-    from dynamicvit.core.predict import Prediction
+    from dynamicvit.io.predictions import Prediction
     from dynamicvit.views.explanation import Explanation
 
 _DIMMED = 0.22  # brightness left of a patch that has gone

@@ -23,15 +23,15 @@ from timm.data import resolve_input_data_config
 from torch.utils.data import IterableDataset
 
 from dynamicvit import __version__
-from dynamicvit.core.predict import class_names
-from dynamicvit.embedded import ASSETS
-from dynamicvit.files import write_text
-from dynamicvit.training.evaluate import input_size, open_images, start_evaluation
-from dynamicvit.training.plot import METRICS
+from dynamicvit.evaluation.evaluate import input_size, open_images, start_evaluation
+from dynamicvit.io.embedded import ASSETS
+from dynamicvit.io.files import write_text
+from dynamicvit.io.predictions import class_names
 from dynamicvit.views import pictures
 from dynamicvit.views.charts import draw_schedule, draw_speed, draw_sweep, draw_training
 from dynamicvit.views.explanation import Explanation, explain
-from dynamicvit.views.findings import USUAL, Findings, ForeignFile, arrows, gather
+from dynamicvit.views.plot import METRICS
+from dynamicvit.views.result_files import USUAL, Findings, ForeignFile, arrows, gather
 
 _PAGE = "report.html"  # what is written, and its template
 _LOOKED_AT = 256  # images, from all over the split, of which examples are taken

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from dynamicvit.core.model import SparseViT
-from dynamicvit.files import written_whole
+from dynamicvit.io.files import written_whole
 from dynamicvit.views.explanation import explain
 from dynamicvit.views.pictures import draw_sheet
 
@@ -93,7 +93,7 @@ def _upright(frame: Any) -> Image.Image:
 
 def _import_av() -> Any:
     try:
-        import av  # noqa: PLC0415 (an extra)
+        import av  # an extra
     except ImportError as error:
         raise ValueError("video files need the extra: pip install 'dynamicvit[video]'") from error
     return av

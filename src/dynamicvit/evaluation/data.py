@@ -1,0 +1,500 @@
+"""Images for training and evaluation, through timm's datasets and loaders."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import signal
+import sys
+import threading
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from PIL import Image
+from timm.data import ImageDataset, IterableImageDataset, create_dataset, create_loader
+from torch.utils.data import DataLoader, Dataset
+
+from dynamicvit.io.images import IMAGE_SUFFIXES, MODES, convert_image
+
+_SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "test")}
+# Of a picture 20,000 pixels wide and 1 high, a resize to a usual height would make gigabytes.
+_MOST_ELONGATED = 1000
+# What is told of images met, beside those that cannot be read.
+_HUGE = 10_000
+_KINDS = ("grey", "with an alpha channel", f"with a side of {_HUGE:,} pixels or more")
+_FACTORIES = ("torch", "hfds", "hfids", "wds", "tfds")
+# The package that a source needs, and the extra of ours that it comes with.
+EXTRAS = {
+    "hfds": ("datasets", "hf"),
+    "hfids": ("datasets", "hf"),
+    "wds": ("webdataset", "webdataset"),
+}
+
+
+class DataError(ValueError):
+    """The data is not what was promised; the message names the folder, class or file."""
+
+
+@dataclass
+class ImageData:
+    """A split of a data set.
+
+    Attributes:
+        dataset: yields (image, class index); transforms are set by the loader.
+        class_names: in the order of their indices; None where the source does not tell.
+    """
+
+    dataset: Any
+    class_names: list[str] | None
+
+    def describe(self, most: int = 5) -> str:
+        """How many images and classes there are, and as far as the source tells without reading
+        images, how many images a class has, with up to `most` names of those with one or none."""
+        text = f"{len(self.dataset):,} images"
+        names = self.class_names
+        if names is None:
+            return text
+        text += f", {len(names):,} classes"
+        labels = self._labels
+        if labels is None:
+            return text
+        known = np.asarray(labels)[np.asarray(labels) >= 0]  # some readers say -1 for no label
+        counts = np.bincount(known, minlength=len(names))[: len(names)]
+        fewest, most_images = int(counts.min()), int(counts.max())
+        text += f" of {fewest:,}" + (f" to {most_images:,}" if fewest < most_images else "")
+        for count, what in ((1, "with a single image"), (0, "without any")):
+            found = [names[index] for index in np.flatnonzero(counts == count)]
+            if found:
+                text += f"; {len(found):,} {what}: {_some(found, most, of=len(found))}"
+        return text
+
+    def describe_met(self) -> str | None:
+        """How many images met so far, in all processes of a run, can be read, and of which kinds
+        they are; None if not counted. To be called in all processes together."""
+        if not isinstance(self.dataset, _Images):
+            return None
+        met = reduce(torch.bitwise_or, gather_object([self.dataset.kinds]))
+        counts = [int((met >> bit & 1).sum()) for bit in range(len(_KINDS) + 1)]
+        parts = [f"{count:,} {kind}" for count, kind in zip(counts[1:], _KINDS, strict=True)]
+        return f"{counts[0]:,}; of these {', '.join(parts)}"
+
+    @property
+    def unreadable(self) -> int | None:
+        """Images met so far, by any loader process, that cannot be read; None if not counted."""
+        found = self._unreadable
+        return None if found is None else int(found.flags.sum())
+
+    def describe_unreadable(self, most: int = 5) -> str | None:
+        """How many images met so far, in all processes of a run, cannot be read, and the names of
+        up to `most` of them; None if not counted. To be called in all processes together."""
+        found = self._unreadable
+        if found is None:
+            return None
+        numbers, names = set[int](), set[str]()
+        for ours in gather_object([(found.flags.nonzero().flatten().tolist(), found.names())]):
+            numbers.update(ours[0])
+            names.update(ours[1])
+        if not numbers:
+            return "0"
+        return f"{len(numbers)}: {_some(sorted(names), most, of=len(numbers))}"
+
+    @property
+    def _unreadable(self) -> Unreadable | None:
+        found = getattr(getattr(self.dataset, "reader", self.dataset), "unreadable", None)
+        return cast(Unreadable | None, found)
+
+    @property
+    def _labels(self) -> np.ndarray[Any, Any] | None:
+        """The class index of each image, where they are at hand."""
+        source = getattr(self.dataset, "source", None)
+        samples = getattr(getattr(source, "reader", None), "samples", None)
+        found = np.asarray(
+            getattr(source, "targets", []) if samples is None else [label for _, label in samples]
+        )
+        known = len(found) == len(self.dataset) and found.ndim == 1 and found.dtype.kind in "iu"
+        return found if known else None
+
+    def set_channels(self, in_chans: int) -> None:
+        """Open images as a model of so many channels takes them, whatever `open_data` was told."""
+        if isinstance(self.dataset, _Images):
+            self.dataset.mode = _mode(in_chans)
+        else:
+            self.dataset.reader.input_img_mode = _mode(in_chans)
+
+    def set_epoch(self, seed: int, epoch: int) -> None:
+        """Make augmentation follow from seed, epoch and image alone, whoever loads the image."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+        if isinstance(self.dataset, _Images):
+            self.dataset.place = (seed, epoch)
+
+
+def _some(names: Sequence[str], most: int, of: int) -> str:
+    """Up to `most` of the names that are known of so many things."""
+    some = names[:most]
+    return ", ".join(some) + (", …" if of > len(some) else "")
+
+
+def open_data(
+    data: str,
+    split: str = "train",
+    *,
+    data_dir: str | None = None,
+    in_chans: int = 3,
+    class_names: Sequence[str] | None = None,
+    skip_unreadable: bool = False,
+    batch_size: int = 1,
+    training: bool = False,
+) -> ImageData:
+    """Open one split of a data set.
+
+    Args:
+        data: a folder of images, `data/{train,val}/CLASS/IMAGE`; or a timm data set name:
+            `torch/NAME` (torchvision), `hfds/NAME` (Hugging Face), `wds/NAME` (WebDataset), …
+        split: "train" or "val", whatever their usual spelling in the source, or the source's own
+            name of a split.
+        data_dir: where a named data set lies.
+        in_chans: 1 opens images as grey, 3 as RGB.
+        class_names: the classes expected, in order (those of the training split). A folder need
+            not have images of all of them.
+        skip_unreadable: count images that cannot be read, instead of raising: in training the next
+            image takes their place, else their class index is -1, for `evaluate_model` to leave
+            out; WebDataset shards give the next image in both. hfids and tfds neither skip nor
+            count: what their readers do is what happens.
+        batch_size: hint for sources that are read as a stream.
+        training: the images are for training: shuffle sources that are read as a stream.
+
+    Raises:
+        DataError: naming what is missing, empty, unreadable or of the wrong classes.
+    """
+    mode = _mode(in_chans)
+    if data.partition("/")[0].lower() in _FACTORIES and not Path(data).exists():
+        dataset = _open_named(
+            data,
+            split,
+            data_dir,
+            is_training=training,
+            batch_size=batch_size,
+            input_img_mode=mode,
+            skip_unreadable=skip_unreadable,
+        )
+    else:
+        dataset = _open_folder(_split_folder(Path(data), split), mode, class_names)
+    found = _class_names(dataset)
+    if class_names is not None and found is not None and found != list(class_names):
+        raise DataError(
+            f"the classes of {data} are not those expected: {_difference(found, list(class_names))}"
+        )
+    if isinstance(dataset, torch.utils.data.IterableDataset):
+        return ImageData(dataset, found)
+    images = _Images(dataset, mode, skip_unreadable, replace=training)
+    if len(images) == 0:
+        raise DataError(f"{data} has no images in split {split!r}")
+    return ImageData(images, found)
+
+
+def _mode(in_chans: int) -> str:
+    if in_chans not in MODES:
+        raise DataError(f"in_chans must be 1, 3 or 4 to open image files, got {in_chans}")
+    return MODES[in_chans]
+
+
+def seed_of(*place: int | str) -> int:
+    """A 32-bit seed that follows from a place in a run, such as (seed, epoch, image)."""
+    return zlib.crc32(repr(place).encode())
+
+
+def create_image_loader(
+    data: ImageData,
+    batch_size: int,
+    data_config: dict[str, Any],
+    *,
+    training: bool,
+    workers: int,
+    device: torch.device,
+    **augmentation: Any,
+) -> DataLoader:
+    """timm's loader, yielding normalised float32 images [B, C, H, W] and class indices [B].
+
+    Args:
+        data: what `open_data` gave.
+        batch_size: images a batch (a training loader leaves out a last, smaller one).
+        data_config: from `timm.data.resolve_input_data_config`: size, mean, std, interpolation.
+        training: shuffle and augment.
+        workers: loader processes; 0 loads in this one.
+        device: where batches will go (memory is pinned for CUDA).
+        augmentation: further arguments of `timm.data.create_loader`.
+    """
+    config = {k: v for k, v in data_config.items() if k in _LOADER_KEYS}
+    shards = getattr(getattr(data.dataset, "reader", None), "split_info", None)
+    if isinstance(data.dataset, IterableImageDataset) and shards is not None:
+        # A worker without a shard reads nothing, and timm then ends the epoch early.
+        workers = min(workers, len(getattr(shards, "filenames", range(workers))))
+    loader = create_loader(
+        data.dataset,
+        batch_size=batch_size,
+        is_training=training,
+        use_prefetcher=False,  # accelerate moves batches, on any device
+        num_workers=workers,
+        persistent_workers=False,  # fresh workers are seeded anew each epoch, so runs can resume
+        pin_memory=device.type == "cuda",
+        **config,
+        **augmentation,
+    )
+    loader.worker_init_fn = partial(_start_worker, cast(Any, loader.worker_init_fn))
+    _keep_one_bit(data.dataset.transform)
+    return loader
+
+
+def _start_worker(start: Callable[[int], None], number: int) -> None:
+    """Begin a loader process, which outlives a SIGTERM to the whole process group: the main one
+    still needs its images, to end the step and save."""
+    if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_when_told_by_parent, daemon=True).start()
+    start(number)
+
+
+def _end_when_told_by_parent() -> None:
+    # Only the parent means this process: Python, when it exits, so ends those that are left, and
+    # would wait for ever for one that ignores it. (A handler is not told who sent a signal.)
+    if sys.platform == "linux":
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+
+def check_labels(targets: torch.Tensor, num_classes: int) -> None:
+    """Raise DataError if class indices [B] are not below `num_classes` (-1: no image)."""
+    if targets.numel() and int(targets.max()) >= num_classes:
+        raise DataError(f"the data has class {int(targets.max())}, the model {num_classes} classes")
+
+
+_LOADER_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+
+
+def _keep_one_bit(transforms: Any) -> None:
+    """Make timm's posterize keep at least one bit: at full magnitude it asks Pillow for none, which
+    Pillow 13 refuses (older ones gave a black image)."""
+    for transform in getattr(transforms, "transforms", []):
+        policies = [getattr(transform, "ops", []), *getattr(transform, "policy", [])]
+        for operation in (operation for policy in policies for operation in policy):
+            if operation.name.startswith("Posterize"):
+                operation.level_fn = partial(_at_least_one_bit, operation.level_fn)
+
+
+def _at_least_one_bit(level_to_bits: Callable[..., tuple[int]], *arguments: Any) -> tuple[int]:
+    return (max(1, level_to_bits(*arguments)[0]),)
+
+
+class Unreadable:
+    """Which images could not be read, in memory that loader processes share.
+
+    Args:
+        size: numbers that images may have.
+    """
+
+    _ROWS, _BYTES = 64, 512
+
+    def __init__(self, size: int) -> None:
+        self.flags = torch.zeros(size, dtype=torch.uint8).share_memory_()
+        self._names = torch.zeros(self._ROWS, self._BYTES, dtype=torch.uint8).share_memory_()
+
+    def add(self, number: int, name: str) -> None:
+        """Note an image; once, however often it is met."""
+        if not self.flags[number]:
+            row = torch.zeros(self._BYTES, dtype=torch.uint8)
+            text = name.encode()[-self._BYTES :]  # of a long path the end tells more
+            row[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
+            # Of two images with the same row the later name stays: these are examples.
+            self._names[number % self._ROWS] = row
+            self.flags[number] = 1
+
+    def names(self) -> list[str]:
+        """The names of some of the images."""
+        texts = (bytes(row.tolist()).rstrip(b"\0") for row in self._names)
+        return [text.decode(errors="replace") for text in texts if text]
+
+
+class _Images(Dataset):
+    """A map-style source whose unreadable images are named, or counted and skipped."""
+
+    def __init__(self, source: Any, mode: str, skip_unreadable: bool, replace: bool) -> None:
+        self.source = source
+        self.mode = mode
+        self.replace = replace
+        self.transform: Any = None  # set by timm's loader
+        self.place: tuple[int, int] | None = None  # (seed, epoch); None leaves generators alone
+        self.unreadable = Unreadable(len(source)) if skip_unreadable else None
+        # For each image, in memory that loader processes share: bit 0 if it was read, then _KINDS.
+        self.kinds = torch.zeros(len(source), dtype=torch.uint8).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        for step in range(len(self)):
+            at = (index + step) % len(self)
+            try:
+                image, target = self._read(at)
+                break
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                name = self._name(at)
+                if self.unreadable is None:
+                    raise DataError(
+                        f"cannot read image {name}: {error} (skip_unreadable goes on without it)"
+                    ) from error
+                self.unreadable.add(at, name)
+                if not self.replace:
+                    image, target = Image.new(self.mode, (64, 64)), -1
+                    break
+        else:
+            raise DataError("no image of the data set can be read")
+        if self.place is not None:
+            # timm's transforms draw from all three generators.
+            seed = seed_of(*self.place, index)
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+        if self.transform is not None:
+            image = self.transform(image)
+        return image, int(target)
+
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        if isinstance(self.source, ImageDataset):
+            # timm's own __getitem__ would replace an unreadable image and go on.
+            image, target, *_ = self.source.reader[index]
+            if not isinstance(image, Image.Image):
+                with image:
+                    return self._convert(Image.open(image), index), target
+        else:
+            image, target = self.source[index]
+        return self._convert(image, index), target
+
+    def _convert(self, image: Image.Image, index: int) -> Image.Image:
+        if max(image.size) > _MOST_ELONGATED * min(image.size):
+            raise ValueError(
+                f"one side must be at most {_MOST_ELONGATED} times the other, got {image.size}"
+            )
+        converted = convert_image(image, self.mode)
+        grey = image.mode in ("1", "L", "LA") or image.mode.startswith("I")
+        kinds = (True, grey, image.has_transparency_data, max(image.size) >= _HUGE)
+        self.kinds[index] = sum(is_one << bit for bit, is_one in enumerate(kinds))
+        return converted
+
+    def _name(self, index: int) -> str:
+        if isinstance(self.source, ImageDataset):
+            return str(self.source.reader.filename(index, absolute=True))
+        return f"number {index}"
+
+
+def _split_folder(root: Path, split: str) -> Path:
+    if not root.is_dir():
+        raise DataError(f"no data folder at {root}")
+    # Another name than these two is meant: "test" may not be answered with what chose a model.
+    for name in _SPLITS.get(split, (split,)):
+        if (root / name).is_dir():
+            return root / name
+    found = sorted(path.name for path in root.iterdir() if path.is_dir())
+    raise DataError(f"{root} has no folder {split!r}; it has {found or 'no folders'}")
+
+
+def _open_folder(folder: Path, mode: str, expected: Sequence[str] | None) -> ImageDataset:
+    classes = sorted(
+        path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
+    if not classes:
+        raise DataError(f"{folder} has no class folders")
+    try:
+        dataset = create_dataset(
+            "",
+            root=str(folder),
+            search_split=False,
+            input_img_mode=mode,
+            input_key=";".join(IMAGE_SUFFIXES),
+        )
+    except RuntimeError as error:
+        raise DataError(
+            f"{folder} has no images in its class folders ({', '.join(IMAGE_SUFFIXES)})"
+        ) from error
+    reader = dataset.reader
+    nested = sorted(set(reader.class_to_idx) - set(classes))
+    if nested:
+        raise DataError(f"images must lie right in {folder}/CLASS, got a folder {nested[0]!r}")
+    if expected is None:
+        for name in classes:
+            if name not in reader.class_to_idx:
+                raise DataError(f"class {name!r} in {folder} has no images")
+    elif set(reader.class_to_idx) < set(expected):  # of others the caller complains
+        names = _class_names(dataset) or []
+        places = {name: index for index, name in enumerate(expected)}
+        reader.samples = [(file, places[names[index]]) for file, index in reader.samples]
+        reader.class_to_idx = places
+    return dataset
+
+
+def _open_named(
+    data: str, split: str, data_dir: str | None, *, skip_unreadable: bool, **options: Any
+) -> Any:
+    prefix, _, name = data.partition("/")
+    prefix = prefix.lower()
+    if not name:
+        raise DataError(f"data must name a data set after {prefix}/, got {data!r}")
+    package, extra = EXTRAS.get(prefix, ("torch", ""))
+    if importlib.util.find_spec(package) is None:
+        raise DataError(f"{data!r} needs {package}: pip install 'dynamicvit[{extra}]'")
+    if data_dir is None and prefix != "hfds":
+        raise DataError(f"{data!r} needs data_dir, the folder where it lies")
+    # timm spells the usual two splits "train" and "validation" for every source.
+    split = "validation" if split == "val" else split
+    try:
+        if prefix == "wds":
+            # An extra, and the module needs this one.
+            from dynamicvit.evaluation.shards import Shards
+
+            _check_index(str(data_dir), split)
+            reader = Shards(
+                name=name, root=data_dir, split=split, skip_unreadable=skip_unreadable, **options
+            )
+            return IterableImageDataset(data_dir, reader=reader)
+        return create_dataset(data, root=data_dir, split=split, **options)
+    except DataError:
+        raise
+    except Exception as error:  # each source stumbles in its own way
+        raise DataError(f"cannot open {data!r} in {data_dir!r}: {error}") from error
+
+
+def _check_index(folder: str, split: str) -> None:
+    """Raise DataError unless a folder of WebDataset shards has the index that says what they hold.
+
+    timm goes on without, and finds no split in it.
+    """
+    if "://" in folder or "tar" in split:  # on another machine, or files named one by one
+        return
+    if not Path(folder).is_dir():
+        raise DataError(f"no data folder at {folder}")
+    if not any((Path(folder) / name).is_file() for name in ("_info.json", "info.json")):
+        raise DataError(f"{folder} has no _info.json, the index of WebDataset shards")
+
+
+def _class_names(dataset: Any) -> list[str] | None:
+    if isinstance(dataset, ImageDataset | IterableImageDataset):
+        index = getattr(dataset.reader, "class_to_idx", None)
+        return sorted(index, key=index.__getitem__) if index else None
+    return list(dataset.classes) if hasattr(dataset, "classes") else None
+
+
+def _difference(found: list[str], expected: list[str]) -> str:
+    missing = sorted(set(expected) - set(found))
+    extra = sorted(set(found) - set(expected))
+    if missing or extra:
+        return f"missing {missing}, unexpected {extra}"
+    return f"got the order {found}, expected {expected}"

@@ -1,0 +1,444 @@
+"""sweep(): what each keep ratio costs in accuracy, and which to use."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from dynamicvit.core.macs import count_gmacs
+from dynamicvit.core.model import SparseViT
+from dynamicvit.core.schedule import KeepSchedule
+from dynamicvit.evaluation.environment import environment
+from dynamicvit.evaluation.evaluate import (
+    Change,
+    check_labels,
+    check_loading,
+    compare_answers,
+    input_size,
+    load_pair,
+    open_images,
+    run_batches,
+    seeded,
+    start_evaluation,
+)
+from dynamicvit.evaluation.timing import Speed, compare_speed
+from dynamicvit.io.files import check_file, check_folder, write_text
+from dynamicvit.io.folder import save_folder
+
+KEEP_RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One schedule of a model, on some images.
+
+    Attributes:
+        schedule: where tokens leave and how many stay.
+        tokens: patch tokens at the start, then after each stage.
+        gmacs: billions of multiply-adds an image.
+        top1: percent of images classified rightly.
+        change: against the dense model, on the same images.
+        frontier: whether no other schedule is as accurate for less, or better for as much.
+        speed: against the dense model, timed in turn; None where it was not timed.
+    """
+
+    schedule: KeepSchedule
+    tokens: tuple[int, ...]
+    gmacs: float
+    top1: float
+    change: Change
+    frontier: bool = False
+    speed: Speed | None = None
+
+
+def sweep(
+    model: str,
+    /,
+    data: str,
+    data_dir: str | None = None,
+    split: str = "val",
+    dense: str | None = None,
+    keep_ratios: list[float] | None = None,
+    blocks: list[list[int]] | None = None,
+    ratios: list[list[float]] | None = None,
+    max_loss: float | None = None,
+    max_gmacs: float | None = None,
+    sure: bool = False,
+    seconds: float = 0.0,
+    batch_size: int = 64,
+    workers: int = 2,
+    crop_pct: float | None = None,
+    precision: str = "no",
+    skip_unreadable: bool = False,
+    output: str | None = None,
+    save: str | None = None,
+) -> dict[str, Any]:
+    """Find the keep ratio to use: a trained sparse model's accuracy and cost at several of them.
+
+    Nothing is trained: the weights stay, the schedule changes. Each accuracy is compared with the
+    dense model's on the same images, and how sure the difference is stands beside it.
+
+    Args:
+        model: model folder or hub id of a sparse model, trained; its own schedule is always among
+            those tried.
+        data: image folder with split sub-folders, or a timm data set name such as torch/cifar10.
+        data_dir: where a named data set lies.
+        split: which split to use; best one that has served for nothing yet. Another name than
+            "train" and "val" is taken as it is.
+        dense: the dense model to compare with: model folder, hub id or timm name. By default the
+            sparse model's own backbone with all tokens, which after fine-tuning is not the dense
+            model that it came from.
+        keep_ratios: shares of the tokens that each stage keeps; by default 0.9, 0.8, 0.7, 0.6 and
+            0.5, unless ratios are given.
+        blocks: where tokens leave, each a list of blocks, with each of the ratios: some of the
+            blocks that the model prunes before, or as many others. By default its own.
+        ratios: shares of the original tokens kept after each stage, each a list, one a stage.
+        max_loss: recommend the cheapest schedule that loses at most so many percentage points of
+            top-1; by default 0.5, unless max_gmacs is given.
+        max_gmacs: recommend the most accurate schedule of at most so many billions of
+            multiply-adds an image.
+        sure: with max_loss, count a loss as held only if it is so with confidence: if the upper end
+            of its 95% interval is within it.
+        seconds: spent on timing each schedule against the dense model, in turn, both in PyTorch at
+            batch_size; 0 leaves it out.
+        batch_size: images a batch.
+        workers: data loading processes.
+        crop_pct: the share of the image's side that is kept; by default the model's own.
+        precision: "no" for float32, or "bf16".
+        skip_unreadable: leave out and count images that cannot be read, instead of stopping.
+        output: JSON file to write.
+        save: folder to write the recommended model to, ready for use.
+
+    Returns:
+        What the JSON file holds: dense, points (one a schedule), the recommended one, or None.
+
+    Raises:
+        ValueError, FileNotFoundError: naming what is wrong with an option, the model or the data,
+            or if there is nothing to save because no schedule is within the budget.
+    """
+    if max_loss is not None and max_gmacs is not None:
+        raise ValueError(f"give max_loss or max_gmacs, not both, got {max_loss} and {max_gmacs}")
+    if max_gmacs is None:
+        max_loss = 0.5 if max_loss is None else max_loss
+    elif sure:
+        raise ValueError(f"sure goes with max_loss, got it with max_gmacs={max_gmacs}")
+    for name, value in (("max_loss", max_loss), ("seconds", seconds)):
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be 0 or more, got {value}")
+    if max_gmacs is not None and not max_gmacs > 0:
+        raise ValueError(f"max_gmacs must be above 0, got {max_gmacs}")
+    check_loading(batch_size, workers, crop_pct)
+    if output:
+        check_file("output", output)
+    if save:
+        check_folder("save", save)
+    accelerator = start_evaluation(precision)
+    sparse, reference = load_pair(model, dense)
+    schedules = list_schedules(sparse, keep_ratios, blocks, ratios)
+    images, loader = open_images(
+        sparse,
+        model,
+        accelerator,
+        data,
+        data_dir,
+        split,
+        batch_size,
+        workers,
+        crop_pct,
+        skip_unreadable,
+    )
+    with seeded(accelerator):
+        found = evaluate_schedules(sparse, reference, schedules, loader, accelerator)
+    count, top1, points = found
+    if not accelerator.is_main_process:
+        seconds = 0.0
+    if seconds:
+        points = _time(sparse, reference, points, batch_size, seconds, precision)
+    chosen = choose(points, max_loss, max_gmacs, sure)
+    result = {
+        "model": model,
+        "data": data,
+        "split": split,
+        "images": count,
+        "crop_pct": crop_pct,  # None: the model's own
+        "precision": precision,
+        "dense": {
+            "model": dense,  # None: the sparse model's backbone
+            "top1": top1,
+            "gmacs": count_gmacs(reference, input_size(reference)),
+        },
+        "budget": {"max_loss": max_loss, "max_gmacs": max_gmacs, "sure": sure},
+        "recommended": None if chosen is None else asdict(chosen),
+        "points": [asdict(point) for point in points],
+        "environment": environment(),
+    }
+    if images.unreadable is not None:
+        result["unreadable"] = images.unreadable
+    if accelerator.is_main_process:
+        _print(Console(), result, points, chosen)
+        if output:
+            write_text(Path(output), json.dumps(result, indent=2) + "\n")
+        if save and chosen is not None:
+            save_folder(reschedule(sparse, chosen.schedule), save)
+    if save and chosen is None:
+        raise ValueError(f"save needs a schedule within the budget, and none is, got {save!r}")
+    return result
+
+
+def reschedule(model: SparseViT, schedule: KeepSchedule) -> SparseViT:
+    """The same weights, not copied, with another schedule.
+
+    Args:
+        model: whose scorers serve.
+        schedule: at blocks that the model prunes before, each with its scorer; or at as many other
+            blocks, which take the scorers in order.
+
+    Raises:
+        ValueError: if the schedule's blocks are neither, or do not fit the backbone.
+    """
+    own = model.schedule.blocks
+    if set(schedule.blocks) <= set(own):
+        scorers = [model.scorers[own.index(block)] for block in schedule.blocks]
+    elif len(schedule.blocks) == len(own):
+        scorers = list(model.scorers)
+    else:
+        raise ValueError(
+            f"blocks must be some of {own}, where the model has scorers, or {len(own)} others, "
+            f"got {schedule.blocks}"
+        )
+    return SparseViT(model.backbone, schedule, scorers)
+
+
+def list_schedules(
+    model: SparseViT,
+    keep_ratios: Sequence[float] | None = None,
+    blocks: Sequence[Sequence[int]] | None = None,
+    ratios: Sequence[Sequence[float]] | None = None,
+) -> list[KeepSchedule]:
+    """The model's own schedule, then every combination of blocks and ratios, once each.
+
+    Arguments and errors as for `sweep`.
+    """
+    num_tokens = _num_tokens(model)
+    places = [model.schedule.blocks] if blocks is None else [tuple(item) for item in blocks]
+    for ratio in keep_ratios or ():
+        if not 0 < ratio <= 1:
+            raise ValueError(f"keep_ratios must lie in (0, 1], got {ratio}")
+    if keep_ratios is None:
+        stages = max(map(len, places), default=0)
+        usual = KEEP_RATIOS if ratios is None else ()
+        # Of few tokens a small share is none: not what was asked for, then, so not an error.
+        keep_ratios = [ratio for ratio in usual if ratio**stages * num_tokens >= 1]
+    for shares in ratios or ():
+        if all(len(shares) != len(place) for place in places):
+            raise ValueError(f"ratios must be one a stage for blocks {places}, got {shares}")
+    found = {_key(model.schedule, num_tokens): model.schedule}
+    for place in places:
+        for shares in (
+            *([ratio**stage for stage in range(1, len(place) + 1)] for ratio in keep_ratios),
+            *(shares for shares in ratios or () if len(shares) == len(place)),
+        ):
+            schedule = KeepSchedule(place, tuple(shares))
+            reschedule(model, schedule)  # refuses what does not fit
+            found.setdefault(_key(schedule, num_tokens), schedule)
+    return list(found.values())
+
+
+@torch.no_grad()
+def evaluate_schedules(
+    model: SparseViT,
+    dense: nn.Module,
+    schedules: Sequence[KeepSchedule],
+    loader: DataLoader,
+    accelerator: Accelerator | None = None,
+) -> tuple[int, float, list[Point]]:
+    """Run a dense model and schedules of a sparse one over the same images, read once.
+
+    Args:
+        model, dense: moved to the accelerator's device, in eval mode.
+        schedules: each as `reschedule` takes it.
+        loader: of normalised images and class indices.
+        accelerator: device, precision and processes; by default accelerate's choice of device.
+
+    Returns:
+        Number of images, the dense model's top-1 in percent, and a point for each schedule,
+        dearest first.
+
+    Raises:
+        ValueError: if the data gives no image, or classes that the model does not have.
+    """
+    accelerator = accelerator or Accelerator()
+    model = model.to(accelerator.device).eval()
+    dense = dense.to(accelerator.device).eval()
+    candidates = [dense, *(reschedule(model, schedule) for schedule in schedules)]
+
+    def classify(inputs: Tensor) -> tuple[Tensor, ...]:
+        return (torch.stack([item(inputs).argmax(dim=-1) for item in candidates], dim=1),)
+
+    right = []
+    for classes, targets in run_batches(loader, classify, accelerator):
+        check_labels(targets, model.num_classes)
+        right.append((classes == targets.unsqueeze(1)).cpu())
+    first, *others = torch.cat(right).unbind(dim=1)
+    num_tokens, size = _num_tokens(model), input_size(model)
+    points = [
+        Point(
+            schedule=schedule,
+            tokens=(num_tokens, *schedule.counts(num_tokens)),
+            gmacs=count_gmacs(candidate, size),
+            top1=_percent(answers),
+            change=compare_answers(first, answers),
+        )
+        for schedule, candidate, answers in zip(schedules, candidates[1:], others, strict=True)
+    ]
+    points = [replace(point, frontier=_best(point, points)) for point in points]
+    return len(first), _percent(first), sorted(points, key=lambda point: -point.gmacs)
+
+
+def choose(
+    points: Sequence[Point],
+    max_loss: float | None = None,
+    max_gmacs: float | None = None,
+    sure: bool = False,
+) -> Point | None:
+    """The point to use, or None if none is within the budget. Arguments as for `sweep`."""
+    if max_gmacs is not None:
+        affordable = [point for point in points if point.gmacs <= max_gmacs]
+        return max(affordable, key=lambda point: (point.top1, -point.gmacs), default=None)
+    if max_loss is None:
+        raise ValueError("give max_loss or max_gmacs, got neither")
+    holding = [point for point in points if _loss(point, sure) <= max_loss]
+    return min(holding, key=lambda point: (point.gmacs, -point.top1), default=None)
+
+
+def _loss(point: Point, sure: bool) -> float:
+    return point.change.interval[1] if sure else point.change.points_lost
+
+
+def _best(point: Point, points: Sequence[Point]) -> bool:
+    """Whether none of the points is better in one respect and as good in the other."""
+    return not any(
+        other.gmacs <= point.gmacs
+        and other.top1 >= point.top1
+        and (other.gmacs, other.top1) != (point.gmacs, point.top1)
+        for other in points
+    )
+
+
+def _time(
+    model: SparseViT,
+    dense: nn.Module,
+    points: Sequence[Point],
+    batch_size: int,
+    seconds: float,
+    precision: str,
+) -> list[Point]:
+    fused = model.fuse()
+    timed = []
+    for point in points:
+        pruned = reschedule(fused, point.schedule)
+        [speed] = compare_speed(dense, pruned, input_size(model), (batch_size,), seconds, precision)
+        timed.append(replace(point, speed=speed))
+    return timed
+
+
+def _num_tokens(model: SparseViT) -> int:
+    _, height, width = input_size(model)
+    rows, columns = model.backbone.patch_embed.dynamic_feat_size((height, width))
+    return rows * columns
+
+
+def _key(schedule: KeepSchedule, num_tokens: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What a schedule does: those of the same key prune alike."""
+    return schedule.blocks, schedule.counts(num_tokens)
+
+
+def _percent(right: Tensor) -> float:
+    return 100.0 * int(right.sum()) / len(right)
+
+
+def _describe(schedule: KeepSchedule, places: bool) -> str:
+    """0.7, or where stages differ 0.9, 0.6, 0.3; with the blocks too, if they tell points apart."""
+    first = schedule.ratios[0]
+    powers = [first**stage for stage in range(1, len(schedule.ratios) + 1)]
+    shares = [first] if all(map(math.isclose, schedule.ratios, powers)) else schedule.ratios
+    text = ", ".join(f"{share:g}" for share in shares)
+    return text + f" before {', '.join(map(str, schedule.blocks))}" * places
+
+
+def _print(
+    console: Console, result: dict[str, Any], points: Sequence[Point], chosen: Point | None
+) -> None:
+    dense, images = result["dense"], result["images"]
+    places = len({point.schedule.blocks for point in points}) > 1
+    timed = points[0].speed is not None
+    # Narrow enough for a terminal of 80 characters; the JSON file has the rest.
+    table = Table("keep")
+    titles = ["top-1", "points", "95%", "lost, won", "GMACs", "fewer", "images/s"]
+    for title in titles if timed else titles[:-1]:
+        table.add_column(title, no_wrap=True)
+    for point in points:
+        change, speed = point.change, point.speed
+        low, high = change.interval
+        row = [
+            ("• " if point.frontier else "  ") + _describe(point.schedule, places),
+            f"{point.top1:.2f}",
+            f"{-change.points_lost + 0.0:+.2f}",
+            f"{-high:+.1f} to {-low:+.1f}",
+            f"{change.right_to_wrong}, {change.wrong_to_right}",
+            f"{point.gmacs:.3f}",
+            f"{_fewer(point, result):.1f}%",
+        ]
+        if speed is not None:
+            row.append(f"{speed.sparse:.0f}, {speed.speed_up:.2f}×")
+        table.add_row(*row, style="bold" if point == chosen else None)
+    console.print(table)
+    of = "" if dense["model"] else " (the model's own backbone with all tokens; --dense: another)"
+    console.print(
+        f"dense{of}: top-1 {dense['top1']:.2f}% of {images} images, {dense['gmacs']:.3f} GMACs; "
+        "points: against dense, and what is likely for other images; lost, won: images that dense "
+        "alone, or pruned alone, gets right; •: no other is as accurate for less"
+    )
+    console.print(_recommendation(result, points, chosen), style="bold")
+
+
+def _recommendation(result: dict[str, Any], points: Sequence[Point], chosen: Point | None) -> str:
+    """In words what to use, and how sure that is."""
+    images, budget = result["images"], result["budget"]
+    max_loss, max_gmacs, sure = budget["max_loss"], budget["max_gmacs"], budget["sure"]
+    if max_gmacs is not None:
+        goal = f"at most {max_gmacs:g} GMACs"
+    else:
+        goal = f"at most {max_loss:g} points lost{' with 95% confidence' if sure else ''}"
+    if chosen is None:
+        return f"none of these is within the budget, {goal}"
+    places = len({point.schedule.blocks for point in points}) > 1
+    text = (
+        f"{goal}: keep {_describe(chosen.schedule, places)}, "
+        f"{chosen.change.points_lost:.2f} points lost, {_fewer(chosen, result):.1f}% fewer GMACs"
+    )
+    if max_loss is None or sure or chosen.change.interval[1] <= max_loss:
+        return text
+    safe = choose(points, max_loss, sure=True)
+    return (
+        f"{text}. {images} images are too few to be sure: it may lose "
+        f"{chosen.change.interval[1]:.2f}. "
+        + ("None of these" if safe is None else f"Keep {_describe(safe.schedule, places)}")
+        + " holds it with 95% confidence (--sure)"
+    )
+
+
+def _fewer(point: Point, result: dict[str, Any]) -> float:
+    """Percent of the dense model's multiply-adds that are saved."""
+    return 100.0 * (1.0 - point.gmacs / float(result["dense"]["gmacs"]))

@@ -1,0 +1,181 @@
+"""Writing a model as a folder: `config.json` (timm's own format) and `model.safetensors`.
+
+`dynamicvit.io.released` reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.models._hub import save_config_for_hf
+from torch import Tensor, nn
+
+from dynamicvit.core.baselines import check_scorer, scorer_name
+from dynamicvit.core.model import SparseViT
+from dynamicvit.core.schedule import KeepSchedule
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def save_folder(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    class_names: Sequence[str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a dense timm model or a SparseViT to `folder`, whole or not at all.
+
+    `config.json` holds architecture, preprocessing, class names and, for a SparseViT, the schedule
+    and what decides (`dynamicvit.core.baselines.SCORERS`).
+    A dense folder is one that `timm.create_model("local-dir:…", pretrained=True)` reads too.
+
+    Args:
+        model: a SparseViT or a model that `timm.create_model` made (others leave no record of how
+            to build them again).
+        folder: created with its parents if absent; files of these two names in it are replaced.
+        class_names: one name a class; by default those the model already carries, if any.
+        dtype: store floating-point weights in this type; by default as they are.
+
+    Raises:
+        TypeError, ValueError: if the model cannot be described, or the names do not fit it.
+    """
+    schedule = getattr(model, "schedule", None)
+    backbone: Any = model if schedule is None else model.backbone
+    cfg = getattr(backbone, "pretrained_cfg", None)
+    if not cfg or not cfg.get("architecture"):
+        raise TypeError(
+            "model must come from timm.create_model, so that it can be built again; "
+            f"got {type(backbone).__name__} without an architecture name"
+        )
+    scorers: Any = getattr(model, "scorers", ())
+    scorer = scorer_name(scorers)
+    if schedule is not None and scorer is None:
+        kinds = ", ".join(dict.fromkeys(type(module).__name__ for module in scorers))
+        raise TypeError(
+            f"model must hold scorers of one known kind to be saved, got {kinds}; "
+            "of a fused model, save the one it was made from"
+        )
+    num_classes = backbone.num_classes
+    if isinstance(class_names, str):
+        raise TypeError(f"class_names must be a sequence of names, got {class_names!r}")
+    names = list(class_names) if class_names is not None else cfg.get("label_names")
+    if names is not None and len(names) != num_classes:
+        if class_names is not None:
+            raise ValueError(
+                f"class_names must be one a class, {num_classes}, got {len(class_names)}"
+            )
+        names = None  # those of another head
+    extra: dict[str, Any] = {"label_names": names} if names else {}
+    if isinstance(schedule, KeepSchedule):
+        extra["dynamicvit"] = {
+            "blocks": schedule.blocks,
+            "ratios": schedule.ratios,
+            "scorer": scorer,
+        }
+    target = Path(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside the target, then moved: an interrupted or failed save leaves no half model.
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        save_config_for_hf(backbone, str(temporary / CONFIG), model_config=extra)
+        tensors = {
+            key: (value.to(dtype) if dtype and value.is_floating_point() else value)
+            .contiguous()
+            .cpu()
+            for key, value in model.state_dict().items()
+        }
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        target.mkdir(exist_ok=True)
+        # Without its config a folder is refused, so a kill in between leaves no mixed model.
+        (target / CONFIG).unlink(missing_ok=True)
+        for name in (WEIGHTS, CONFIG):
+            os.chmod(temporary / name, 0o644)
+            os.replace(temporary / name, target / name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_folder(folder: str | os.PathLike[str]) -> nn.Module:
+    """Read what `save_folder` wrote: a SparseViT, or the dense timm model; in eval mode.
+
+    Weights are read with safetensors, into float32.
+
+    Raises:
+        FileNotFoundError: if the folder or one of its two files is missing.
+        ValueError: if a file is damaged or the two do not fit, saying what is wrong where.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no model folder at {folder}")
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is not a model folder: it has no {name}")
+    where = folder / CONFIG
+    try:
+        config = json.loads(where.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{where} is not valid JSON: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        raise ValueError(f"{where} names no architecture")
+    if not timm.is_model(config["architecture"]):
+        raise ValueError(f"{where}: timm has no architecture {config['architecture']!r}")
+    try:
+        model: nn.Module = timm.create_model(f"local-dir:{folder}")
+    except Exception as error:  # whatever a strange value makes timm stumble over
+        raise ValueError(f"{where}: timm cannot build this model: {error}") from error
+    if "dynamicvit" in config:
+        sparse = config["dynamicvit"]
+        if not isinstance(sparse, dict) or not {"blocks", "ratios"} <= sparse.keys():
+            raise ValueError(f"{where}: 'dynamicvit' must hold blocks and ratios, got {sparse!r}")
+        try:
+            scorer = sparse.get("scorer", "learned")  # older folders do not name it
+            check_scorer(scorer)
+            model = SparseViT(model, KeepSchedule(sparse["blocks"], sparse["ratios"]), scorer)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from error
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged or not safetensors: {error}") from error
+    load_strictly(model, tensors, str(folder / WEIGHTS))
+    return model.eval()
+
+
+def load_strictly(
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    source: str,
+    name: Callable[[str], str] = str,
+) -> None:
+    """Load weights, or raise ValueError listing every key that does not match, named by `name`."""
+    check_weights(model, tensors, source, name)
+    model.load_state_dict(tensors)
+
+
+def check_weights(
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    source: str,
+    name: Callable[[str], str] = str,
+) -> None:
+    """Raise ValueError listing every key of `tensors` that does not match the model's."""
+    expected = model.state_dict()
+    problems = [f"missing {name(key)}" for key in expected if key not in tensors]
+    problems += [f"unexpected {name(key)}" for key in tensors if key not in expected]
+    problems += [
+        f"{name(key)} has shape {tuple(tensors[key].shape)}, expected {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in tensors and tensors[key].shape != value.shape
+    ]
+    if problems:
+        raise ValueError(f"{source} does not fit the model: " + "; ".join(problems))

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+import dynamicvit
+from dynamicvit.core.model import sparsify
+from dynamicvit.evaluation.data import DataError
+from dynamicvit.evaluation.evaluate import compare_answers, evaluate, evaluate_model
+from tests.conftest import tiny_vit
+
+
+def _batches(*batches: Any) -> Any:
+    return list(batches)
+
+
+def _loader(model: torch.nn.Module) -> Any:
+    inputs = torch.randn(10, 3, 32, 32)
+    with torch.no_grad():
+        ranked = model(inputs).argsort(dim=-1, descending=True)
+    # The right class is the model's first choice 4 times, its second 3 times, its last 3 times.
+    place = torch.tensor([0] * 4 + [1] * 3 + [6] * 3)
+    targets = ranked.gather(1, place.unsqueeze(1)).squeeze(1)
+    return [(inputs[:6], targets[:6]), (inputs[6:], targets[6:])]
+
+
+def test_every_image_is_counted_once_in_its_place() -> None:
+    model = sparsify(tiny_vit(num_classes=7), 0.7)
+    loader = _loader(model)
+    result = evaluate_model(model.train(), loader, Accelerator(cpu=True))
+    assert (result.top1, result.top5, result.images) == (40.0, 70.0, 10)
+    logits = model.eval()(torch.cat([inputs for inputs, _ in loader]))
+    targets = torch.cat([targets for _, targets in loader])
+    assert result.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item())
+    assert result.tokens == (16, 11, 7, 5)
+    assert result.gmacs == pytest.approx(dynamicvit.count_gmacs(model, (3, 32, 32)))
+
+
+def test_the_mode_is_restored_and_no_image_is_an_error() -> None:
+    model = tiny_vit().train()
+    evaluate_model(model, _batches((torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))))
+    assert model.training
+    with pytest.raises(DataError, match="gave no images"):
+        evaluate_model(model, _batches())
+
+
+def test_evaluate_compares_models_and_writes_json(
+    images: Path, dense_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sparse = tmp_path / "sparse"
+    sparsify(dynamicvit.load(dense_folder), 0.7).save_pretrained(sparse)
+    (images / "val" / "dark" / "00.png").write_text("not an image")
+    results = evaluate(
+        [str(dense_folder), str(sparse)],
+        str(images),
+        workers=0,
+        skip_unreadable=True,
+        output=str(tmp_path / "results.json"),
+    )
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert results[str(dense_folder)]["tokens"] == (16,)
+    assert results[str(sparse)]["gmacs"] < results[str(dense_folder)]["gmacs"]
+    assert results[str(sparse)]["unreadable"] == 1
+    assert results[str(sparse)]["images"] == 7
+    assert "GMACs" in capsys.readouterr().out
+
+
+def test_a_random_choice_is_evaluated_alike_each_time(
+    images: Path, dense_folder: Path, tmp_path: Path
+) -> None:
+    folder = str(tmp_path / "random")
+    sparsify(dynamicvit.load(dense_folder), 0.5, scorer="random").save_pretrained(folder)
+    losses = [evaluate([folder], str(images), workers=0)[folder]["loss"] for _ in range(2)]
+    assert losses[0] == losses[1]
+
+
+def test_the_crop_can_be_another_than_the_model_s(images: Path, dense_folder: Path) -> None:
+    for path in images.rglob("*.png"):  # dark outside its middle half
+        picture = Image.new("RGB", (64, 64))
+        picture.paste((255, 255, 255), (16, 16, 48, 48))
+        picture.save(path)
+    name = str(dense_folder)
+    found = [
+        evaluate([name], str(images), workers=0, crop_pct=crop)[name]["loss"]
+        for crop in (None, 1.0, 0.5)
+    ]
+    assert found[1] != found[2]
+    for crop in (0.0, 1.5):
+        with pytest.raises(ValueError, match=rf"crop_pct must lie in \(0, 1\], got {crop}"):
+            evaluate([name], str(images), crop_pct=crop)
+
+
+def test_other_dense_models_are_evaluated_beside(images: Path) -> None:
+    model = timm.create_model("resnet18", num_classes=2)
+    loader = _batches((torch.randn(2, 3, 32, 32), torch.tensor([0, 1])))
+    result = evaluate_model(model, loader)
+    assert result.tokens == ()
+    assert result.gmacs == pytest.approx(1.81, rel=0.01), "at its own 224 pixels"
+
+
+def test_evaluate_names_what_is_wrong(images: Path, dense_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="batch_size must be 1 or more, got 0"):
+        evaluate([str(dense_folder)], str(images), batch_size=0)
+    with pytest.raises(ValueError, match="workers must be 0 or more, got -1"):
+        evaluate([str(dense_folder)], str(images), workers=-1)
+    with pytest.raises(ValueError, match="models must name at least one model, got none"):
+        evaluate([], str(images))
+    with pytest.raises(ValueError, match="precision must be"):
+        evaluate([str(dense_folder)], str(images), precision="fp8")
+    with pytest.raises(FileNotFoundError, match="no model folder at"):
+        evaluate([str(tmp_path / "nowhere")], str(images))
+    (images / "val" / "dark").rename(images / "val" / "dim")
+    with pytest.raises(ValueError, match="no data folder at nowhere"):
+        evaluate([str(dense_folder)], "nowhere")
+
+
+def _answers(images: int, lost: int, gained: int) -> tuple[torch.Tensor, torch.Tensor]:
+    one, other = torch.ones(images, dtype=torch.bool), torch.ones(images, dtype=torch.bool)
+    other[:lost] = False
+    one[lost : lost + gained] = False
+    return one, other
+
+
+def test_a_difference_comes_with_how_sure_it_is() -> None:
+    found = compare_answers(*_answers(200, 5, 4))
+    assert (found.points_lost, found.right_to_wrong, found.wrong_to_right) == (0.5, 5, 4)
+    assert compare_answers(*_answers(200, 4, 5)).points_lost == -0.5
+    low, high = compare_answers(*_answers(200, 0, 0)).interval
+    assert low == -high
+    # Had 1.5% of all images changed, 200 that did not would be a 5% chance.
+    assert high == pytest.approx(100 * (1 - 0.05 ** (1 / 200)), abs=0.2)
+    widths = [compare_answers(*_answers(n, n // 40, n // 40)).interval[1] for n in (80, 800, 8000)]
+    assert widths == sorted(widths, reverse=True)
+    assert compare_answers(*_answers(1, 1, 0)).interval[1] == 100.0
+
+
+@pytest.mark.parametrize(("lose", "gain"), [(0.1, 0.1), (0.1, 0.02), (0.02, 0.02), (0.3, 0.1)])
+def test_the_interval_holds_the_truth_as_often_as_it_says(lose: float, gain: float) -> None:
+    """The chance of every outcome of 60 images, counted where the interval has the truth."""
+    images, truth, covered = 60, 100 * (lose - gain), 0.0
+    for lost in range(images + 1):
+        for gained in range(images + 1 - lost):
+            same = images - lost - gained
+            ways = math.comb(images, lost) * math.comb(images - lost, gained)
+            chance = ways * lose**lost * gain**gained * (1 - lose - gain) ** same
+            if chance > 1e-7:
+                low, high = compare_answers(*_answers(images, lost, gained)).interval
+                covered += chance * (low <= truth <= high)
+    assert covered >= 0.94

@@ -1,0 +1,402 @@
+"""The page in the browser: its answers, its server, and in Chromium."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import io
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dynamicvit import sparsify
+from dynamicvit.core.model import SparseViT
+from dynamicvit.core.schedule import KeepSchedule
+from dynamicvit.io.folder import save_folder
+from dynamicvit.views.demo import Answers, _import_gradio, demo
+from dynamicvit.views.explanation import explain
+from dynamicvit.views.pictures import dim_dropped
+from tests.conftest import tiny_vit
+
+CLASSES = ("a <b>bold</b> name", "b", "c", "d", "e")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sparse model of 16 patches and two stages, whose class names look like HTML."""
+    target = tmp_path_factory.mktemp("demo") / "sparse"
+    schedule = KeepSchedule((1, 2), (0.75, 0.5))
+    save_folder(sparsify(tiny_vit(), schedule=schedule), target, class_names=CLASSES)
+    return target
+
+
+@pytest.fixture(scope="module")
+def answers(folder: Path) -> Answers:
+    return Answers([str(folder), "embedded"])
+
+
+@pytest.fixture(scope="module")
+def photo(folder: Path) -> Path:
+    return _noise(folder.parent / "photo.png", 0)
+
+
+def _noise(path: Path, seed: int) -> Path:
+    pixels = np.random.default_rng(seed).integers(0, 256, (28, 28, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def _pictures(html: str) -> list[np.ndarray]:
+    found = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data in found]
+
+
+def _patches_left(shown: np.ndarray, given: np.ndarray, side: int) -> int:
+    """How many patches of a picture are as they were."""
+    same = (shown == given).all(axis=-1)
+    rows, columns = (length // side for length in same.shape)
+    return int(same.reshape(rows, side, columns, side).all(axis=(1, 3)).sum())
+
+
+# What it answers.
+
+
+@pytest.mark.parametrize("keep_ratio", [0.3, 0.7, 0.95, 1])
+def test_the_pictures_show_what_the_schedule_keeps(
+    answers: Answers, photo: Path, keep_ratio: float
+) -> None:
+    html, scores = answers.show({"path": str(photo)}, "embedded", keep_ratio)
+    counts = KeepSchedule.from_keep_ratio(keep_ratio, 12).counts(196)
+    given, *stages = _pictures(html)
+    assert [_patches_left(stage, given, 4) for stage in stages] == list(counts)
+    for count in counts:
+        assert f"{count} of 196 patches" in html
+    assert len(_pictures(scores)) == 3
+    assert "without trained scorers" in scores
+
+
+def test_a_trained_model_answers_by_its_own_scorers(
+    answers: Answers, photo: Path, folder: Path
+) -> None:
+    html, scores = answers.show({"path": str(photo)}, str(folder), 0.5)
+    model = answers.models[str(folder)]
+    pruned = SparseViT(model.backbone, KeepSchedule((1, 2), (0.5, 0.25)), list(model.scorers))
+    found = explain(pruned, photo)
+    given, *stages = _pictures(html)
+    assert (given == found.pixels).all()
+    for shown, mask in zip(stages, found.masks, strict=True):
+        assert (shown == dim_dropped(found.pixels, mask, found.patch_size)).all()
+    for side in (found.dense, found.pruned):
+        for item in side:
+            assert f"<td>{item.probability:.1%}</td>" in html
+    assert "a &lt;b&gt;bold&lt;/b&gt; name" in html
+    assert "<b>bold" not in html
+    assert "without trained scorers" not in scores
+
+
+def test_costs_are_counted_and_measured(answers: Answers) -> None:
+    html = answers.cost("embedded", 0.5)
+    cells = re.findall(r"<td>([^<]+)</td>", html)
+    dense, pruned, fewer, dense_ms, pruned_ms, _ = cells
+    assert fewer == f"{100 * (1 - float(pruned) / float(dense)):.0f}% fewer"
+    assert 0.1 < float(dense) < 0.3
+    assert min(float(dense_ms), float(pruned_ms)) > 0.1
+    assert answers.cost("embedded", 0.5) is html, "measured anew without being asked"
+    assert answers.cost("embedded", 0.5, again=True) is not html
+
+
+def test_what_cannot_be_read_gives_a_message(answers: Answers, tmp_path: Path) -> None:
+    text = tmp_path / "letter.jpg"
+    text.write_text("not an image")
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(_noise(tmp_path / "whole.png", 1).read_bytes()[:900])
+    empty = tmp_path / "empty.png"
+    empty.touch()
+    bomb = tmp_path / "bomb.png"
+    Image.new("1", (20_000, 20_000)).save(bomb)
+    thin = tmp_path / "thin.png"
+    Image.new("L", (20_000, 2)).save(thin)
+    for path, message in (
+        (text, "cannot read image &lt;x&gt;.jpg: cannot identify image file"),
+        (cut, "cannot read image &lt;x&gt;.jpg: "),
+        (empty, "cannot read image &lt;x&gt;.jpg: cannot identify"),
+        (bomb, "cannot read image &lt;x&gt;.jpg: it has more than 89 million pixels"),
+        (thin, "got 20000 × 2 pixels"),
+        (tmp_path / "gone.png", "no image at &lt;x&gt;.jpg"),
+    ):
+        html, scores = answers.show({"path": str(path), "orig_name": "<x>.jpg"}, "embedded", 0.7)
+        assert 'role="alert"' in html
+        assert message in html
+        assert str(tmp_path) not in html, "the server's folders are nobody's business"
+        assert scores == ""
+    assert "Drop an image" in answers.show(None, "embedded", 0.7)[0]
+
+
+def test_a_large_image_is_read(answers: Answers, tmp_path: Path) -> None:
+    Image.new("RGB", (20_000, 1_000), "teal").save(tmp_path / "wide.png", compress_level=1)
+    html, _ = answers.show({"path": str(tmp_path / "wide.png")}, "embedded", 0.7)
+    assert len(_pictures(html)) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "keep_ratio", "message"),
+    [
+        ("nowhere", 0.7, "model must be one of "),
+        (["embedded"], 0.7, "model must be one of "),
+        ("embedded", 0.0, "keep_ratio must lie in (0, 1], got 0.0"),
+        ("embedded", float("nan"), "keep_ratio must lie in (0, 1], got nan"),
+        ("embedded", "0.7", "keep_ratio must be a number"),
+        ("embedded", None, "keep_ratio must be a number"),
+        ("embedded", 0.1, "ratios must leave at least one of the 196 patch tokens"),
+    ],
+)
+def test_wrong_requests_get_a_message(
+    answers: Answers, photo: Path, name: Any, keep_ratio: Any, message: str
+) -> None:
+    for html in (
+        answers.show({"path": str(photo)}, name, keep_ratio)[0],
+        answers.cost(name, keep_ratio),
+    ):
+        assert 'role="alert"' in html
+        assert message in html
+
+
+def test_mistakes_of_the_one_who_starts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="max_upload must be above 0, got -1"):
+        demo(max_upload=-1)
+    with pytest.raises(ValueError, match="port must lie between 1 and 65535, got 70000"):
+        demo(port=70000)
+    merging = sparsify(tiny_vit(), keep_ratio=0.5, scorer="similarity_merging")
+    save_folder(merging, tmp_path / "merging")
+    with pytest.raises(ValueError, match=r"models must choose tokens, got .*merging with Simil"):
+        Answers([str(tmp_path / "merging")])
+    pooled = tiny_vit(class_token=False, global_pool="avg")
+    save_folder(pooled, tmp_path / "pooled")
+    with pytest.raises(ValueError, match=r"or have a class token .*, got the dense model .*pooled"):
+        Answers([str(tmp_path / "pooled")])
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+        monkeypatch.setenv(name, "")  # what demo sets is undone
+    with pytest.raises(ValueError, match=r"demo needs the extra: pip install 'dynamicvit\[demo\]'"):
+        demo()
+
+
+# Its server.
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[str]:
+    """The address of the command, running."""
+    if importlib.util.find_spec("gradio") is None:
+        pytest.skip("needs the extra demo")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    temporary = folder.parent / "temporary"
+    temporary.mkdir()
+    # One thread, as here: sums are then the same to the bit.
+    around = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
+    command = [sys.executable, "-m", "dynamicvit.cli", "demo", "embedded", str(folder)]
+    with subprocess.Popen(
+        [*command, "--port", str(port), "--max-upload", "1"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=around,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            address = process.stdout.readline().split()[0]
+            if sys.platform == "linux":  # a busy machine does not count
+                fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+                seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+                assert seconds < 10
+            assert address == f"http://127.0.0.1:{port}/"
+            yield address
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+            assert list(temporary.iterdir()) == [], "uploads are left"
+        finally:
+            process.kill()
+
+
+def test_200_requests_of_10_clients_get_their_own_answers(
+    server: str, answers: Answers, folder: Path, tmp_path: Path
+) -> None:
+    from gradio_client import Client, handle_file
+
+    photos = [_noise(tmp_path / f"{number}.png", number) for number in range(10)]
+    settings = [("embedded", 0.5), (str(folder), 0.7), ("embedded", 0.9), (str(folder), 0.5)]
+    expected = {
+        (photo, *setting): answers.show({"path": str(photo)}, *setting)[0]
+        for photo in photos
+        for setting in settings
+    }
+    assert len(set(expected.values())) == len(expected)
+
+    def ask(photo: Path) -> list[bool]:
+        client = Client(server, verbose=False, analytics_enabled=False)
+        return [
+            client.predict(handle_file(photo), *setting, api_name="/show")[0]
+            == expected[photo, *setting]
+            for _ in range(5)
+            for setting in settings
+        ]
+
+    with ThreadPoolExecutor(10) as clients:
+        right = [item for found in clients.map(ask, photos) for item in found]
+    assert right == [True] * 200
+
+
+def test_it_listens_here_alone_and_gives_away_no_files(
+    server: str, photo: Path, tmp_path: Path
+) -> None:
+    import httpx
+
+    port = int(server.rstrip("/").rpartition(":")[2])
+    if sys.platform == "linux":  # where all of 127.0.0.0/8 is this machine
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.2", port), timeout=5)
+    large = tmp_path / "large.png"
+    large.write_bytes(bytes(1_100_000))
+    upload = f"{server}gradio_api/upload"
+    with large.open("rb") as file:
+        assert httpx.post(upload, files={"files": file}).status_code == 413
+    assert httpx.get(f"{server}gradio_api/file={photo}").status_code == 403
+    body = {"data": [{"path": str(photo), "meta": {"_type": "gradio.FileData"}}, "embedded", 0.7]}
+    event = httpx.post(f"{server}gradio_api/call/show", json=body).json()["event_id"]
+    answer = httpx.get(f"{server}gradio_api/call/show/{event}", timeout=60).text
+    assert "event: error" in answer
+    assert "base64" not in answer
+    # Without `meta` Gradio does not look at it.
+    for path in (photo, tmp_path / "nowhere.png", "https://example.com/photo.png"):
+        body = {"data": [{"path": str(path)}, "embedded", 0.7]}
+        event = httpx.post(f"{server}gradio_api/call/show", json=body).json()["event_id"]
+        answer = httpx.get(f"{server}gradio_api/call/show/{event}", timeout=60).text
+        assert "image must be an upload or one of the photos" in answer
+        assert "base64" not in answer
+
+
+def test_what_lies_elsewhere_is_not_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gradio", reason="needs the extra demo")
+    import asyncio
+
+    from gradio import processing_utils
+
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+        monkeypatch.setenv(name, "")
+    before = processing_utils.async_ssrf_protected_download
+    monkeypatch.setattr(processing_utils, "async_ssrf_protected_download", before)
+    image = _import_gradio(tmp_path).Image()
+    with pytest.raises(ValueError, match="image must be an upload, not an address"):
+        asyncio.run(image.async_move_resource_to_block_cache("https://example.com/photo.png"))
+
+
+# In Chromium.
+
+
+@pytest.fixture
+def page(browser: Any, server: str) -> Iterator[Any]:
+    """The page, loaded. What it asks of others, and errors of its scripts, are mistakes."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    found = context.new_page()
+    found.set_default_timeout(60_000)
+    wrong: list[str] = []
+    found.on("pageerror", lambda error: wrong.append(str(error)))
+    inside = (server, "data:", "blob:")
+    asked: list[str] = []
+    found.on("request", lambda request: asked.append(request.url))
+    found.goto(server)
+    found.locator("#shown img").nth(3).wait_for()
+    yield found
+    context.close()
+    wrong += [url for url in asked if not url.startswith(inside)]
+    assert wrong == []
+
+
+def _upload(page: Any, path: Path) -> None:
+    page.locator("#image button[aria-label='Remove Image']").click()
+    page.locator("#shown").get_by_text("Drop an image").wait_for()
+    page.locator("#image input[type=file]").set_input_files(path)
+
+
+def test_the_page_shows_an_upload_and_follows_the_slider(page: Any, photo: Path) -> None:
+    assert page.title() == "dynamicvit"
+    page.locator("#cost td", has_text="fewer").wait_for()
+    before = page.locator("#shown img").first.get_attribute("src")
+    _upload(page, photo)
+    page.locator("#shown img").nth(3).wait_for()
+    assert page.locator("#shown img").first.get_attribute("src") != before
+    assert page.locator("#shown .dv-pruned tbody tr").count() == 5
+    assert page.locator("#scores img").count() == 3
+    for keep_ratio in (0.5, 0.9):
+        page.locator("#ratio input[type=range]").fill(str(keep_ratio))
+        counts = KeepSchedule.from_keep_ratio(keep_ratio, 12).counts(196)
+        page.locator("#shown figcaption", has_text=f"{counts[0]} of 196 patches").wait_for()
+        given, *stages = _pictures(page.locator("#shown").inner_html())
+        assert [_patches_left(stage, given, 4) for stage in stages] == list(counts)
+    # Moves made while others wait: the last one counts.
+    for keep_ratio in (0.3, 0.6, 0.8):
+        page.locator("#ratio input[type=range]").fill(str(keep_ratio))
+    counts = KeepSchedule.from_keep_ratio(0.8, 12).counts(196)
+    page.locator("#shown figcaption", has_text=f"{counts[0]} of 196 patches").wait_for()
+    page.locator("#cost caption", has_text="keep ratio 0.8").wait_for()
+    page.locator(".gallery button, button.gallery-item").first.click()
+    page.locator("#shown .dv-dense th").first.get_by_text("T-shirt/top").wait_for()
+
+
+def test_a_wrong_file_gives_a_message_and_the_page_lives_on(
+    page: Any, photo: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "letter.jpg"
+    text.write_text("not an image")
+    _upload(page, text)
+    message = page.locator("#shown [role=alert]", has_text="cannot read image letter.jpg")
+    message.wait_for()
+    _upload(page, photo)
+    page.locator("#shown img").nth(3).wait_for()
+    assert message.count() == 0
+
+
+def test_another_model_is_picked(page: Any, folder: Path) -> None:
+    page.locator("#model input").click()
+    page.get_by_role("option", name=str(folder)).click()
+    page.locator("#shown figcaption", has_text="of 16 patches").first.wait_for()
+    assert page.locator("#shown img").count() == 3
+    page.locator("#shown th", has_text="a <b>bold</b> name").first.wait_for()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_the_screen_and_is_legible(page: Any, scheme: str) -> None:
+    page.emulate_media(color_scheme=scheme)
+    page.reload()
+    page.locator("#cost td", has_text="fewer").wait_for()
+    for width in (1280, 400):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    dark = page.evaluate("document.body.classList.contains('dark')")
+    assert dark == (scheme == "dark")
+    background = _luminance(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+    for part in (".dv-note", ".dv figcaption", ".dv caption", ".dv td"):
+        ink = page.locator(part).first.evaluate("part => getComputedStyle(part).color")
+        low, high = sorted((background, _luminance(ink)))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, f"{part} is hard to read (WCAG 2, AA)"
+
+
+def _luminance(colour: str) -> float:
+    """Of "rgb(r, g, b)", relative, as WCAG 2 defines it."""
+    shares = [int(number) / 255 for number in re.findall(r"\d+", colour)[:3]]
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in shares]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
