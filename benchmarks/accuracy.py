@@ -41,7 +41,8 @@ import dynamicvit
 from benchmarks.cluttered import CANVAS, write_cluttered
 from benchmarks.tables import STEP_BASELINES, draw, print_table, summarise, write_page
 from dynamicvit import KeepSchedule, SparseViT, sparsify
-from dynamicvit.core.baselines import LEARNING, SCORERS, Merger
+from dynamicvit.core.selectors import SELECTORS
+from dynamicvit.core.selectors.merging import Merger
 from dynamicvit.evaluation.data import create_image_loader, open_data
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.evaluate import evaluate_model
@@ -55,9 +56,9 @@ from dynamicvit.training.fit import BEST, METRICS, train
 from dynamicvit.training.task import DenseTask, SparseTask
 
 RESULT, FINAL, JSON, PLOT = "result.json", "final", "accuracy.json", "accuracy.png"
-BASELINES = tuple(name for name in SCORERS if name != "learned")
+BASELINES = tuple(name for name in SELECTORS if name != "learned")
 BASELINE_RATIOS = (0.7, 0.5)
-MERGING = tuple(name for name in BASELINES if issubclass(SCORERS[name], Merger))
+MERGING = tuple(name for name in BASELINES if issubclass(SELECTORS[name], Merger))
 LOSSES = ("cross_entropy", "ratio", "logit_kl", "token")
 WARM_START = 120  # steps, of those that a row has; half of them at most
 # Of what learns to choose, which begins at the ratio by default. With the paper's weight of 2, the
@@ -207,7 +208,7 @@ def plan(scale: Scale, seeds: int = 1, depth: int = 12) -> list[Row]:
             row = f"{name}-{ratio}"
             headline = ratio == 0.5 or name in STEP_BASELINES
             untrained.append(Row(f"{row}-untrained", "main", 0, name, ratio))
-            options = BEST_START if name in LEARNING else {}
+            options = BEST_START if SELECTORS[name].learns else {}
             tuned.append(Row(row, "main", full, name, ratio, headline=headline, options=options))
     # The dense model, fine-tuned as the others are: what they gain without anything that leaves.
     kept = Row("all-kept", "main", full, "random", 1.0, headline=True)
@@ -372,7 +373,7 @@ class Bench:
             **RECIPE,
             "lr": 1e-3 * 1024 / batch,  # 1e-3 in each step; it is multiplied by batch / 1024
             "kept_gradients": self.accelerator.device.type == "cpu" and row.scorer is not None,
-            "start_at_ratio": row.scorer in LEARNING,
+            "start_at_ratio": row.scorer is not None and SELECTORS[row.scorer].learns,
             **(of_dense if row.scorer is None else of_sparse),
             "epochs": epochs,
             **row.options,
@@ -509,11 +510,11 @@ class Bench:
         seconds: dict[str, float] = {}
         for kind in ("dense", "learned", "similarity_merging"):
             student = dense if kind == "dense" else sparsify(dense, 0.7, scorer=kind)
-            if isinstance(student, SparseViT):
-                student.set_kept_gradients(device.type == "cpu")
             task: nn.Module = DenseTask(student)
             if kind != "dense":
-                task = SparseTask(cast(SparseViT, student), copy.deepcopy(dense))
+                kept = device.type == "cpu"
+                sparse = cast(SparseViT, student)
+                task = SparseTask(sparse, copy.deepcopy(dense), kept_gradients=kept)
             task.to(device).train()
             times = []
             for _ in range(3):

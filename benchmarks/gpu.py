@@ -52,7 +52,7 @@ from benchmarks.training_step import (
     print_steps,
 )
 from dynamicvit import SparseViT, count_gmacs, sparsify
-from dynamicvit.core.scorer import RandomScorer
+from dynamicvit.core.selectors.rules import RandomScorer
 from dynamicvit.deploy.benchmark import peak_bytes, random_batches, weight_bytes
 from dynamicvit.deploy.engines import Engine, build, find_device
 from dynamicvit.deploy.verify import TIE

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.tables import STEP_BASELINES, summarise, tables, write_page
 from dynamicvit import cli, count_gmacs, sparsify
-from dynamicvit.core.baselines import SCORERS
+from dynamicvit.core.selectors import SELECTORS
 from dynamicvit.evaluation.evaluate import evaluate
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.defaults import FEW_IMAGES, complete
@@ -202,7 +202,7 @@ def test_the_comparison_s_claims_are_those_measured() -> None:
 def test_the_comparison_s_orders_are_those_measured() -> None:
     """What docs/results.md says in words of which row is before which."""
     rows = {row["row"]: row for row in summarise(ROWS["small"])}
-    rules = [name for name in SCORERS if name != "learned"]
+    rules = [name for name in SELECTORS if name != "learned"]
 
     def best(ratio: float, kind: str = "") -> list[str]:
         return sorted(rules, key=lambda name: -rows[f"{name}-{ratio}{kind}"]["top1"])
@@ -286,7 +286,7 @@ def test_the_order_where_images_have_a_background_is_that_measured() -> None:
             named = [row for name, row in of.items() if name.split("-")[1:2] == [str(ratio)]]
             costs = [row["gmacs"] for row in named if row["table"] == "main"]
             assert costs == [] or max(costs) < 1.04 * min(costs)
-    untrained = order("cluttered", "-untrained", [name for name in SCORERS if name != "learned"])
+    untrained = order("cluttered", "-untrained", [name for name in SELECTORS if name != "learned"])
     assert (untrained[0], untrained[-1]) == ("similarity_merging", "class_attention")
     untrained.sort(key=lambda name: rows["full"][f"{name}-0.5-untrained"]["top1"])
     assert untrained[0] == "class_attention"

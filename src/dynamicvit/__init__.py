@@ -4,11 +4,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from dynamicvit import models
-from dynamicvit.core.backbone import UnsupportedBackbone
+from dynamicvit.core.backbones import UnsupportedBackbone
 from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseOutput, SparseViT, sparsify
 from dynamicvit.core.schedule import KeepSchedule
-from dynamicvit.core.scorer import TokenScorer
+from dynamicvit.core.selectors.learned import TokenScorer
 from dynamicvit.io.load import load
 from dynamicvit.io.released import from_released
 

@@ -21,7 +21,7 @@ import docstring_parser
 from jsonargparse import ArgumentParser
 
 from dynamicvit import __version__
-from dynamicvit.core.backbone import UnsupportedBackbone
+from dynamicvit.core.backbones import UnsupportedBackbone
 from dynamicvit.deploy.benchmark import benchmark
 from dynamicvit.deploy.export import export
 from dynamicvit.deploy.predict import predict

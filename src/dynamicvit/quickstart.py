@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 import dynamicvit
 from dynamicvit.core.model import SparseViT
-from dynamicvit.core.scorer import RandomScorer
+from dynamicvit.core.selectors.rules import RandomScorer
 from dynamicvit.evaluation.data import ImageData, create_image_loader, open_data
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.evaluate import Evaluation, evaluate_model, input_size, print_evaluations

@@ -21,6 +21,7 @@ from dynamicvit import (
     count_gmacs,
     sparsify,
 )
+from dynamicvit.core.selectors import Selector, Stage
 from tests.conftest import randomise, tiny_vit
 
 THREE = KeepSchedule.from_keep_ratio(0.7, depth=4)
@@ -197,7 +198,8 @@ def test_train_and_eval_run_the_same_algorithm() -> None:
     assert not torch.equal(one, two), "training draws decisions"
     again = sparse.eval().masked(images)
     assert torch.equal(again.keep[0], sparse.eval().masked(images).keep[0])
-    assert torch.equal(again.keep[0], (again.scores[0] > 0).float())
+    pruned = sparse.pruned(images)
+    assert all(torch.equal(*both) for both in zip(again.keep, pruned.keep, strict=True))
 
 
 def test_a_distilled_model_returns_one_tensor_in_training() -> None:
@@ -336,15 +338,19 @@ def test_it_answers_timms_questions_as_the_dense_model_does() -> None:
 
 
 def test_scorers_can_be_given() -> None:
-    """Any module that scores tokens will do: here the first tokens are worth most."""
+    """A selector of one's own: here the first tokens are worth most."""
 
-    class First(nn.Module):
-        def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-            return 4.5 - torch.arange(x.shape[1], dtype=x.dtype).expand(x.shape[:2])
+    class First(Selector):
+        def forward(
+            self, x_BNC: Tensor, keep_BN: Tensor | None = None, stage: Stage | None = None
+        ) -> Tensor:
+            return 4.5 - torch.arange(x_BNC.shape[1], dtype=x_BNC.dtype).expand(x_BNC.shape[:2])
 
     sparse = SparseViT(tiny_vit(), KeepSchedule((1,), (0.25,)), [First()]).eval()
-    assert sparse.pruned(_images()).keep[0].tolist() == [[1.0] * 4 + [0.0] * 12] * 2
-    assert sparse.masked(_images()).keep[0].tolist() == [[1.0] * 5 + [0.0] * 11] * 2
+    for found in (sparse.pruned(_images()), sparse.masked(_images())):
+        assert found.keep[0].tolist() == [[1.0] * 4 + [0.0] * 12] * 2
+    with pytest.raises(TypeError, match="each of scorers must be a Selector, got Linear"):
+        SparseViT(tiny_vit(), KeepSchedule((1,), (0.25,)), [nn.Linear(2, 2)])
 
 
 DENSE = tiny_vit()

@@ -386,7 +386,8 @@ def _swap(sparse: SparseViT) -> Callable[[Tensor, Tensor, Tensor], Any]:
         best = scores.masked_fill(keep > 0, float("-inf")).argmax(1)
         worst = scores.masked_fill(keep == 0, float("inf")).argmin(1)
         kept = torch.where(kept == worst[:, None], best[:, None], kept)
-        return verify._run_given(sparse, images, [kept])[0], kept
+        final, _ = sparse.run(images, verify._Given([kept]))
+        return sparse.forward_head(final.x), kept
 
     return run
 

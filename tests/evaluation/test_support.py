@@ -18,7 +18,8 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from dynamicvit import SparseViT, UnsupportedBackbone, cli, sparsify
-from dynamicvit.core import model as core_model
+from dynamicvit.core import paths
+from dynamicvit.core import tokens as tokens_module
 from dynamicvit.evaluation import support as zoo
 from dynamicvit.models.lvvit import LVViT
 from tests.conftest import randomise
@@ -156,7 +157,7 @@ def test_positions_leave_with_their_tokens(name: str, seed: int) -> None:
     images = _images(sparse.backbone)
     expected = sparse(images)
     shuffle = torch.Generator().manual_seed(seed)
-    topk = core_model.topk_keep
+    topk = paths.topk_keep
 
     def shuffled(scores: Tensor, count: int) -> Tensor:
         kept = topk(scores, count)
@@ -164,13 +165,13 @@ def test_positions_leave_with_their_tokens(name: str, seed: int) -> None:
         return kept.gather(1, order)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(core_model, "topk_keep", shuffled)
+        patch.setattr(paths, "topk_keep", shuffled)
         _near(sparse(images), expected)
     # The test can fail: without its embeddings a token is another one.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(core_model, "topk_keep", shuffled)
+        patch.setattr(paths, "topk_keep", shuffled)
         patch.setattr(
-            core_model.adapter, "gather_rope", lambda rope, kept: rope[..., : kept.shape[1], :]
+            tokens_module, "gather_rope", lambda rope, kept: rope[..., : kept.shape[1], :]
         )
         assert (sparse(images) - expected).abs().max() > 1e-3
 

@@ -19,11 +19,11 @@ import yaml
 from safetensors.torch import load_file
 
 import dynamicvit
-import dynamicvit.core.backbone as backbone
 import dynamicvit.training.fit as fit
-from dynamicvit.core.backbone import UnsupportedBackbone
-from dynamicvit.core.baselines import READING, scorer_name
+from dynamicvit.core.backbones import UnsupportedBackbone
+from dynamicvit.core.backbones import base as backbone
 from dynamicvit.core.model import SparseViT, sparsify
+from dynamicvit.core.selectors import SELECTORS, name_of
 from dynamicvit.io.folder import save_folder
 from dynamicvit.training.checkpoints import CHECKPOINTS, find_checkpoints
 from dynamicvit.training.config import TrainConfig
@@ -103,7 +103,7 @@ def test_a_stream_has_no_shorter_epochs(
         train(TrainConfig(**options, epoch_images=8))
 
 
-@pytest.mark.parametrize("scorer", READING)
+@pytest.mark.parametrize("scorer", [name for name, kind in SELECTORS.items() if kind.reads_blocks])
 def test_rules_that_read_blocks_are_not_sharded(options: dict[str, Any], scorer: str) -> None:
     student, teacher = sparsify(tiny_vit(), 0.7, scorer=scorer), tiny_vit()
     processes: Any = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
@@ -118,7 +118,7 @@ def test_other_rules_are_trained_and_saved(options: dict[str, Any], scorer: str)
     train(TrainConfig(**options))
     model = dynamicvit.load(Path(options["output"]) / BEST)
     assert isinstance(model, SparseViT)
-    assert scorer_name(model.scorers) == scorer
+    assert name_of(model.scorers) == scorer
     before = dynamicvit.load(options["model"]).state_dict()
     after = cast(Any, model.backbone).state_dict()
     assert any(not torch.equal(before[key], after[key]) for key in before), "nothing was learned"
@@ -441,17 +441,18 @@ def test_gradients_of_kept_tokens_alone_make_the_same_run(
 ) -> None:
     made = []
 
-    class Counted(KeptGradients):
-        def __init__(self, *arguments: Any) -> None:
-            made.append(arguments)
-            super().__init__(*arguments)
+    make = KeptGradients.__init__
 
-    monkeypatch.setattr("dynamicvit.core.model.KeptGradients", Counted)
+    def counted(self: KeptGradients, *arguments: Any) -> None:
+        made.append(arguments)
+        make(self, *arguments)
+
+    monkeypatch.setattr(KeptGradients, "__init__", counted)
     options |= {"epochs": 1, "freeze_epochs": 0}
     train(TrainConfig(**options, kept_gradients=False))
     assert not made
     train(TrainConfig(**options | {"output": options["output"] + "_2"}))  # the default on a CPU
-    assert len(made) == 4 * 4, "in each step before the first stage, and at each of three"
+    assert len(made) == 4 * 5, "in each step for the teacher, before the first stage, and at three"
     runs = [
         [line for line in _lines(options["output"] + end) if line["kind"] == "train"]
         for end in ("", "_2")

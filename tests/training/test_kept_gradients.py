@@ -10,8 +10,10 @@ from timm.models import vision_transformer as vit
 from torch import Tensor
 
 from dynamicvit import KeepSchedule, SparseViT, sparsify
+from dynamicvit.core.paths import Masked
 from dynamicvit.training import kept_gradients
-from dynamicvit.training.kept_gradients import KeptGradients
+from dynamicvit.training.kept_gradients import KeptGradients, KeptMasked
+from dynamicvit.training.task import SparseTask
 from tests.conftest import randomise, tiny_vit
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -41,11 +43,11 @@ def _gradients(
     sparse: SparseViT, enable: bool, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
     """Of a loss that sees what the paper's losses see: logits, kept tokens, decisions."""
-    sparse.set_kept_gradients(enable)
+    path = KeptMasked if enable else Masked
     sparse.zero_grad()
     torch.manual_seed(0)
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        found = sparse.masked(IMAGES)
+        found = sparse.masked(IMAGES, path=path)
         tokens = found.tokens.square() * (found.keep[-1].detach() > 0).unsqueeze(-1)
         shares = torch.stack([keep.mean() for keep in found.keep])
         loss = found.logits.float().square().mean() + tokens.float().mean() + shares.square().sum()
@@ -86,12 +88,12 @@ def test_where_no_token_is_kept() -> None:
     given = [torch.zeros(3, 16)] * 3
     gradients = []
     for enable in (False, True):
-        sparse.set_kept_gradients(enable)
+        path = KeptMasked if enable else Masked
         sparse.zero_grad()
-        sparse.masked(IMAGES, given).logits.square().mean().backward()
+        sparse.masked(IMAGES, given, path=path).logits.square().mean().backward()
         gradients.append(sparse.backbone.head.weight.grad)
     torch.testing.assert_close(*gradients)
-    assert sparse.masked(IMAGES[:0]).logits.shape == (0, sparse.num_classes)
+    assert sparse.masked(IMAGES[:0], path=KeptMasked).logits.shape == (0, sparse.num_classes)
 
 
 def test_there_are_no_second_order_gradients() -> None:
@@ -139,7 +141,7 @@ def test_less_is_kept_for_the_backward_pass() -> None:
     sparse = _sparse()
     sizes = []
     for enable in (False, True):
-        sparse.set_kept_gradients(enable)
+        path = KeptMasked if enable else Masked
         saved: weakref.WeakSet[_Saved] = weakref.WeakSet()  # those that something still holds
 
         def pack(tensor: Tensor, saved: weakref.WeakSet[_Saved] = saved) -> _Saved:
@@ -149,7 +151,7 @@ def test_less_is_kept_for_the_backward_pass() -> None:
 
         torch.manual_seed(0)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
-            output = sparse.masked(IMAGES)
+            output = sparse.masked(IMAGES, path=path)
         storages = {box.tensor.untyped_storage() for box in saved}
         sizes.append(sum({s.data_ptr(): s.nbytes() for s in storages}.values()))
         del output
@@ -160,12 +162,9 @@ def test_nothing_else_changes() -> None:
     sparse = _sparse()
     torch.manual_seed(0)
     plain = sparse.masked(IMAGES)
-    sparse.set_kept_gradients()
     torch.manual_seed(0)
-    kept = sparse.masked(IMAGES)
+    kept = sparse.masked(IMAGES, path=KeptMasked)
     torch.testing.assert_close(kept, plain)
-    with torch.no_grad():
-        torch.testing.assert_close(sparse.eval()(IMAGES), sparse.pruned(IMAGES).logits)
 
 
 def test_decisions_in_between_drop_nothing() -> None:
@@ -174,23 +173,36 @@ def test_decisions_in_between_drop_nothing() -> None:
     given = [torch.full((3, 16), 0.5)] * 3
     gradients = []
     for enable in (False, True):
-        sparse.set_kept_gradients(enable)
+        path = KeptMasked if enable else Masked
         sparse.zero_grad()
-        sparse.masked(IMAGES, given).logits.square().mean().backward()
+        sparse.masked(IMAGES, given, path=path).logits.square().mean().backward()
         gradients.append(sparse.backbone.patch_embed.proj.weight.grad)
     torch.testing.assert_close(*gradients)
 
 
-def test_other_savings_come_first() -> None:
-    """Checkpointed blocks are run again where nothing stands in; compiled ones have no rows."""
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_other_savings_come_first(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpointed blocks are run again where nothing stands in."""
     sparse = _sparse()
-    plain = _gradients(sparse, False)
-    sparse.set_grad_checkpointing()
-    for key, gradient in _gradients(sparse, True).items():
-        torch.testing.assert_close(gradient, plain[key])
-    sparse.set_grad_checkpointing(False)
-    compiled = torch.compile(sparse.masked, backend="aot_eager", fullgraph=True)
-    torch.manual_seed(0)
-    expected = sparse.masked(IMAGES)
-    torch.manual_seed(0)
-    torch.testing.assert_close(compiled(IMAGES).logits, expected.logits, atol=1e-4, rtol=1e-4)
+    sparse.set_grad_checkpointing(checkpointing)
+    task = SparseTask(sparse, tiny_vit(), kept_gradients=True).train()
+    entered: list[str] = []
+    enter = KeptGradients.__enter__
+
+    def note(self: KeptGradients) -> Any:
+        entered.append("here")
+        return enter(self)
+
+    monkeypatch.setattr(KeptGradients, "__enter__", note)
+    task(IMAGES, torch.arange(3))
+    assert bool(entered) != checkpointing
+
+
+def test_a_compiled_task_leaves_nothing_out() -> None:
+    task = SparseTask(_sparse(), tiny_vit(), kept_gradients=True)
+    compiled = torch.compile(task, backend="aot_eager", fullgraph=True)
+    losses = []
+    for run in (task, compiled):
+        torch.manual_seed(0)
+        losses.append(run(IMAGES, torch.arange(3))["loss"])
+    torch.testing.assert_close(*losses, atol=1e-4, rtol=1e-4)

@@ -11,7 +11,7 @@ import torch
 import dynamicvit.training.fit as fit
 import dynamicvit.training.metrics as records
 from dynamicvit.core.model import SparseViT, sparsify
-from dynamicvit.core.scorer import TokenScorer
+from dynamicvit.core.selectors.learned import TokenScorer
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.fit import METRICS, train
 from dynamicvit.training.metrics import CollapseWatch, check_trackers

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import dynamicvit
 from dynamicvit import KeepSchedule, SparseViT, sparsify
-from dynamicvit.core.scorer import RandomScorer
+from dynamicvit.core.selectors.rules import RandomScorer
 from dynamicvit.io.predictions import predict
 from dynamicvit.views.explanation import Explanation, explain
 from tests.conftest import randomise, tiny_vit

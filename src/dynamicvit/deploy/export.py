@@ -26,9 +26,8 @@ from timm.data import resolve_input_data_config
 from torch import Tensor, nn
 
 from dynamicvit import __version__
-from dynamicvit.core.baselines import Merger
 from dynamicvit.core.model import SparseViT
-from dynamicvit.core.scorer import RandomScorer
+from dynamicvit.core.paths import Pruned
 from dynamicvit.deploy.verify import Agreement, Engine, Found, compare, find_images, load_images
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.evaluate import backbone_of, input_size, token_counts
@@ -307,17 +306,17 @@ class _Graph(nn.Module):
         images = images.to(self.dtype)
         if not isinstance(self.model, SparseViT):
             return (self.model(images).float(),)
-        x, stages, _ = self.model._run_pruned(images, trace=True)
-        kept = torch.cat([present for _, _, present in stages], dim=1)
-        return self.model.forward_head(x).float(), kept
+        final, choices = self.model.run(images, Pruned(trace=True))
+        kept = torch.cat([cast(Tensor, choice.kept) for choice in choices], dim=1)
+        return self.model.forward_head(final.x).float(), kept
 
 
 def trace(model: nn.Module, dtype: torch.dtype) -> torch.export.ExportedProgram:
     for scorer in getattr(model, "scorers", ()):
-        if isinstance(scorer, Merger | RandomScorer):
+        if scorer.merges or scorer.draws:
             raise ValueError(
-                "model must choose tokens by what they hold to be exported, neither merge them nor "
-                f"draw lots, got {type(scorer).__name__}"
+                "model must have a deterministic selector that drops tokens to be exported, got "
+                f"{type(scorer).__name__}"
             )
     inner = model.fuse() if isinstance(model, SparseViT) else copy.deepcopy(model)
     graph = _Graph(inner, dtype).eval().requires_grad_(False)

@@ -21,7 +21,7 @@ from timm.data import resolve_input_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dynamicvit.core.backbone import Backbone
+from dynamicvit.core.backbones import Backbone
 from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseViT
 from dynamicvit.evaluation.data import (

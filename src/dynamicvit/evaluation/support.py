@@ -10,7 +10,7 @@ import timm
 import torch
 from timm.models import is_model_in_modules
 
-from dynamicvit.core.backbone import UnsupportedBackbone, check_backbone
+from dynamicvit.core.backbones import UnsupportedBackbone, adapter_of
 from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.schedule import KeepSchedule
@@ -76,7 +76,7 @@ def check(name: str, keep_ratio: float = 0.7) -> Support:
     model = build_on_meta(name)
     family = type(model).__name__
     try:
-        check_backbone(model)
+        adapter_of(model)
     except UnsupportedBackbone as error:
         return Support(name, family, str(error).partition(" is not supported: ")[2])
     config = timm.data.resolve_input_data_config(model)

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from dynamicvit.core.baselines import check_scorer, scorer_name
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.schedule import KeepSchedule
+from dynamicvit.core.selectors import check_name, name_of
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -36,7 +36,7 @@ def save_folder(
     """Write a dense timm model or a SparseViT to `folder`, whole or not at all.
 
     `config.json` holds architecture, preprocessing, class names and, for a SparseViT, the schedule
-    and what decides (`dynamicvit.core.baselines.SCORERS`).
+    and what decides (`dynamicvit.core.selectors.SELECTORS`).
     A dense folder is one that `timm.create_model("local-dir:…", pretrained=True)` reads too.
 
     Args:
@@ -58,7 +58,7 @@ def save_folder(
             f"got {type(backbone).__name__} without an architecture name"
         )
     scorers: Any = getattr(model, "scorers", ())
-    scorer = scorer_name(scorers)
+    scorer = name_of(scorers)
     if schedule is not None and scorer is None:
         kinds = ", ".join(dict.fromkeys(type(module).__name__ for module in scorers))
         raise TypeError(
@@ -139,7 +139,7 @@ def load_folder(folder: str | os.PathLike[str]) -> nn.Module:
             raise ValueError(f"{where}: 'dynamicvit' must hold blocks and ratios, got {sparse!r}")
         try:
             scorer = sparse.get("scorer", "learned")  # older folders do not name it
-            check_scorer(scorer)
+            check_name(scorer)
             model = SparseViT(model, KeepSchedule(sparse["blocks"], sparse["ratios"]), scorer)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from error

@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dynamicvit.core import backbone as adapter
-from dynamicvit.core.backbone import Backbone, UnsupportedBackbone
+from dynamicvit.core.backbones import Backbone, UnsupportedBackbone, adapter_of
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.io.folder import load_strictly, save_folder
@@ -246,7 +245,7 @@ def _build(
     try:
         with torch.device("meta"):
             model: Any = timm.create_model(architecture, **sizes)
-        adapter.check_backbone(model)
+        adapter_of(model)
         sizes["img_size"] = _image_size(weights, model, source, img_size)
         return timm.create_model(architecture, **sizes)
     except UnsupportedBackbone:

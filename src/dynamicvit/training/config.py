@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from dynamicvit.core.baselines import LEARNING, check_scorer
 from dynamicvit.core.schedule import KeepSchedule
+from dynamicvit.core.selectors import SELECTORS, check_name
 from dynamicvit.evaluation.evaluate import check_precision
 
 # Options that differ from TrainConfig's defaults, which are the paper's. The warm start of the
@@ -197,9 +197,9 @@ class TrainConfig:
             KeepSchedule(tuple(self.blocks), tuple(self.ratios))
         elif self.keep_ratio is not None:
             KeepSchedule.from_keep_ratio(self.keep_ratio, depth=12)
-        check_scorer(self.scorer)
+        check_name(self.scorer)
         for name in ("warm_start", "freeze_epochs"):
-            if self.sparse and getattr(self, name) and self.scorer not in LEARNING:
+            if self.sparse and getattr(self, name) and not SELECTORS[self.scorer].learns:
                 raise ValueError(
                     f"{name} must be 0 with scorer {self.scorer}, which has nothing to learn, "
                     f"got {getattr(self, name)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from dynamicvit.core.baselines import LEARNING
+from dynamicvit.core.selectors import SELECTORS
 from dynamicvit.training.config import TrainConfig
 
 # The paper's recipe is for the 1.28 million images of ImageNet. Thirty epochs of fewer than this
@@ -36,7 +36,7 @@ def complete(
         lr = (1e-3 if config.sparse else 1e-4) * 1024 / batch  # it is multiplied by batch / 1024
     found = {
         "lr": lr,
-        "freeze_epochs": config.epochs // 6 if config.scorer in LEARNING else 0,
+        "freeze_epochs": config.epochs // 6 if SELECTORS[config.scorer].learns else 0,
         "warmup_epochs": config.epochs // 6,
         "start_at_ratio": few,
     }

@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
-from dynamicvit.core.backbone import Backbone, check_backbone
-from dynamicvit.core.baselines import LEARNING, READING
+from dynamicvit.core.backbones import Backbone, adapter_of
 from dynamicvit.core.model import SparseViT, sparsify
 from dynamicvit.core.schedule import KeepSchedule
+from dynamicvit.core.selectors import SELECTORS
 from dynamicvit.evaluation.data import (
     DataError,
     ImageData,
@@ -267,7 +267,7 @@ def _set_up(config: TrainConfig, resume: bool) -> _Run:
     if isinstance(dense, SparseViT):
         raise ValueError(f"model must be dense to start from, got the sparse model {config.model}")
     if config.sparse:
-        check_backbone(dense)
+        adapter_of(dense)
     start = config
     if config.sparse and config.dense_epochs and _other_classes(dense, train_data.class_names):
         start = _train_dense_first(config, resume, accelerator, dense, train_data)
@@ -318,12 +318,6 @@ def _set_up(config: TrainConfig, resume: bool) -> _Run:
     drop_paths = place_drop_paths(student)
     if config.checkpoint_activations:
         cast(Any, student).set_grad_checkpointing()
-    if isinstance(student, SparseViT):
-        kept_gradients = config.kept_gradients
-        if kept_gradients is None:
-            otherwise = config.compile or config.checkpoint_activations
-            kept_gradients = accelerator.device.type == "cpu" and not otherwise
-        student.set_kept_gradients(kept_gradients)
     student.to(accelerator.device)
     found = load_place(output) if resume else None
     if found is not None:
@@ -444,7 +438,7 @@ def _create_student(
     )
     if config.drop_path:
         _set_drop_path(sparse.backbone, config.drop_path)
-    if config.start_at_ratio and config.scorer in LEARNING:
+    if config.start_at_ratio and SELECTORS[config.scorer].learns:
         for scorer, ratio in zip(sparse.scorers, sparse.schedule.step_ratios(), strict=True):
             cast(Any, scorer).set_keep_prior(ratio)
     return sparse, cast(Backbone, dense)
@@ -519,13 +513,23 @@ def _distribute(
             token=config.token_weight,
         )
         mean = mean_over_processes if accelerator.num_processes > 1 else None
-        task = SparseTask(cast(SparseViT, student), teacher, weights, config.label_smoothing, mean)
+        kept_gradients = config.kept_gradients
+        if kept_gradients is None:
+            kept_gradients = accelerator.device.type == "cpu"
+        task = SparseTask(
+            cast(SparseViT, student),
+            teacher,
+            weights,
+            config.label_smoothing,
+            mean,
+            kept_gradients and not config.compile,
+        )
     task.to(accelerator.device)
     if config.compile:
         task.compile()
     if not (config.shard or launched_with_fsdp()) or accelerator.num_processes == 1:
         return accelerator.prepare_model(task), None
-    if teacher is not None and config.scorer in READING:
+    if teacher is not None and SELECTORS[config.scorer].reads_blocks:
         raise ValueError(
             "shard must be false (and FSDP not asked for) with a scorer that reads weights of "
             f"blocks, got {config.scorer}"

@@ -119,7 +119,7 @@ def distillation_loss(
             `keep`, where tokens are merged: none of the student's then is one of the teacher's, and
             `ratio` and `token` are left out.
         teacher_logits, teacher_tokens: [B, K] and [B, N, C] of the dense teacher, from
-            `dynamicvit.core.backbone.masked_head`.
+            `Adapter.masked_head`.
         targets: class indices [B], or probabilities [B, K].
         ratios: the schedule's ratios.
         weights: of the terms. A term of weight 0 is still computed, to be looked at.

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from dynamicvit.core.backbone import UnsupportedBackbone
+from dynamicvit.core.backbones import UnsupportedBackbone
 from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseViT, sparsify
 from dynamicvit.core.schedule import KeepSchedule
