@@ -128,7 +128,7 @@ def test_importing_the_package_costs_no_more_than_its_foundations() -> None:
         "import dynamicvit; print(*(set(sys.modules) - before))"
     )
     run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=3600
     )
     loaded = set(run.stdout.split())
     assert "dynamicvit.core.model" in loaded
