@@ -157,8 +157,12 @@ def test_stages_are_named_and_timed() -> None:
 
 
 def test_benchmark_writes_what_it_measured(
-    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(engines, "has_bfloat16", lambda: True)  # torch computes it everywhere
     output, plot = tmp_path / "speed.json", tmp_path / "speed.svg"
     arguments = ["benchmark", folder, "--engines", "[eager]", "--batch_sizes", "[1,2]"]
     arguments += ["--seconds", "0", "--output", str(output), "--plot", str(plot)]
@@ -207,6 +211,17 @@ def test_what_cannot_be_measured_is_refused(
 def test_a_ratio_is_refused_before_a_model_is_looked_for() -> None:
     with pytest.raises(ValueError, match=r"keep_ratio must .* got 1\.5"):
         benchmark("no_such_model", keep_ratio=1.5)
+
+
+def test_on_a_processor_without_bfloat16(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name it is refused before a model is looked for; by default it is left out."""
+    monkeypatch.setattr(engines, "has_bfloat16", lambda: False)
+    message = "this processor has no bfloat16, got it for engine 'eager'"
+    with pytest.raises(ValueError, match=message):
+        benchmark("no_such_model", engines=["eager"], precisions=["bfloat16"])
+    result = benchmark(folder, engines=["eager"], batch_sizes=[1], seconds=0)
+    assert [item["precision"] for item in result["measurements"]] == ["float32"]
+    engines.check_engine("eager", "bfloat16", "cuda")
 
 
 def test_engines_of_the_cpu_are_refused_on_a_gpu() -> None:

@@ -219,7 +219,7 @@ def test_loader_processes_end_by_their_parent_s_sigterm_alone(images: Path) -> N
     next(iterator)
     [worker] = iterator._workers
     worker.terminate()
-    worker.join(timeout=10)
+    worker.join(timeout=3600)
     assert worker.exitcode == 0
 
 

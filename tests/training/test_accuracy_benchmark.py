@@ -342,7 +342,7 @@ sys.exit(accuracy.main(sys.argv[1:]))
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=300,
+        timeout=3600,
         check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dynamicvit import KeepSchedule, SparseViT, sparsify
 from dynamicvit.core.paths import Masked
+from dynamicvit.evaluation.processor import has_bfloat16
 from dynamicvit.training import kept_gradients
 from dynamicvit.training.kept_gradients import KeptGradients, KeptMasked
 from dynamicvit.training.task import SparseTask
@@ -74,13 +75,39 @@ def test_gradients_are_those_of_all_tokens(
     assert any(not torch.equal(kept[key], plain[key]) for key in plain), "it is another way"
 
 
-def test_gradients_in_mixed_precision() -> None:
+@pytest.mark.parametrize("by_onednn", [False, True])
+def test_gradients_in_mixed_precision(by_onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On processors without bfloat16 too, where oneDNN refuses it and torch has loops for it."""
+    if by_onednn and not has_bfloat16():
+        pytest.skip("this processor has no bfloat16")
+    asked: list[torch.dtype] = []
+
+    def product(x: Tensor, *others: Tensor | None) -> Tensor:
+        asked.append(x.dtype)
+        return _product(x, *others)
+
+    _product: Any = kept_gradients._product
+    monkeypatch.setattr(kept_gradients, "_product", product)
+    monkeypatch.setattr(kept_gradients, "has_bfloat16", lambda: by_onednn)
     sparse = _sparse()
     plain = _gradients(sparse, False, torch.bfloat16)
     kept = _gradients(sparse, True, torch.bfloat16)
     for key, gradient in plain.items():
         assert kept[key].isfinite().all()
         assert (kept[key] - gradient).norm() <= 0.05 * gradient.norm() + 1e-4, key
+    assert (torch.bfloat16 in asked) == by_onednn
+
+
+def test_gradients_in_double_precision() -> None:
+    sparse = _sparse().double()
+    gradients = []
+    for enable in (False, True):
+        path = KeptMasked if enable else Masked
+        sparse.zero_grad()
+        torch.manual_seed(0)
+        sparse.masked(IMAGES.double(), path=path).logits.square().mean().backward()
+        gradients.append(sparse.backbone.patch_embed.proj.weight.grad)
+    torch.testing.assert_close(*gradients, atol=1e-8, rtol=1e-6)
 
 
 def test_where_no_token_is_kept() -> None:

@@ -460,7 +460,7 @@ def test_the_page_passes_the_validator(run: Path) -> None:
         pytest.skip("the validator needs Java")
     arguments = ["java", "-jar", str(jar / "vnu.jar"), "--also-check-css", "--format", "json"]
     done = subprocess.run(
-        [*arguments, str(run / "report.html")], capture_output=True, text=True, timeout=300
+        [*arguments, str(run / "report.html")], capture_output=True, text=True, timeout=3600
     )
     messages = json.loads(done.stderr)["messages"]
     assert [(item["type"], item["message"]) for item in messages] == []
@@ -476,6 +476,7 @@ def test_the_page_is_accessible_offline(browser: Any, run: Path, width: int, sch
     options = {"offline": True, "bypass_csp": True}
     context = browser.new_context(viewport=view, color_scheme=scheme, **options)
     page = context.new_page()
+    page.set_default_timeout(600_000)
     asked: list[str] = []
     wrong: list[str] = []
 

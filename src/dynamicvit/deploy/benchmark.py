@@ -23,6 +23,7 @@ from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseViT, sparsify
 from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.deploy.engines import (
+    DEFAULT_PRECISIONS,
     ENGINES,
     PRECISIONS,
     TORCH_ENGINES,
@@ -122,12 +123,11 @@ def benchmark(
         raise ValueError(f"seconds must be 0 or more, got {seconds}")
     place = find_device(device)
     gpu = place.type == "cuda"
-    wanted = precisions or ["float32", "bfloat16"]
-    check_engines(engines or (), wanted, place.type)
+    check_engines(engines or (), precisions or DEFAULT_PRECISIONS[:1], place.type)
     pairs = [
         (engine, precision)
         for engine in engines or (TORCH_ENGINES if gpu else filter(installed, ENGINES))
-        for precision in wanted
+        for precision in precisions or DEFAULT_PRECISIONS
         # What was asked for by name and cannot be had is an error, below.
         if (engines and precisions) or available(engine, precision, place.type)
     ]

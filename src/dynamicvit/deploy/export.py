@@ -114,6 +114,8 @@ def export(
         ValueError, FileNotFoundError: naming what is wrong with an option; or with the figures, if
             the file does not do what the model does. Then none is written.
     """
+    # Before a model is downloaded. `export_model` checks again, for those who call it.
+    _check_options(Path(output), format, precision, calibration, samples, opset)
     done = export_model(
         load_model(model),
         output,
@@ -591,8 +593,7 @@ def check_openvino(precision: str) -> None:
     able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if needed not in able:
         raise ValueError(
-            f"precision {precision!r} is not one that OpenVINO computes in on this processor, "
-            f"which has {', '.join(sorted(able))}"
+            f"this processor has no {precision} for OpenVINO, which finds {', '.join(sorted(able))}"
         )
 
 

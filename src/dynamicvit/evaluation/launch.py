@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, parse_flag_from_env
+from rich.console import Console
+
+from dynamicvit.evaluation.processor import has_bfloat16
 
 # A process that waits this long for another one has lost it. Longer than anything that one process
 # does alone: reading a first batch, writing a checkpoint.
@@ -18,6 +21,8 @@ _UNSUPPORTED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 def start_processes(precision: str, **options: Any) -> Accelerator:
     """accelerate's Accelerator, for whatever launched this process.
+
+    Warns where the processor computes bfloat16 slower than float32.
 
     Args:
         precision: "no" or "bf16".
@@ -50,6 +55,10 @@ def start_processes(precision: str, **options: Any) -> Accelerator:
         raise ValueError(
             f"the launcher must ask for DDP or FSDP, got {accelerator.distributed_type.value}"
         )
+    on_cpu = accelerator.device.type == "cpu"
+    if precision == "bf16" and on_cpu and accelerator.is_main_process and not has_bfloat16():
+        message = "warning: this processor has no bfloat16; precision bf16 is slower than float32"
+        Console(stderr=True).print(message, soft_wrap=True)
     return accelerator
 
 

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from dynamicvit.core.backbones import Adapter, Backbone
 from dynamicvit.core.paths import Masked
 from dynamicvit.core.tokens import Tokens
+from dynamicvit.evaluation.processor import has_bfloat16
 
 GROUP = 2**18  # attention weights that are computed together on a CPU
 
@@ -180,7 +181,10 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _by_onednn(x: Tensor) -> bool:
-    return x.device.type == "cpu" and onednn.is_available() and x.numel() > 0
+    """Whether `_product` can multiply x: it refuses what the processor lacks."""
+    if x.device.type != "cpu" or not onednn.is_available() or x.numel() == 0:
+        return False
+    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and has_bfloat16())
 
 
 def _product(x_MC: Tensor, weight_OC: Tensor, bias: Tensor | None = None) -> Tensor:
