@@ -205,9 +205,12 @@ def test_train_and_eval_run_the_same_algorithm() -> None:
 def test_a_distilled_model_returns_one_tensor_in_training() -> None:
     dense = tiny_vit("deit_tiny_distilled_patch16_224")
     cast(Any, dense).set_distilled_training(True)
-    sparse = sparsify(dense, keep_ratio=0.7).train()
-    assert sparse(_images()).shape == sparse.masked(_images()).logits.shape == (2, 5)
-    assert dense.distilled_training
+    images = _images()
+    expected = SparseViT(dense, THREE)(images)
+    for sparse in (sparsify(dense, schedule=THREE), SparseViT(dense, THREE)):
+        assert sparse.train()(images).shape == sparse.masked(images).logits.shape == (2, 5)
+        assert dense.distilled_training, "the caller's model is as it was"
+    assert expected.shape == (2, 5)
 
 
 @settings(max_examples=10)
@@ -485,3 +488,49 @@ def test_bad_sampling_options_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         sparsify(DENSE, keep_ratio=0.7).train().masked(_images(), **options)
+
+
+# Another budget.
+
+
+def test_another_budget_shares_all_weights() -> None:
+    sparse, images = tiny_sparse(), _images()
+    own = {id(tensor) for tensor in sparse.parameters()}
+    before = sparse(images)
+    half = sparse.at(keep_ratio=0.5)
+    assert half.schedule.blocks == sparse.schedule.blocks
+    assert half.schedule.ratios == (0.5, 0.25, 0.125)
+    assert {id(tensor) for tensor in half.parameters()} == own
+    fresh = SparseViT(sparse.backbone, half.schedule, sparse.scorers)
+    assert torch.equal(half(images), fresh(images))
+    assert torch.equal(sparse(images), before)
+    torch.testing.assert_close(sparse.at(keep_ratio=1.0)(images), sparse.backbone(images))
+    assert half.training == sparse.training
+
+
+def test_another_budget_takes_the_scorers_of_its_stages() -> None:
+    sparse = tiny_sparse()
+    last = sparse.schedule.blocks[-1]
+    alone = sparse.at(schedule=KeepSchedule((last,), (0.5,)))
+    assert list(alone.scorers) == [sparse.scorers[-1]]
+    moved = sparse.at(schedule=KeepSchedule((0, 1, 2), (0.9, 0.8, 0.7)))
+    assert list(moved.scorers) == list(sparse.scorers)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({}, ValueError, "give keep_ratio or schedule, got keep_ratio=None and schedule=None"),
+        ({"keep_ratio": 0.5, "schedule": KeepSchedule((1,), (0.5,))}, ValueError, "give keep_rat"),
+        ({"keep_ratio": 0}, ValueError, r"keep_ratio must lie in \(0, 1\], got 0"),
+        ({"keep_ratio": "a"}, TypeError, "keep_ratio must be a number.*got 'a'"),
+        ({"schedule": (1, 2)}, TypeError, r"schedule must be a KeepSchedule, got \(1, 2\)"),
+        ({"schedule": KeepSchedule((0,), (0.5,))}, ValueError, r"blocks among .*got \(0,\)"),
+        ({"schedule": KeepSchedule((1, 2, 9), (0.5,) * 3)}, ValueError, "depth of 4, got"),
+    ],
+)
+def test_a_budget_that_does_not_fit_is_refused(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        tiny_sparse().at(**options)

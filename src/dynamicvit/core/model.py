@@ -229,6 +229,46 @@ class SparseViT(nn.Module):
             tuple(cast(Tensor, choice.scores) for choice in choices),
         )
 
+    def at(
+        self, keep_ratio: float | None = None, *, schedule: KeepSchedule | None = None
+    ) -> SparseViT:
+        """The same model at another budget. Backbone and scorers are shared, not copied.
+
+        Args:
+            keep_ratio: share of tokens that each of the model's stages keeps, in (0, 1].
+            schedule: the stages in full, instead of `keep_ratio`. Its blocks are some of the
+                model's own, which bring their scorers; or as many others, which take the scorers in
+                order.
+
+        Raises:
+            TypeError, ValueError: naming the argument and what was got.
+
+        >>> import timm
+        >>> sparse = sparsify(timm.create_model("vit_tiny_patch16_224"), keep_ratio=0.7)
+        >>> sparse.at(keep_ratio=0.5).schedule.counts(196)
+        (98, 49, 24)
+        """
+        own = self.schedule.blocks
+        if (keep_ratio is None) == (schedule is None):
+            raise ValueError(
+                f"give keep_ratio or schedule, got keep_ratio={keep_ratio!r} and "
+                f"schedule={schedule!r}"
+            )
+        if schedule is None:
+            schedule = self.schedule.with_keep_ratio(cast(float, keep_ratio))
+        elif not isinstance(schedule, KeepSchedule):
+            raise TypeError(f"schedule must be a KeepSchedule, got {schedule!r}")
+        if set(schedule.blocks) <= set(own):
+            scorers = [self.scorers[own.index(block)] for block in schedule.blocks]
+        elif len(schedule.blocks) == len(own):
+            scorers = list(self.scorers)
+        else:
+            raise ValueError(
+                f"schedule must have blocks among {own}, where the model has scorers, or "
+                f"{len(own)} others, got {schedule.blocks}"
+            )
+        return SparseViT(self.backbone, schedule, scorers).train(self.training)
+
     @property
     def merges(self) -> bool:
         """Whether tokens are merged, not chosen."""
