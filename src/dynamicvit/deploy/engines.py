@@ -7,7 +7,7 @@ import importlib.util
 import io
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from dynamicvit.core.model import SparseViT
 from dynamicvit.deploy import export
 from dynamicvit.evaluation.processor import has_bfloat16
+from dynamicvit.evaluation.timing import Engine
 from dynamicvit.io.files import write_bytes
-
-Engine = Callable[[Tensor], Any]
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Every engine has the first; the second is tried where engine and processor have it.
@@ -88,19 +87,38 @@ def available(engine: str, precision: str, device: str = "cpu") -> bool:
     return True
 
 
-def check_engines(engines: Sequence[str], precisions: Sequence[str], device: str) -> None:
-    """Raise ValueError where an engine has none of the precisions, or a precision no engine.
+def check_engines(
+    engines: Sequence[str] | None, precisions: Sequence[str] | None, device: str
+) -> None:
+    """Check what a user asks for: names that there are, and that go together on this machine.
 
     Args:
-        engines: none for all.
-        precisions, device: as for `check_engine`.
+        engines: keys of `ENGINES`; None for all.
+        precisions: keys of `PRECISIONS`; None for those of `DEFAULT_PRECISIONS` that there are.
+        device: as for `check_engine`.
+
+    Raises:
+        TypeError: if either is not a list of names.
+        ValueError: if either is empty; where an engine has none of the precisions, or a precision
+            no engine.
     """
-    for precision in precisions:
+    for name, given, known in (
+        ("engines", engines, ENGINES),
+        ("precisions", precisions, PRECISIONS),
+    ):
+        if given is None:
+            continue
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            raise TypeError(f"{name} must be a list of names, got {given!r}")
+        if not given:
+            raise ValueError(f"{name} must be one or more of {', '.join(known)}, got {given!r}")
+    wanted = precisions or DEFAULT_PRECISIONS[:1]
+    for precision in wanted:
         if not any(available(engine, precision, device) for engine in engines or ENGINES):
             check_engine(engines[0] if engines else "eager", precision, device)
-    for engine in engines:
-        if not any(available(engine, precision, device) for precision in precisions):
-            check_engine(engine, precisions[0], device)
+    for engine in engines or ():
+        if not any(available(engine, precision, device) for precision in wanted):
+            check_engine(engine, wanted[0], device)
 
 
 def first_line(error: Exception) -> str:
@@ -181,7 +199,7 @@ def _call(model: nn.Module, engine: str, precision: str) -> Engine:
 def _compile(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Engine:
     """One program for each shape of images, compiled when it first comes."""
     gpu = device.type == "cuda"
-    # On a CPU, weights become constants of the program, laid out as its kernels like them.
+    # Freezing makes weights constants of the program, packed once for the kernels that read them.
     options: dict[str, Any] = {"triton.cudagraphs": True} if gpu else {"freezing": True}
     programs: dict[torch.Size, Engine] = {}
 

@@ -345,6 +345,7 @@ def _time(
     precision: str,
 ) -> list[Point]:
     fused = model.fuse()
+    precision = {"no": "float32", "bf16": "bfloat16"}.get(precision, precision)  # accelerate's
     timed = []
     for point in points:
         pruned = reschedule(fused, point.schedule)
