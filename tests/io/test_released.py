@@ -18,7 +18,7 @@ from dynamicvit import KeepSchedule, UnsupportedBackbone, cli, from_released, lo
 from dynamicvit.io.released import read_weights
 from tests.conftest import randomise
 
-RELEASED = Path(__file__).parent / "golden" / "deit" / "student.safetensors"
+RELEASED = Path(__file__).parents[1] / "golden" / "deit" / "student.safetensors"
 Weights = dict[str, Tensor]
 
 

@@ -72,7 +72,7 @@ def compare(
     skip_unreadable: bool = False,
     output: str = "compare",
 ) -> dict[str, Any]:
-    """Show where a sparse model keeps tokens, over a whole data set, and which answers change.
+    """Compare a sparse model with a dense one over a data set: tokens kept, changed answers.
 
     Needs the extra "plot".
 

@@ -84,7 +84,7 @@ def sweep(
     output: str | None = None,
     save: str | None = None,
 ) -> dict[str, Any]:
-    """Find the keep ratio to use: a trained sparse model's accuracy and cost at several of them.
+    """Find the keep ratio to use: accuracy and cost of a trained sparse model at several.
 
     Nothing is trained: the weights stay, the schedule changes. Each accuracy is compared with the
     dense model's on the same images, and how sure the difference is stands beside it.
