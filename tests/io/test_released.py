@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dynamicvit import KeepSchedule, UnsupportedBackbone, cli, from_released, load
-from dynamicvit.io.released import read_weights
+from dynamicvit.io.weights import read_weights
 from tests.conftest import randomise
 
 RELEASED = Path(__file__).parents[1] / "golden" / "deit" / "student.safetensors"
