@@ -46,7 +46,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "predict": (
         "dynamicvit.deploy.predict:predict",
-        "Classify image files: a table, and JSON.",
+        "Classify image files: a table, and JSON or CSV.",
     ),
     "explain": (
         "dynamicvit.views.explain:explain",

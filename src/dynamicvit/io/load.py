@@ -53,6 +53,11 @@ def _load(folder_or_hub_id: str | os.PathLike[str]) -> nn.Module:
         ) from error
 
 
+def is_timm_name(name: str) -> bool:
+    """Whether a model's name is one of timm's, and no folder here has it."""
+    return timm.is_model(name) and not _exists(Path(name))
+
+
 def is_hub_id(name: str) -> bool:
     """Whether a name has the form "owner/name"."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".")
@@ -76,7 +81,7 @@ def load_model(
     """
     if not isinstance(name, str):
         raise TypeError(f"model must be a folder, a hub id or a timm name, got {name!r}")
-    if not timm.is_model(name) or _exists(Path(name)):
+    if not is_timm_name(name):
         if "/" not in name and not _exists(Path(name)):
             close = timm.list_models(f"*{name}*")[:3] if name else ()
             hint = f"; did you mean {', '.join(close)}?" if close else ""

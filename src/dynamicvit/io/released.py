@@ -78,6 +78,7 @@ def convert(
     architecture: str | None = None,
     img_size: int | None = None,
     num_heads: int | None = None,
+    quiet: bool = False,
 ) -> nn.Module:
     """Write released weights as a model folder: a DynamicViT file, or an official or timm one.
 
@@ -90,6 +91,7 @@ def convert(
         architecture: the timm model that the weights belong to, where sizes alone do not tell.
         img_size: input height and width in pixels, if other than that of the weights.
         num_heads: attention heads, if not width // 64.
+        quiet: print nothing.
 
     Returns:
         The model written.
@@ -111,16 +113,21 @@ def convert(
             load_strictly(model, weights, source, _released_name)
     _resize(backbone, img_size)
     save_folder(model, output)
-    kind = "dense" if model is backbone else "sparse" if scorers else "sparse, scorers untrained"
-    config = timm.data.resolve_input_data_config(backbone)
-    print(
-        f"{output}: {kind}, {backbone.num_classes} classes, {len(backbone.blocks)} blocks of width "
-        f"{backbone.embed_dim}. Weights do not tell these, taken from "
-        f"{backbone.pretrained_cfg['architecture']}: {_num_heads(backbone)} heads, "
-        f"{config['input_size'][1]}×{config['input_size'][2]} pixels, mean {config['mean']}, "
-        f"std {config['std']}, crop {config['crop_pct']}, {config['interpolation']}. If they are "
-        "others, give --num_heads, --img_size or --architecture."
-    )
+    if not quiet:
+        kind = "dense" if model is backbone else "sparse"
+        if kind == "sparse" and not scorers:
+            kind += ", scorers untrained"
+        config = timm.data.resolve_input_data_config(backbone)
+        _, height, width = config["input_size"]
+        print(
+            f"{output}: {kind}, {backbone.num_classes} classes, {len(backbone.blocks)} blocks of "
+            f"width {backbone.embed_dim}\n"
+            f"Weights do not tell these, taken from {backbone.pretrained_cfg['architecture']}:\n"
+            f"  {_num_heads(backbone)} heads, {height}×{width} pixels\n"
+            f"  mean {config['mean']}, std {config['std']}\n"
+            f"  crop {config['crop_pct']}, {config['interpolation']}\n"
+            "If they are others, give --num_heads, --img_size or --architecture."
+        )
     return model
 
 
