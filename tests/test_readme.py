@@ -348,7 +348,7 @@ def test_a_committed_checkpoint_s_row_is_reproduced() -> None:
 def test_commands_parse(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     _, name, *arguments = shlex.split(line, comments=True)
-    parser, _ = cli._build_parser(name, cli.COMMANDS[name])
+    parser, _ = cli.build_parser(name)
     parser.parse_args(arguments)
 
 

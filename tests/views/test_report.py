@@ -193,7 +193,7 @@ def test_what_is_missing_is_named_with_commands_that_exist(
     ]
     assert {words[1] for words in calls} >= {"benchmark", "compare", "sweep", "report", "export"}
     for words in calls:
-        parser, _ = cli._build_parser(words[1], cli.COMMANDS[words[1]])
+        parser, _ = cli.build_parser(words[1])
         parser.parse_args(words[2:])
     named = [words for words in calls if words[1] == "benchmark"]
     assert named == [

@@ -16,6 +16,7 @@ from dynamicvit.evaluation.processor import has_bfloat16
 # A process that waits this long for another one has lost it. Longer than anything that one process
 # does alone: reading a first batch, writing a checkpoint.
 TIMEOUT = timedelta(minutes=10)
+_ACCELERATES = {"float32": "no", "bfloat16": "bf16"}  # accelerate's words for precisions
 _UNSUPPORTED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
@@ -25,12 +26,13 @@ def start_processes(precision: str, **options: Any) -> Accelerator:
     Warns where the processor computes bfloat16 slower than float32.
 
     Args:
-        precision: "no" or "bf16".
+        precision: "float32" or "bfloat16".
         options: further ones of the Accelerator.
 
     Raises:
         ValueError: if the launcher asks for what training does not do.
     """
+    precision = _ACCELERATES.get(precision, precision)
     version = os.environ.get("FSDP_VERSION", "1")
     if launched_with_fsdp() and version != "2":
         raise ValueError(f"the launcher's fsdp_version must be 2, got {version}")

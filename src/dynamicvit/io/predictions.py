@@ -18,7 +18,7 @@ from timm.data import (
 )
 from torch import Tensor, nn
 
-from dynamicvit.io.images import MODES, convert_image
+from dynamicvit.io.images import MODES, check_regular, convert_image
 
 ImageSource = str | os.PathLike[str] | Image.Image
 
@@ -72,16 +72,21 @@ def predict(
         ValueError: if an image cannot be read, `top_k` is below 1, or the model gives no classes.
         TypeError: naming the argument of a wrong type.
     """
-    if isinstance(top_k, bool) or not isinstance(top_k, int):
-        raise TypeError(f"top_k must be an integer, got {top_k!r}")
-    if top_k < 1:
-        raise ValueError(f"top_k must be 1 or more, got {top_k}")
+    check_top_k(top_k)
     sources = check_sources(image)
     names = class_names(model)
     found: list[list[Prediction]] = []
     for batch in batches(sources, model):
         found += as_predictions(run(model, batch), names, top_k)
     return found[0] if _is_source(image) else found
+
+
+def check_top_k(top_k: Any) -> None:
+    """Raise TypeError or ValueError unless so many classes can be given."""
+    if isinstance(top_k, bool) or not isinstance(top_k, int):
+        raise TypeError(f"top_k must be an integer, got {top_k!r}")
+    if top_k < 1:
+        raise ValueError(f"top_k must be 1 or more, got {top_k}")
 
 
 def check_sources(image: Any) -> dict[str, ImageSource]:
@@ -186,6 +191,7 @@ def read_image(source: ImageSource, mode: str, label: str) -> Image.Image:
         if isinstance(source, Image.Image):
             picture = _upright(source, mode)
         else:
+            check_regular(source)
             with Image.open(source) as opened:
                 picture = _upright(opened, mode)
     except FileNotFoundError as error:

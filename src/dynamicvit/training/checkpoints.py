@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from dynamicvit.io.files import read_checkpoint, write_checkpoint
-from dynamicvit.io.folder import check_weights
+from dynamicvit.io.weights import check_weights
 
 FORMAT = "dynamicvit training checkpoint 3"
 CHECKPOINTS = "checkpoints"

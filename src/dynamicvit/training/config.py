@@ -8,7 +8,7 @@ from typing import Any
 
 from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.core.selectors import SELECTORS, check_name
-from dynamicvit.evaluation.evaluate import check_precision
+from dynamicvit.evaluation.setup import check_precision
 
 # Options that differ from TrainConfig's defaults, which are the paper's. The warm start of the
 # scorers and their start at the keep ratio are not in it.
@@ -188,7 +188,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_precision(self.precision)
+        check_precision({"no": "float32", "bf16": "bfloat16"}.get(self.precision, self.precision))
         if self.blocks is not None or self.ratios is not None:
             if self.blocks is None or self.ratios is None:
                 raise ValueError(

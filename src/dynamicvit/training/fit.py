@@ -44,13 +44,9 @@ from dynamicvit.evaluation.data import (
     open_data,
     seed_of,
 )
-from dynamicvit.evaluation.evaluate import (
-    Evaluation,
-    backbone_of,
-    check_classes,
-    evaluate_model,
-)
+from dynamicvit.evaluation.evaluate import Evaluation, evaluate_model
 from dynamicvit.evaluation.launch import launched_with_fsdp, start_processes
+from dynamicvit.evaluation.setup import backbone_of, check_classes
 from dynamicvit.io.files import write_text
 from dynamicvit.io.folder import save_folder
 from dynamicvit.io.load import load_model
