@@ -34,7 +34,7 @@ from dynamicvit.quickstart import quickstart
 from dynamicvit.training.config import RECIPES, TrainConfig, find_recipe
 from dynamicvit.training.fit import train
 from dynamicvit.views.demo import demo
-from dynamicvit.views.explain import explain
+from dynamicvit.views.explain import explain_files
 from dynamicvit.views.plot import plot
 from dynamicvit.views.report import report
 
@@ -47,7 +47,7 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "plot": plot,
     "report": report,
     "predict": predict,
-    "explain": explain,
+    "explain": explain_files,
     "demo": demo,
     "export": export,
     "benchmark": benchmark,

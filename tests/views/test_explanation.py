@@ -1,226 +1,155 @@
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-import timm
-import torch
-from PIL import Image, ImageSequence
-from torch import Tensor, nn
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 
-import dynamicvit
-from dynamicvit import KeepSchedule, SparseViT, sparsify
-from dynamicvit.core.scorer import RandomScorer
-from dynamicvit.io.predictions import predict
-from dynamicvit.views.explanation import Explanation, explain
-from tests.conftest import randomise, tiny_vit
+from dynamicvit.io.predictions import Prediction
+from dynamicvit.views.drawing import hatch
+from dynamicvit.views.explanation import Explanation, draw_sheet
 
-SCHEDULE = KeepSchedule((1, 3), (0.6, 0.3))
+COLOUR = (200, 40, 60)  # like nothing else in the pictures
 
 
-class _Planted(nn.Module):
-    """Scores that are known, whatever the tokens are."""
-
-    def __init__(self, order: list[int]) -> None:
-        super().__init__()
-        self.order = torch.tensor(order, dtype=torch.float32)
-
-    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        return self.order[: x.shape[1]].expand(len(x), -1)
-
-
-def _sparse(name: str = "vit_tiny_patch16_224", **options: Any) -> SparseViT:
-    sparse = sparsify(tiny_vit(name, **options), schedule=SCHEDULE)
-    randomise(sparse.scorers)
-    channels = sparse.in_chans
-    sparse.pretrained_cfg.update(crop_pct=1.0, mean=(0.4,) * channels, std=(0.2,) * channels)
-    return sparse
-
-
-def _picture(width: int = 32, height: int = 32, mode: str = "RGB") -> Image.Image:
-    pixels = np.random.default_rng(0).integers(30, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).convert(mode)
-
-
-@pytest.mark.parametrize(
-    ("size", "patch"), [((32, 32), 8), ((224, 384), 32), ((224, 384), 14), ((28, 56), 14)]
-)
-def test_planted_decisions_are_what_is_dimmed(size: tuple[int, int], patch: int) -> None:
-    """Also at a width of 384, which 14 does not divide: the model pads it."""
-    padded = size[1] % patch > 0
-    sparse = _sparse(
-        img_size=size, patch_size=patch, dynamic_img_size=padded, dynamic_img_pad=padded
+def _explanation(
+    height: int = 32,
+    width: int = 32,
+    patch: int = 8,
+    kept: tuple[tuple[int, ...], ...] = ((0, 5, 6, 15), (5, 15)),
+    **changes: Any,
+) -> Explanation:
+    """An evenly bright image, of which the given positions are kept."""
+    rows, columns = -(-height // patch), -(-width // patch)
+    scores = np.full((len(kept), rows * columns), -np.inf, dtype=np.float32)
+    scores[0] = np.linspace(-2, 2, rows * columns)
+    for stage in range(1, len(kept)):
+        scores[stage, list(kept[stage - 1])] = np.arange(len(kept[stage - 1]))
+    found = [Prediction("ant", 0, 0.75), Prediction("bee", 1, 0.25)]
+    explanation = Explanation(
+        pixels=np.full((height, width, 3), COLOUR, dtype=np.uint8),
+        patch_size=(patch, patch),
+        grid=(rows, columns),
+        blocks=tuple(range(1, len(kept) + 1)),
+        kept=tuple(np.array(positions) for positions in kept),
+        scores=scores,
+        dense=found,
+        pruned=found,
+        dense_model="the same weights",
     )
-    rows, columns = (-(-side // patch) for side in size)
-    count = rows * columns
-    numbers = np.random.default_rng(1)
-    order = numbers.permutation(count)
-    sparse.scorers[0] = _Planted(order.tolist())
-    [found] = explain(sparse, torch.zeros(1, 3, *size))
-    first, second = SCHEDULE.counts(count)
-    expected = sorted(np.argsort(order)[-first:])
-    assert found.kept[0].tolist() == expected
-    assert set(found.kept[1]) < set(expected)
-    assert found.counts == (count, first, second)
-    y, x = np.mgrid[: size[0], : size[1]]
-    position = y // patch * columns + x // patch
-    input_, stage_1, stage_2 = (np.asarray(frame).astype(int) for frame in found.frames())
-    scale = max(1, round(224 / min(size)))
-    # where the frames differ from the input is where patches have gone
-    for frame, kept in ((stage_1, found.kept[0]), (stage_2, found.kept[1])):
-        dimmed = (frame.sum(axis=-1) < input_.sum(axis=-1)) & (input_ == 102).all(axis=-1)
-        gone = ~np.isin(position, kept).repeat(scale, 0).repeat(scale, 1)
-        assert dimmed.sum() == gone.sum()
-        inside = np.argwhere((input_ == 102).all(axis=-1))
-        (top, left), (bottom, right) = inside.min(axis=0), inside.max(axis=0) + 1
-        assert (dimmed[top:bottom, left:right] == gone).all()
+    return replace(explanation, **changes)
 
 
-def test_it_says_what_pruned_says_and_shows_what_the_model_saw() -> None:
-    sparse = _sparse()
-    images = torch.rand(3, 3, 32, 32)
-    found = explain(sparse, (images - 0.4) / 0.2)
-    output = sparse.pruned((images - 0.4) / 0.2)
-    for index, item in enumerate(found):
-        assert np.abs(item.pixels / 255 - images[index].permute(1, 2, 0).numpy()).max() < 0.003
-        for stage, (keep, scores) in enumerate(zip(output.keep, output.scores, strict=True)):
-            assert item.kept[stage].tolist() == keep[index].nonzero().flatten().tolist()
-            assert (item.masks[stage].ravel() == (keep[index] == 1).numpy()).all()
-            assert item.scores[stage] == pytest.approx(scores[index].detach().numpy(), abs=1e-5)
-        assert item.pruned[0].index == output.logits[index].argmax()
+def _bright(picture: Image.Image) -> np.ndarray:
+    return (np.asarray(picture) == COLOUR).all(axis=-1)
+
+
+@pytest.mark.parametrize("brightness", [0, 30, 110, 200, 255])
+def test_what_is_gone_is_told_from_what_is_kept(brightness: int) -> None:
+    """On dark and on bright pictures alike: exactly what is gone has stripes, dark and bright."""
+    pixels = np.full((30, 45, 3), brightness, dtype=np.uint8)
+    gone = np.random.default_rng(0).random((30, 45)) > 0.5
+    drawn = hatch(pixels, gone).astype(int)
+    assert (drawn[~gone] == brightness).all()
+    light = drawn.mean(axis=-1)[gone]
+    assert np.ptp(light) > 60
+    stripes = light < light.mean()
+    assert 0.3 < stripes.mean() < 0.7
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "picture"),
-    [
-        ("vit_tiny_patch16_224", {}, _picture()),
-        ("vit_tiny_patch16_224", {"img_size": (28, 56), "patch_size": 14}, _picture(56, 28)),
-        ("vit_tiny_patch16_224", {"in_chans": 1}, _picture(mode="L")),
-        ("vit_tiny_patch16_224", {"in_chans": 4}, _picture(mode="RGBA")),
-        ("vit_tiny_patch16_224", {"num_classes": 0}, _picture()),
-        ("eva02_tiny_patch14_224", {}, _picture()),
-        ("lvvit_tiny", {"stem_width": 8}, _picture()),
-    ],
-    ids=["vit", "wide", "grey", "rgba", "headless", "rotary", "lvvit"],
+    ("height", "width", "patch"),
+    [(32, 32, 8), (28, 56, 14), (224, 384, 16), (224, 384, 32), (30, 45, 14)],
+    ids=str,
 )
-def test_every_kind_of_model(name: str, options: dict[str, Any], picture: Image.Image) -> None:
-    sparse = _sparse(name, **options)
-    found = dynamicvit.explain(sparse, picture)
-    assert isinstance(found, Explanation)
-    assert (found.pixels == np.asarray(picture.convert("RGB"))).all()
-    assert found.counts[1:] == SCHEDULE.counts(found.counts[0])
-    rows, columns = found.grid
-    assert rows * columns == found.counts[0]
-    assert rows * found.patch_size[0] >= found.pixels.shape[0]
-    if sparse.num_classes:
-        assert found.pruned == sparse.predict(picture)
-        assert found.dense == predict(sparse.backbone, picture)
-    else:
-        assert found.pruned == found.dense == []
-    assert found._repr_png_().startswith(b"\x89PNG")
-
-
-def test_a_model_that_pads_has_patches_that_reach_beyond_the_image() -> None:
-    sparse = _sparse(dynamic_img_size=True, dynamic_img_pad=True)
-    [found] = explain(sparse, torch.zeros(1, 3, 21, 30))
-    assert (found.grid, found.patch_size) == ((3, 4), (8, 8))
-    assert found.pixels.shape == (21, 30, 3)
-    assert found.counts == (12, 7, 3)
-    found.picture()
-
-
-def test_it_saves_and_shows_itself(tmp_path: Path) -> None:
-    found = explain(_sparse(), _picture())
-    for suffix in ("png", "gif", "webp", "npz"):
-        found.save(tmp_path / "new" / f"x.{suffix}")
-    with Image.open(tmp_path / "new" / "x.png") as opened:
-        assert opened.size == found.picture().size
-    for suffix in ("gif", "webp"):
-        with Image.open(tmp_path / "new" / f"x.{suffix}") as opened:
-            frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(opened)]
-        for frame, expected in zip(frames, found.frames(), strict=True):
-            error = np.abs(np.asarray(frame).astype(int) - np.asarray(expected))
-            assert error.max() == 0 or (suffix == "gif" and error.mean() < 8)  # of 256 colours
-    with np.load(tmp_path / "new" / "x.npz", allow_pickle=False) as arrays:
-        assert arrays["pixels"].tolist() == found.pixels.tolist()
-        for stage, kept in enumerate(found.kept, start=1):
-            assert arrays[f"kept_{stage}"].tolist() == kept.tolist()
-        assert arrays["scores"].tolist() == found.scores.tolist()
-        assert arrays["grid"].tolist() == list(found.grid)
-        assert arrays["pruned_name"].tolist() == [item.name for item in found.pruned]
-        assert arrays["dense_probability"].tolist() == [item.probability for item in found.dense]
-    assert repr(found).startswith("<Explanation, patches 16 → 9 → 4, dense: ")
-    with pytest.raises(ValueError, match=r"path must end in .*, got 'x\.bmp'"):
-        found.save("x.bmp")
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
-        f"x.{suffix}" for suffix in ("gif", "npz", "png", "webp")
-    ]
-
-
-def test_another_dense_model_sees_the_image_its_own_way(tmp_path: Path) -> None:
-    sparse = _sparse()
-    dense = tiny_vit(img_size=16, num_classes=7)
-    found = explain(sparse, [_picture(), _picture(50, 40)], dense)
-    assert [item.dense for item in found] == predict(dense, [_picture(), _picture(50, 40)])
-    assert found[0].dense_model == "vit_tiny_patch16_224"
-    resnet = timm.create_model("test_resnet", num_classes=3).eval()
-    assert len(explain(sparse, _picture(), resnet).dense) == 3
-
-
-def test_models_are_left_as_they_were() -> None:
-    sparse = _sparse().train()
-    sparse.backbone.blocks[0].eval()
-    modes = [module.training for module in sparse.modules()]
-    state = {key: value.clone() for key, value in sparse.state_dict().items()}
-    first, second = explain(sparse, _picture()), explain(sparse.to(torch.float64), _picture())
-    assert first.kept[0].tolist() == second.kept[0].tolist()
-    assert [module.training for module in sparse.modules()] == modes
-    assert all((state[key] == value).all() for key, value in sparse.state_dict().items())
+def test_exactly_the_pixels_of_dropped_patches_are_striped(
+    height: int, width: int, patch: int
+) -> None:
+    """Also where patches reach beyond the image: the last."""
+    numbers = np.random.default_rng(0)
+    mask = numbers.random((-(-height // patch), -(-width // patch))) > 0.5
+    explanation = _explanation(height, width, patch, kept=(tuple(mask.ravel().nonzero()[0]),))
+    given, shown = (np.asarray(panel) for panel in explanation.panels())
+    y, x = np.mgrid[: given.shape[0], : given.shape[1]] * height // given.shape[0]
+    changed = (shown != given).any(axis=-1)
+    assert (changed != mask[y // patch, x // patch]).all()
 
 
 @pytest.mark.parametrize(
-    ("model", "image", "dense", "error", "message"),
-    [
-        (nn.Linear(2, 2), "x.png", None, TypeError, "model must be a SparseViT, got Linear"),
-        (tiny_vit(), "x.png", None, TypeError, "model must be a SparseViT, got VisionTran"),
-        (_sparse(), 7, None, TypeError, "image must be a path, a PIL image or .*, got int"),
-        (_sparse(), [_picture(), 7], None, TypeError, r"image\[1\] must be .*, got int"),
-        (_sparse(), "nowhere.png", None, FileNotFoundError, "no image at nowhere.png"),
-        (_sparse(), __file__, None, ValueError, "cannot read image .*test_explanation.py: "),
-        (_sparse(), _picture(), _sparse(), TypeError, "dense must be a dense timm .*SparseViT"),
-        (_sparse(), _picture(), nn.Linear(2, 2), TypeError, "dense must be .*, got Linear"),
-        (_sparse(), torch.zeros(1, 3, 9, 9), None, ValueError, "images must be 32×32 pixels"),
-        (
-            _sparse(),
-            torch.zeros(1, 3, 32, 32),
-            tiny_vit(img_size=16),
-            ValueError,
-            r"dense must take the prepared images \(3, 32, 32\), got \(3, 16, 16\)",
-        ),
-    ],
+    ("height", "width", "patch", "scale"),
+    [(32, 32, 8, 7), (224, 384, 14, 1), (224, 384, 32, 1), (28, 28, 2, 8), (256, 16, 16, 2)],
+    ids=str,
 )
-def test_a_bad_call_is_refused(
-    model: Any, image: Any, dense: Any, error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        explain(model, image, dense)
+def test_the_pictures_show_what_is_kept(height: int, width: int, patch: int, scale: int) -> None:
+    """Counted in the finished pictures, where the rest is darker or the background."""
+    explanation = _explanation(height, width, patch, kept=((0, 5, 6), (5,)), dense=[], pruned=[])
+    areas = [height * width, 3 * patch**2, patch**2]
+    assert _bright(explanation.picture()).sum() == sum(areas) * scale**2
+    found = [_bright(frame).sum() for frame in explanation.frames()]
+    assert found == [area * scale**2 for area in areas]
+    # and in the right places: within the frame, patch 5 alone is bright
+    y, x = np.nonzero(_bright(explanation.frames()[-1]))
+    top, left = (values.min() for values in np.nonzero(_bright(explanation.frames()[0])))
+    row, column = divmod(5, explanation.grid[1])
+    assert (y.min() - top, x.min() - left) == (
+        row * patch * scale,
+        column * patch * scale,
+    )
 
 
-def test_a_model_that_keeps_no_account_of_patches_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    sparse = _sparse()
-    output = sparse.pruned(torch.zeros(1, 3, 32, 32))._replace(keep=(), scores=())
-    monkeypatch.setattr(sparse, "pruned", lambda images: output)
-    with pytest.raises(ValueError, match="model must choose tokens, got TokenScorer, which merges"):
-        explain(sparse, _picture())
+def test_a_sheet_shows_each_image_and_stage() -> None:
+    explanation = _explanation(28, 28, 7)
+    sheet = draw_sheet([explanation] * 5)
+    assert _bright(sheet).sum() == 5 * 16 * (28 * 28 + 6 * 49)  # four times enlarged
+    assert sheet.width > sheet.height
+    large = _explanation(448, 448, 32)  # made smaller, four times
+    assert _bright(draw_sheet([large], ["a caption"])).sum() == (448 * 448 + 6 * 1024) / 16
+    assert draw_sheet([large], ["one"]).size == draw_sheet([large], ["another " * 99]).size
 
 
-def test_keep_maps_follow_the_scorers() -> None:
-    sparse = _sparse()
-    kept = [explain(sparse, _picture()).kept[0].tolist() for _ in range(2)]
-    assert kept[0] == kept[1]
-    sparse.scorers = nn.ModuleList(RandomScorer() for _ in range(2))
-    assert explain(sparse, _picture()).kept[0].tolist() != kept[0]
+def test_heat_maps_are_dark_for_low_scores_and_grey_for_what_had_left() -> None:
+    heat, lowest, highest = _explanation().heat_map(0)
+    assert (lowest, highest) == (-2, 2)
+    light = heat[::8, ::8].astype(int).sum(axis=-1).ravel()
+    assert (np.diff(light) > 0).all()
+    heat, lowest, highest = _explanation().heat_map(1)
+    assert (lowest, highest) == (0, 3)
+    colours = heat[::8, ::8].reshape(16, 3)
+    gone = [position for position in range(16) if position not in (0, 5, 6, 15)]
+    assert len({tuple(colour) for colour in colours[gone]}) == 1
+    assert len({tuple(colour) for colour in colours}) == 1 + 4
+    empty = _explanation(scores=np.full((2, 16), -np.inf, dtype=np.float32))
+    nothing = empty.heat_map(0)
+    assert nothing[1:] == (0, 0)
+
+
+def test_predictions_are_drawn_as_long_as_they_are_likely() -> None:
+    def filled(probability: float) -> int:
+        found = [Prediction("ant", 0, probability)]
+        picture = np.asarray(_explanation(pruned=found).picture())
+        return int((picture == (33, 113, 181)).all(axis=-1).sum())
+
+    assert filled(0.0) == 0
+    assert filled(1.0) > 0
+    assert filled(0.5) == pytest.approx(filled(1.0) / 2, rel=0.02)
+
+
+@given(
+    height=st.integers(1, 70),
+    width=st.integers(1, 70),
+    patch=st.integers(1, 40),
+    stages=st.integers(1, 6),
+    name=st.text(max_size=200),
+)
+def test_anything_can_be_drawn(height: int, width: int, patch: int, stages: int, name: str) -> None:
+    found = [Prediction(name, 0, 0.5)]
+    explanation = _explanation(
+        height, width, patch, kept=((0,),) * stages, dense=found, pruned=found, dense_model=name
+    )
+    for picture in (explanation.picture(), *explanation.frames()):
+        assert min(picture.size) > 0
+    draw_sheet([explanation] * 3, [name] * 3)

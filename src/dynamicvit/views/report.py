@@ -27,9 +27,10 @@ from dynamicvit.evaluation.evaluate import input_size, open_images, start_evalua
 from dynamicvit.io.embedded import ASSETS
 from dynamicvit.io.files import write_text
 from dynamicvit.io.predictions import class_names
-from dynamicvit.views import pictures
 from dynamicvit.views.charts import draw_schedule, draw_speed, draw_sweep, draw_training
-from dynamicvit.views.explanation import Explanation, explain
+from dynamicvit.views.drawing import heat_colours
+from dynamicvit.views.explain import explain
+from dynamicvit.views.explanation import Explanation
 from dynamicvit.views.plot import METRICS
 from dynamicvit.views.result_files import USUAL, Findings, ForeignFile, arrows, gather
 
@@ -315,7 +316,7 @@ def _spread(items: Sequence[Any], most: int) -> list[Any]:
 
 def _strip(explanation: Explanation) -> Image.Image:
     """The input and what each stage keeps, side by side; between them the page shows."""
-    panels = pictures.draw_panels(explanation, _SIDE)
+    panels = explanation.panels(_SIDE)
     width, height = panels[0].size
     gap = max(2, width // 14)
     strip = Image.new("RGBA", (len(panels) * (width + gap) - gap, height), (0, 0, 0, 0))
@@ -326,7 +327,7 @@ def _strip(explanation: Explanation) -> Image.Image:
 
 def _heat(rates: np.ndarray) -> Image.Image:
     """Numbers from 0 to 1, [h, w], each as a pixel."""
-    colours = pictures.heat_colours(rates.clip(0, 1).reshape(-1))
+    colours = heat_colours(rates.clip(0, 1).reshape(-1))
     return Image.fromarray(colours.reshape(*rates.shape, 3))
 
 
