@@ -30,8 +30,8 @@ from dynamicvit.io.folder import save_folder
 from dynamicvit.io.load import load_model
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.fit import BEST, CONFIG, DENSE, METRICS, train
-from dynamicvit.views.explanation import explain
-from dynamicvit.views.pictures import draw_sheet
+from dynamicvit.views.explain import explain
+from dynamicvit.views.explanation import draw_sheet
 
 
 def quickstart(

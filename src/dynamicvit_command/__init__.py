@@ -49,7 +49,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Classify image files: a table, and JSON or CSV.",
     ),
     "explain": (
-        "dynamicvit.views.explain:explain",
+        "dynamicvit.views.explain:explain_files",
         "Show which patches of images a model keeps, stage by stage, and what it takes them for.",
     ),
     "demo": (

@@ -89,19 +89,19 @@ def check_top_k(top_k: Any) -> None:
         raise ValueError(f"top_k must be 1 or more, got {top_k}")
 
 
-def check_sources(image: Any) -> dict[str, ImageSource]:
-    """What to call each picture in an error → the picture.
+def check_sources(image: Any, name: str = "image") -> dict[str, ImageSource]:
+    """What to call each picture in an error, after the argument's name → the picture.
 
     Raises:
         TypeError: if `image` is neither a picture nor a sequence of pictures.
     """
     if _is_source(image):
-        return {"image": image}
+        return {name: image}
     if not isinstance(image, Sequence) or isinstance(image, bytes | bytearray):
         raise TypeError(
-            f"image must be a path, a PIL image or a sequence of these, got {_type(image)}"
+            f"{name} must be a path, a PIL image or a sequence of these, got {_type(image)}"
         )
-    sources = {f"image[{index}]": item for index, item in enumerate(image)}
+    sources = {f"{name}[{index}]": item for index, item in enumerate(image)}
     for label, item in sources.items():
         if not _is_source(item):
             raise TypeError(f"{label} must be a path or a PIL image, got {_type(item)}")
