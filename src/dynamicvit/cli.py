@@ -33,6 +33,7 @@ from dynamicvit.io.released import convert
 from dynamicvit.quickstart import quickstart
 from dynamicvit.training.config import RECIPES, TrainConfig, find_recipe
 from dynamicvit.training.fit import train
+from dynamicvit.training.run_folder import resume_arguments
 from dynamicvit.views.demo import demo
 from dynamicvit.views.explain import explain
 from dynamicvit.views.plot import plot
@@ -93,6 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     function = COMMANDS[name]
     parser, configs = _build_parser(name, function)
     given = [_underscored(item) for item in rest]
+    if name == "train":
+        try:
+            given = [*resume_arguments(given), *given]
+        except USER_ERRORS as error:
+            _fail(parser.prog, error)
     values = parser.parse_args(given).as_dict()
     if "recipe" in values:  # what is given, also in a file, comes after it and so goes before it
         recipe = find_recipe(values["recipe"]).items()
@@ -134,7 +140,8 @@ def _build_parser(
         required = parameter.default is inspect.Parameter.empty
         if dataclasses.is_dataclass(kind):
             configs[parameter.name] = typing.cast(type, kind)
-            parser.add_class_arguments(kind)
+            for group in getattr(kind, "GROUPS", (kind,)):
+                parser.add_class_arguments(group)
             if kind is TrainConfig:
                 parser.add_argument(
                     "--recipe",

@@ -32,8 +32,7 @@ from dynamicvit.core.scorer import RandomScorer, TokenScorer
 from dynamicvit.core.tokens import keep_mask
 from dynamicvit.deploy.export import export_model
 from dynamicvit.io.folder import CONFIG
-from dynamicvit.training.config import TrainConfig
-from dynamicvit.training.defaults import complete
+from dynamicvit.training.config import TrainConfig, complete
 from dynamicvit.training.task import SparseTask
 from tests.conftest import randomise, tiny_vit
 
