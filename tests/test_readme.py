@@ -17,8 +17,7 @@ from benchmarks.tables import STEP_BASELINES, summarise, tables, write_page
 from dynamicvit import cli, count_gmacs, sparsify
 from dynamicvit.core.selectors import SELECTORS
 from dynamicvit.evaluation.evaluate import evaluate
-from dynamicvit.training.config import TrainConfig
-from dynamicvit.training.defaults import FEW_IMAGES, complete
+from dynamicvit.training.config import FEW_IMAGES, TrainConfig, complete
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -54,6 +54,13 @@ def run(name: str, arguments: Sequence[str]) -> int:
     function = find_function(name)
     parser, configs = build_parser(name)
     given = [_underscored(item) for item in arguments]
+    if name == "train":
+        from dynamicvit.training.run_folder import resume_arguments
+
+        try:
+            given = [*resume_arguments(given), *given]
+        except USER_ERRORS as error:
+            fail(parser.prog, _one_line(error))
     values = parser.parse_args(given).as_dict()
     if "recipe" in values:  # what is given, also in a file, comes after it and so goes before it
         from dynamicvit.training.config import find_recipe
@@ -109,7 +116,8 @@ def build_parser(name: str) -> tuple[ArgumentParser, dict[str, type]]:
         required = parameter.default is inspect.Parameter.empty
         if dataclasses.is_dataclass(kind):
             configs[parameter.name] = typing.cast(type, kind)
-            parser.add_class_arguments(kind)
+            for group in getattr(kind, "GROUPS", (kind,)):
+                parser.add_class_arguments(group)
             if name == "train":
                 from dynamicvit.training.config import RECIPES
 

@@ -24,8 +24,7 @@ from dynamicvit.core.selectors.rules import ClassAttentionScorer, RandomScorer, 
 from dynamicvit.core.tokens import Tokens, keep_mask, key_bias
 from dynamicvit.deploy.export import export_model
 from dynamicvit.io.folder import CONFIG
-from dynamicvit.training.config import TrainConfig
-from dynamicvit.training.defaults import complete
+from dynamicvit.training.config import TrainConfig, complete
 from dynamicvit.training.task import SparseTask
 from tests.conftest import randomise, tiny_vit
 

@@ -32,13 +32,13 @@ from dynamicvit.deploy.engines import (
     build,
     check_engine,
     check_engines,
-    find_device,
     first_line,
     installed,
 )
 from dynamicvit.deploy.memory import peak_memory
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.evaluate import input_size, token_counts
+from dynamicvit.evaluation.launch import find_device
 from dynamicvit.evaluation.timing import interleave, time_call
 from dynamicvit.io.files import write_bytes, write_text
 from dynamicvit.io.load import load_model

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from dynamicvit.evaluation.console import cell, make_table, plain, track
-from dynamicvit.evaluation.setup import check_device
+from dynamicvit.evaluation.launch import find_device
 from dynamicvit.io.files import check_file, write_text
 from dynamicvit.io.images import find_images
 from dynamicvit.io.load import load_model
@@ -65,7 +65,7 @@ def predict(
         check_file("output", output)
         if Path(output).suffix.lower() not in FORMATS:
             raise ValueError(f"output must end in {', '.join(FORMATS)}, got {output}")
-    place = check_device(device or "cpu")
+    place = find_device(device or "cpu")
     files = find_images(images)
     found, unreadable = _predict_files(
         load_model(model).to(place), files, top_k, skip_unreadable, quiet

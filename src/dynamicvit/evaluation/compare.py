@@ -24,6 +24,7 @@ from dynamicvit.evaluation.console import cell, make_table, plain, track
 from dynamicvit.evaluation.data import check_labels
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.evaluate import compare_answers, run_batches
+from dynamicvit.evaluation.launch import start_processes
 from dynamicvit.evaluation.setup import (
     check_loading,
     input_size,
@@ -31,7 +32,6 @@ from dynamicvit.evaluation.setup import (
     names_of_classes,
     open_images,
     seeded,
-    start_evaluation,
 )
 from dynamicvit.io.files import check_folder, write_bytes, write_text
 
@@ -107,7 +107,7 @@ def compare(
         raise ValueError("compare needs the extra: pip install 'dynamicvit[plot]'")
     check_loading(batch_size, workers, crop_pct)
     check_folder("output", output)
-    accelerator = start_evaluation(precision, device)
+    accelerator = start_processes(precision, device)
     sparse, reference = load_pair(model, dense)
     images, loader = open_images(
         sparse,

@@ -63,11 +63,9 @@ class ImageData:
         if names is None:
             return text
         text += f", {len(names):,} classes"
-        labels = self._labels
-        if labels is None:
+        counts = self.class_counts()
+        if counts is None:
             return text
-        known = np.asarray(labels)[np.asarray(labels) >= 0]  # some readers say -1 for no label
-        counts = np.bincount(known, minlength=len(names))[: len(names)]
         fewest, most_images = int(counts.min()), int(counts.max())
         text += f" of {fewest:,}" + (f" to {most_images:,}" if fewest < most_images else "")
         for count, what in ((1, "with a single image"), (0, "without any")):
@@ -75,6 +73,14 @@ class ImageData:
             if found:
                 text += f"; {len(found):,} {what}: {_some(found, most, of=len(found))}"
         return text
+
+    def class_counts(self) -> np.ndarray[Any, Any] | None:
+        """How many images each class has; None if the source does not tell before it is read."""
+        labels, names = self._labels, self.class_names
+        if labels is None or names is None:
+            return None
+        known = labels[labels >= 0]  # some readers say -1 for no label
+        return np.bincount(known, minlength=len(names))[: len(names)]
 
     def describe_met(self) -> str | None:
         """How many images met so far, in all processes of a run, can be read, and how many of them

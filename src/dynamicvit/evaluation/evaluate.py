@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from dynamicvit.core.macs import count_gmacs
 from dynamicvit.evaluation.console import cell, make_table, plain, track
 from dynamicvit.evaluation.data import DataError, check_labels
+from dynamicvit.evaluation.launch import start_processes
 from dynamicvit.evaluation.setup import (
     check_loading,
     input_size,
     names_of_classes,
     open_images,
     seeded,
-    start_evaluation,
     token_counts,
 )
 from dynamicvit.io.files import check_file, write_text
@@ -264,7 +264,7 @@ def evaluate(
     takers = [name for name in models if weights is not None and is_timm_name(name)]
     if weights is not None and not takers:
         raise ValueError(f"weights go with a timm name among the models, got {', '.join(models)}")
-    accelerator = start_evaluation(precision, device)
+    accelerator = start_processes(precision, device)
     results: dict[str, Any] = {}
     for name in models:
         model = load_model(name, weights=weights if name in takers else None)

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import PartialState
 from timm.data import resolve_input_data_config
 from torch import nn
 from torch.utils.data import DataLoader
@@ -16,31 +15,8 @@ from torch.utils.data import DataLoader
 from dynamicvit.core.backbones import Backbone
 from dynamicvit.core.model import SparseViT
 from dynamicvit.evaluation.data import DataError, ImageData, create_image_loader, open_data
-from dynamicvit.evaluation.launch import start_processes
 from dynamicvit.io.load import load_model
 from dynamicvit.io.predictions import class_names
-
-PRECISIONS = ("float32", "bfloat16")
-
-
-def start_evaluation(precision: str, device: str | None = None) -> Accelerator:
-    """accelerate's Accelerator, for whatever launched this process.
-
-    Args:
-        precision: "float32" or "bfloat16".
-        device: such as "cpu" or "cuda:1"; by default accelerate's choice.
-
-    Raises:
-        ValueError: if the precision, the device, or what the launcher asks for is not supported.
-    """
-    check_precision(precision)
-    chosen = None if device is None else check_device(device)
-    accelerator = start_processes(precision)
-    if chosen is not None and accelerator.num_processes > 1:
-        raise ValueError(f"device is the launcher's choice for several processes, got {device!r}")
-    # accelerate keeps one state for the whole process: what an earlier call asked for is undone.
-    accelerator.state.device = PartialState().device if chosen is None else chosen
-    return accelerator
 
 
 @contextmanager
@@ -143,29 +119,6 @@ def check_loading(batch_size: int, workers: int, crop_pct: float | None) -> None
         raise ValueError(f"workers must be 0 or more, got {workers}")
     if crop_pct is not None and not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct must lie in (0, 1], got {crop_pct}")
-
-
-def check_precision(precision: str) -> None:
-    """Raise ValueError unless precision is one that is supported."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be {' or '.join(PRECISIONS)}, got {precision!r}")
-
-
-def check_device(device: str) -> torch.device:
-    """A device of this machine.
-
-    Raises:
-        ValueError: if there is no such device here, or it holds no values.
-    """
-    try:
-        chosen = torch.device(device)
-        torch.zeros(1, device=chosen).item()
-    except (TypeError, RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"device must be one of this machine, such as cpu, got {device!r}: {reason}"
-        ) from error
-    return chosen
 
 
 def names_of_classes(images: ImageData, model: nn.Module) -> list[str]:

@@ -21,13 +21,13 @@ from dynamicvit.evaluation.console import make_table, track
 from dynamicvit.evaluation.data import check_labels
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.evaluate import Change, compare_answers, run_batches
+from dynamicvit.evaluation.launch import start_processes
 from dynamicvit.evaluation.setup import (
     check_loading,
     input_size,
     load_pair,
     open_images,
     seeded,
-    start_evaluation,
 )
 from dynamicvit.evaluation.timing import Speed, compare_speed
 from dynamicvit.io.files import check_file, check_folder, write_text
@@ -144,7 +144,7 @@ def sweep(
         check_file("output", output)
     if save:
         check_folder("save", save)
-    accelerator = start_evaluation(precision, device)
+    accelerator = start_processes(precision, device)
     sparse, reference = load_pair(model, dense)
     schedules = list_schedules(sparse, keep_ratios, blocks, ratios)
     images, loader = open_images(

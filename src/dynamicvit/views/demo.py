@@ -24,9 +24,9 @@ from dynamicvit.core.backbones import UnsupportedBackbone
 from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseViT, sparsify
 from dynamicvit.core.schedule import KeepSchedule
-from dynamicvit.deploy.engines import find_device
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.evaluate import input_size
+from dynamicvit.evaluation.launch import find_device
 from dynamicvit.evaluation.sweep import reschedule
 from dynamicvit.evaluation.timing import compare_speed
 from dynamicvit.io.embedded import ASSETS, embedded_images

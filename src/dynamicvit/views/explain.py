@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.transforms import CenterCrop
 
 from dynamicvit.core.model import SparseOutput, SparseViT
-from dynamicvit.deploy.engines import find_device
+from dynamicvit.evaluation.launch import find_device
 from dynamicvit.io.files import check_folder, written_whole
 from dynamicvit.io.images import IMAGE_SUFFIXES
 from dynamicvit.io.load import load_model

@@ -22,8 +22,8 @@ from timm.data import resolve_input_data_config
 from torch.utils.data import IterableDataset
 
 from dynamicvit import __version__
-from dynamicvit.deploy.engines import find_device
-from dynamicvit.evaluation.evaluate import input_size, open_images, start_evaluation
+from dynamicvit.evaluation.launch import find_device, start_processes
+from dynamicvit.evaluation.setup import input_size, open_images
 from dynamicvit.io.embedded import ASSETS
 from dynamicvit.io.files import check_file, write_text
 from dynamicvit.io.predictions import class_names
@@ -303,7 +303,7 @@ def _look_at(
     quiet: bool,
 ) -> _Examples:
     """Run the model on images from all over a split. Errors as for `report`."""
-    accelerator = start_evaluation("no")
+    accelerator = start_processes("float32")
     sparse = found.sparse.to(device)
     images, loader = open_images(
         sparse, found.model, accelerator, data, data_dir, split, _BATCH, 0, None, True
