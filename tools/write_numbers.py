@@ -351,7 +351,8 @@ def written(text: str) -> str:
     """A page with what its markers name, as it is now.
 
     Raises:
-        ValueError: a marker names nothing, or has no partner.
+        ValueError: a marker names nothing, has no partner, or stands before a figure at the start
+            of a line, where Markdown takes the line for HTML.
     """
 
     def fill(found: re.Match[str]) -> str:
@@ -361,6 +362,8 @@ def written(text: str) -> str:
         number = NUMBERS[name]()
         if "\n" in number:  # Markdown wants empty lines around a table
             number = f"\n\n{number}\n\n"
+        elif found.string[: found.start()].rpartition("\n")[2].strip() == "":
+            raise ValueError(f"a figure's marker must not begin a line, got {name!r}")
         return f"<!-- {name} -->{number}<!-- /{name} -->"
 
     alone = MARKER.search(MARKED.sub("", text))
