@@ -31,7 +31,7 @@ REFUSED = {
 }
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 NAMES = zoo.names()
-# One of each kind; the others are marked `zoo` (`make zoo`).
+# One of each kind; the others are marked `slow` (`make test-all`).
 QUICK = {
     "deit_256",
     "deit_base_distilled_patch16_224",
@@ -87,7 +87,7 @@ def _near(actual: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.zoo) for name in NAMES]
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NAMES]
 )
 @torch.no_grad()
 def test_a_plain_transformer_is_pruned_rightly_or_refused(name: str) -> None:
