@@ -1,29 +1,38 @@
 # Everything runs in .venv, which the first target that needs it creates.
 PYTHON ?= python3
 BIN := .venv/bin
+# Two processes, each with whole modules: their fixtures are made once.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope
 
-.PHONY: demo results test zoo lint fix
+.PHONY: demo results numbers test test-all zoo lint fix
 
-demo: .venv/installed  ## install, then make a dense model fast, on real images, without a network
+demo: .venv/installed  ## install, then make a dense model sparse, on real images, without a network
 	$(BIN)/dynamicvit quickstart
 
-results: demo  ## the quickstart's numbers and picture, as README and docs show them
+results: demo  ## the quickstart's numbers and pictures, as README and docs show them
 	cp quickstart/metrics.json benchmarks/results/quickstart.json
 	cp quickstart/keep_maps.png docs/keep_maps.png
 	$(BIN)/dynamicvit explain 'quickstart/fashion_mnist/val/9 Ankle boot/003.png' \
 	    --model quickstart/sparse --output quickstart/explain --formats '[png]'
 	cp quickstart/explain/003.png docs/explain.png
 	$(BIN)/python tools/run_notebook.py examples/explain.ipynb
+	$(MAKE) numbers
 
-# The engines' tests run in a process of their own: one that has run them has crashed some hundred
-# tests later, inside Python's own int(), with Python 3.11.
-test: lint  ## lint, types, tests
-	$(BIN)/python -m pytest tests/deploy
-	$(BIN)/python -m pytest --ignore tests/deploy
+numbers: .venv/installed  ## write measured numbers into README and docs
+	$(BIN)/python -m tools.write_numbers
 
-zoo: .venv/installed  ## every plain transformer of timm's: the table in docs, and its test
+# The engines' tests run in processes of their own. In one process with the rest, Python 3.11 crashed
+# inside its own int() in one run of three, some hundred tests after them.
+test: lint  ## lint, types, ordinary tests
+	$(PYTEST) tests/deploy
+	$(PYTEST) --ignore tests/deploy
+
+test-all: test  ## the ordinary tests, then the slow ones
+	$(PYTEST) -m slow tests/deploy
+	$(PYTEST) -m slow --ignore tests/deploy
+
+zoo: .venv/installed  ## the table of timm's plain transformers in docs
 	$(BIN)/dynamicvit models --output docs/models.md
-	$(BIN)/python -m pytest -m 'zoo or not zoo' tests/evaluation/test_support.py
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))  # the script's own folder is what Python puts the
 
 import dynamicvit
 from benchmarks.cluttered import CANVAS, write_cluttered
-from benchmarks.tables import STEP_BASELINES, draw, print_table, summarise, write_page
+from benchmarks.tables import STEP_BASELINES, draw, print_table, summarise
 from dynamicvit import KeepSchedule, SparseViT, sparsify
 from dynamicvit.core.selectors import SELECTORS
 from dynamicvit.core.selectors.merging import Merger
@@ -585,7 +585,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--precision", choices=("no", "bf16"), help="by default bf16 on a GPU")
     parser.add_argument("--workers", type=int, default=0, help="data loading processes")
-    parser.add_argument("--page", type=Path, help="a Markdown page whose tables are made anew")
     parser.add_argument("--list", action="store_true", help="name the rows and what they take")
     options = parser.parse_args(arguments)
     if options.seeds < 1:
@@ -594,8 +593,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--device cuda: torch finds no GPU")
     if options.device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    if options.page is not None and not _has_tables(options.page, options.scale):
-        parser.error(f"--page must be a page with tables of {options.scale}, got {options.page}")
     if options.workers < 0:
         parser.error(f"--workers must be 0 or more, got {options.workers}")
     scale = SCALES[options.scale]
@@ -660,14 +657,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"{row.folder}: {error}")
         _collect(bench)
     print_table(bench.console, _collect(bench))
-    if options.page is not None:
-        report = json.loads((folder / JSON).read_text(encoding="utf-8"))
-        write_page(options.page, report["rows"])
     return 0
-
-
-def _has_tables(page: Path, scale: str) -> bool:
-    return page.is_file() and f"<!-- {scale} " in page.read_text(encoding="utf-8")
 
 
 def _with_result(bench: Bench) -> list[Row]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dynamicvit.core.selectors import SELECTORS
-from dynamicvit.io.files import write_bytes, write_text
+from dynamicvit.io.files import write_bytes
 
 STEP_BASELINES = ("random", "class_attention")  # with as few steps as the learned one
 _UNTRAINED = ", not trained"
@@ -89,50 +89,83 @@ def tables(results: Sequence[dict[str, Any]]) -> dict[str, str]:
     rows = summarise(results)
     dense = next(row for row in rows if row["table"] == "dense")
     main = [row for row in rows if row["table"] == "main"]
-    found = {
-        "dense": [
-            "| model | GMACs | top-1 | training steps |",
-            f"| dense | {dense['gmacs']:.4f} | {_top1(dense)} | {dense['steps']} |",
-        ],
-        "main": [
-            "| keep ratio | what decides | GMACs | not trained | fine-tuned | against dense |"
-        ],
-        "recipes": ["| recipe | training steps | top-1 | against dense |"],
-        "steps": ["| scorer | " + " | ".join(f"{steps}" for steps in _budgets(rows)) + " |"],
-        "stages": ["| stages | keep ratio of each | GMACs | top-1 | against dense |"],
-        "losses": ["| loss left out | top-1 | against dense |"],
+    kept = [row for row in main if (row["scorer"], row["keep_ratio"]) == ("learned", 0.7)]
+
+    def of(table: str) -> list[dict[str, Any]]:
+        return [row for row in rows if row["table"] == table]
+
+    def name(row: dict[str, Any], prefix: str, otherwise: str) -> str:
+        return otherwise if row in kept else str(row["row"].removeprefix(prefix))
+
+    return {
+        "dense": markdown(
+            ("model", "GMACs", "top-1", "training steps"),
+            [["dense", f"{dense['gmacs']:.4f}", _top1(dense), str(dense["steps"])]],
+        ),
+        "main": markdown(
+            ("keep ratio", "what decides", "GMACs", "not trained", "fine-tuned", "against dense"),
+            _main(main, dense),
+        ),
+        "recipes": markdown(
+            ("recipe", "training steps", "top-1", "against dense"),
+            [
+                [
+                    name(row, "recipe-", "this table's"),
+                    str(row["steps"] + row["warm_start"]),
+                    *_result(row, dense),
+                ]
+                for row in [*of("recipes"), *kept]
+            ],
+        ),
+        "steps": markdown(
+            ("scorer", *(f"{steps} steps" for steps in _budgets(rows))), _steps(rows)
+        ),
+        "stages": markdown(
+            ("stages", "keep ratio of each", "GMACs", "top-1", "against dense"),
+            [
+                [
+                    str(row["stages"]),
+                    str(row["keep_ratio"]),
+                    _saved(row, dense),
+                    *_result(row, dense),
+                ]
+                for row in [*of("stages"), *kept]
+            ],
+        ),
+        "starts": markdown(
+            ("what decides", "keep ratio", "with the warm start", "without it"),
+            [
+                [row["scorer"], str(row["keep_ratio"]), _top1(with_it), _top1(row)]
+                for row in of("starts")
+                for with_it in main
+                if with_it["steps"]
+                and all(with_it[key] == row[key] for key in ("scorer", "keep_ratio"))
+            ],
+        ),
+        "losses": markdown(
+            ("loss left out", "top-1", "against dense"),
+            [
+                [name(row, "without-", "none"), *_result(row, dense)]
+                for row in [*kept, *of("losses")]
+            ],
+        ),
     }
+
+
+def _main(main: Sequence[dict[str, Any]], dense: dict[str, Any]) -> Iterator[list[str]]:
     rules = dict.fromkeys((row["keep_ratio"], row["scorer"]) for row in main)
     for ratio, scorer in sorted(rules, key=lambda rule: -rule[0]):
         same = [row for row in main if (row["keep_ratio"], row["scorer"]) == (ratio, scorer)]
-        plain = [_top1(row) for row in same if row["steps"] == 0]
-        tuned = [row for row in same if row["steps"]]
-        found["main"].append(
-            f"| {ratio} | {_what_leaves(same[0])} | {_saved(same[0], dense)} | {''.join(plain)} | "
-            + " | ".join([*map(_top1, tuned), *(_against(row, dense) for row in tuned)] or [" | "])
-            + " |"
-        )
+        plain = "".join(_top1(row) for row in same if row["steps"] == 0)
+        tuned = [_result(row, dense) for row in same if row["steps"]]
+        of = [str(ratio), _what_leaves(same[0]), _saved(same[0], dense)]
+        yield [*of, plain, *(tuned[0] if tuned else ("", ""))]
+
+
+def _steps(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
     for name, points in curves(rows, "steps").items():
         at = {row["steps"] + row["warm_start"]: _top1(row) for row in points}
-        cells = " | ".join(at.get(steps, "") for steps in _budgets(rows))
-        found["steps"].append(f"| {name} | {cells} |")
-    kept = [row for row in main if (row["scorer"], row["keep_ratio"]) == ("learned", 0.7)]
-    for row in [*(row for row in rows if row["table"] == "recipes"), *kept]:
-        recipe = row["row"].removeprefix("recipe-") if row["table"] == "recipes" else "this table's"
-        steps = row["steps"] + row["warm_start"]
-        found["recipes"].append(f"| {recipe} | {steps} | {_top1(row)} | {_against(row, dense)} |")
-    for row in [*(row for row in rows if row["table"] == "stages"), *kept]:
-        found["stages"].append(
-            f"| {row['stages']} | {row['keep_ratio']} | {_saved(row, dense)} | {_top1(row)} | "
-            f"{_against(row, dense)} |"
-        )
-    for row in [*kept, *(row for row in rows if row["table"] == "losses")]:
-        loss = row["row"].removeprefix("without-") if row["table"] == "losses" else "none"
-        found["losses"].append(f"| {loss} | {_top1(row)} | {_against(row, dense)} |")
-    return {
-        name: "\n".join([head, "|" + "---|" * (head.count("|") - 1), *lines])
-        for name, (head, *lines) in found.items()
-    }
+        yield [name, *(at.get(steps, "") for steps in _budgets(rows))]
 
 
 def _what_leaves(row: dict[str, Any]) -> str:
@@ -150,23 +183,25 @@ def _top1(row: dict[str, Any]) -> str:
     return f"{row['top1']:.2f}{of}"
 
 
-def _against(row: dict[str, Any], dense: dict[str, Any]) -> str:
-    return f"{row['top1'] - dense['top1']:+.2f}".replace("-", "−")
+def _result(row: dict[str, Any], dense: dict[str, Any]) -> list[str]:
+    """Top-1, and what that is against dense."""
+    return [_top1(row), minus(row["top1"] - dense["top1"], "+.2f")]
 
 
 def _saved(row: dict[str, Any], dense: dict[str, Any]) -> str:
-    return f"{row['gmacs']:.4f} (−{1 - row['gmacs'] / dense['gmacs']:.1%})"
+    change = row["gmacs"] / dense["gmacs"] - 1
+    return f"{row['gmacs']:.4f} ({minus(change, '.1%')})" if change else f"{row['gmacs']:.4f}"
 
 
-def write_page(page: Path, results: Sequence[dict[str, Any]]) -> None:
-    """Put the tables where a page has their names: `<!-- small main -->` … `<!-- end -->`."""
-    text = page.read_text(encoding="utf-8")
-    for name, table in tables(results).items():
-        before, start, rest = text.partition(f"<!-- {results[0]['scale']} {name} -->\n")
-        _, end, after = rest.partition("<!-- end -->")
-        if end:
-            text = f"{before}{start}\n{table}\n\n{end}{after}"
-    write_text(page, text)
+def minus(value: float, form: str) -> str:
+    """A formatted number, with a minus sign instead of a hyphen."""
+    return format(value, form).replace("-", "−")
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -39,10 +39,10 @@ from dynamicvit.core.model import SparseOutput
 from dynamicvit.core.paths import Masked
 from dynamicvit.core.tokens import Tokens
 from dynamicvit.deploy.benchmark import random_batches
-from dynamicvit.deploy.engines import find_device
 from dynamicvit.deploy.memory import resident
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.evaluate import input_size
+from dynamicvit.evaluation.launch import find_device
 from dynamicvit.evaluation.timing import interleave
 from dynamicvit.io.embedded import ASSETS
 from dynamicvit.io.files import write_text

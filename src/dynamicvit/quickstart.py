@@ -7,7 +7,7 @@ import shutil
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -30,8 +30,8 @@ from dynamicvit.io.folder import save_folder
 from dynamicvit.io.load import load_model
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.fit import BEST, CONFIG, DENSE, METRICS, train
-from dynamicvit.views.explanation import explain
-from dynamicvit.views.pictures import draw_sheet
+from dynamicvit.views.explain import explain
+from dynamicvit.views.explanation import draw_sheet
 
 
 def quickstart(
@@ -99,7 +99,7 @@ def quickstart(
 
     console.print(f"[bold]1/5[/] fine-tuning at keep ratio {keep_ratio} with the paper's losses")
     train(config)
-    sparse = cast(SparseViT, dynamicvit.load(Path(config.output) / BEST))
+    sparse = dynamicvit.load(Path(config.output) / BEST)
     save_folder(sparse, folder / "sparse")
     with_new_head = Path(config.output) / DENSE / BEST
     if with_new_head.exists():  # the data has other classes than the given model

@@ -24,8 +24,7 @@ from dynamicvit.core.selectors.rules import ClassAttentionScorer, RandomScorer, 
 from dynamicvit.core.tokens import Tokens, keep_mask, key_bias
 from dynamicvit.deploy.export import export_model
 from dynamicvit.io.folder import CONFIG
-from dynamicvit.training.config import TrainConfig
-from dynamicvit.training.defaults import complete
+from dynamicvit.training.config import TrainConfig, complete
 from dynamicvit.training.task import SparseTask
 from tests.conftest import randomise, tiny_vit
 
@@ -224,7 +223,7 @@ def test_a_folder_names_its_rule(tmp_path: Path) -> None:
     config = json.loads((tmp_path / CONFIG).read_text())
     del config["dynamicvit"]["scorer"]
     (tmp_path / CONFIG).write_text(json.dumps(config))
-    assert name_of(cast(SparseViT, load(tmp_path)).scorers) == "learned"
+    assert name_of(load(tmp_path).scorers) == "learned"
 
 
 @pytest.mark.parametrize("scorer", SELECTORS)

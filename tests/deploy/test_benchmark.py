@@ -233,16 +233,6 @@ def test_engines_of_the_cpu_are_refused_on_a_gpu() -> None:
         engines.check_engine("compile", "float16")
 
 
-def test_without_a_name_the_device_is_a_gpu_if_there_is_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for found, expected in ((True, "cuda"), (False, "cpu")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda found=found: found)
-        assert engines.find_device(None).type == expected
-    assert engines.find_device("cuda:1").index == 1
-
-
 def test_more_shapes_are_compiled_than_torch_compiles_one_function_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -139,7 +139,7 @@ def test_compare_names_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="must choose tokens, not merge them, got TokenScorer"):
         compare_models(model, dense, batch, Accelerator(cpu=True))
     with pytest.raises(ValueError, match="gave no images"):
-        compare_models(model, dense, [], Accelerator(cpu=True))  # type: ignore[arg-type]
+        compare_models(model, dense, [], Accelerator(cpu=True))
     monkeypatch.undo()
     batch = [(torch.randn(1, 3, 32, 32), torch.tensor([5]))]
     with pytest.raises(ValueError, match="the data has class 5, the model 5 classes"):

@@ -111,7 +111,7 @@ def test_evaluate_names_what_is_wrong(images: Path, dense_folder: Path, tmp_path
         evaluate([str(dense_folder)], str(images), batch_size=0)
     with pytest.raises(ValueError, match="workers must be 0 or more, got -1"):
         evaluate([str(dense_folder)], str(images), workers=-1)
-    with pytest.raises(ValueError, match="models must name at least one model, got none"):
+    with pytest.raises(ValueError, match="models must be a list of at least one model, got"):
         evaluate([], str(images))
     with pytest.raises(ValueError, match="precision must be"):
         evaluate([str(dense_folder)], str(images), precision="fp8")

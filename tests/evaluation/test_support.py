@@ -31,7 +31,7 @@ REFUSED = {
 }
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 NAMES = zoo.names()
-# One of each kind; the others are marked `zoo` (`make zoo`).
+# One of each kind; the others are marked `slow` (`make test-all`).
 QUICK = {
     "deit_256",
     "deit_base_distilled_patch16_224",
@@ -87,7 +87,7 @@ def _near(actual: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.zoo) for name in NAMES]
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NAMES]
 )
 @torch.no_grad()
 def test_a_plain_transformer_is_pruned_rightly_or_refused(name: str) -> None:
@@ -258,6 +258,73 @@ def test_models_are_listed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     found = capsys.readouterr().out
     assert "not supported: 1" in found
     assert "test_vit: ratios must leave at least one" in found
-    with pytest.raises(SystemExit):
-        cli.main(["models", "resnet*"])
-    assert "filter must match a plain transformer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet50", r"ResNet is not supported: .*; near in size: \w+, deit_small_patch16_224"),
+        ("resnet50.tv_in1k", "ResNet is not supported: "),
+        ("resnet*", "models of other kinds do, such as resnet"),
+        ("deit_smal", "near: deit_small_distilled_patch16_224, deit_small_patch16_224"),
+        ("diet_small_patch16_224", "near: deit_small_patch16_224"),
+        ("zzzz", "near: none, `dynamicvit models` lists all"),
+        ("me/resnet", "ResNet is not supported"),
+        ("me/deit-small-patch16-224", "'vit'.*near: .*deit_small_patch16_224"),
+        ("me/odd", "filter must be .* got 'me/odd'"),
+        ("me/none", "got 'me/none': no route"),
+    ],
+)
+def test_models_says_what_is_wrong_and_what_is_near(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _serve(tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match=message):
+        zoo.models(name)
+
+
+def _serve(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub of four models."""
+    configs = {
+        "me/vit": '{"architecture": "deit_256"}',
+        "me/resnet": '{"architecture": "resnet18"}',
+        "me/deit-small-patch16-224": '{"model_type": "vit"}',
+        "me/odd": "[]",
+    }
+
+    def download(hub_id: str, name: str) -> str:
+        if hub_id not in configs:
+            raise OSError("no route")
+        (folder / name).write_text(configs[hub_id])
+        return str(folder / name)
+
+    monkeypatch.setattr(zoo, "hf_hub_download", download)
+    monkeypatch.setattr("dynamicvit.io.hub._reachable", lambda: True)
+
+
+def test_models_takes_hub_ids_and_names_of_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _serve(tmp_path, monkeypatch)
+    for name in ("me/vit", "deit_256.untrained"):
+        assert [item.name for item in zoo.models(name, quiet=True)] == ["deit_256"]
+
+
+def test_the_list_fits_into_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    longest = max(NAMES, key=len)
+    zoo.models(longest)
+    text = capsys.readouterr().out
+    assert longest in text
+    assert max(map(len, text.splitlines())) <= 80
+    zoo.models(longest, quiet=True)
+    assert capsys.readouterr().out == ""
+
+
+def test_models_names_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"keep_ratio must lie in \(0, 1\], got 2"):
+        zoo.models("deit_256", keep_ratio=2)
+    with pytest.raises(ValueError, match="output must be a file, got the folder"):
+        zoo.models("deit_256", output=str(tmp_path))

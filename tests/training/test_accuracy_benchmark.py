@@ -84,21 +84,19 @@ def test_rows_are_run_and_written_and_left_alone_when_done(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a finished row was run again")
 
-    page = folder / "page.md"
-    page.write_text("before\n<!-- tiny main -->\nold\n<!-- end -->\nafter <!-- small main -->\n")
     monkeypatch.setattr(accuracy, "train", refuse)
     monkeypatch.setattr(accuracy, "evaluate_model", refuse)
     # Other seeds stay, also where they are not asked for.
-    assert _run(folder, rows[0], page=page)["rows"] == report["rows"]
-    before, *table, after = (line for line in page.read_text().splitlines() if line)
-    assert (before, after) == ("before", "after <!-- small main -->")
-    assert "\n".join(table[1:-1]) == tables(report["rows"])["main"]
+    assert _run(folder, rows[0])["rows"] == report["rows"]
     dense, pooled = found["dense"], found["pooling-0.7"]
     against = f"{pooled['top1'] - dense['top1']:+.2f}".replace("-", "−")
     untrained = f"{found['pooling-0.7-untrained']['top1']:.2f}"
-    assert f"| {untrained} | {pooled['top1']:.2f} | {against} |" in page.read_text()
+    assert f"| {untrained} | {pooled['top1']:.2f} | {against} |" in tables(report["rows"])["main"]
     both = [found[name]["top1"] for name in ("learned-0.5", "learned-0.5-seed1")]
-    assert f"{sum(both) / 2:.2f} ({min(both):.2f}–{max(both):.2f}, 2 seeds)" in page.read_text()
+    assert (
+        f"{sum(both) / 2:.2f} ({min(both):.2f}–{max(both):.2f}, 2 seeds)"
+        in tables(report["rows"])["main"]
+    )
 
 
 def test_a_row_that_was_interrupted_goes_on(folder: Path, tmp_path: Path) -> None:
@@ -305,8 +303,6 @@ def test_rows_can_be_listed_with_the_time_that_they_take(
         (["--model", "nowhere"], "no model folder at nowhere"),
         (["--model", "{folder}/sparse"], "model must be a dense model's folder, got the sparse"),
         (["--data_dir", "nowhere"], "cannot open 'torch/fashion_mnist' in 'nowhere'"),
-        (["--page", "nowhere.md"], "--page must be a page with tables of tiny, got nowhere.md"),
-        (["--page", "README.md"], "--page must be a page with tables of tiny, got README.md"),
     ],
 )
 def test_what_cannot_be_run_is_refused(

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dynamicvit.views.pictures import dim_dropped
 from PIL import Image
 
 from dynamicvit import sparsify
@@ -26,7 +27,6 @@ from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.io.folder import save_folder
 from dynamicvit.views.demo import Answers, _import_gradio, demo
 from dynamicvit.views.explanation import explain
-from dynamicvit.views.pictures import dim_dropped
 from tests.conftest import tiny_vit
 
 CLASSES = ("a <b>bold</b> name", "b", "c", "d", "e")

@@ -32,16 +32,21 @@ from dynamicvit.deploy.engines import (
     build,
     check_engine,
     check_engines,
-    find_device,
     first_line,
     installed,
 )
 from dynamicvit.deploy.memory import peak_memory
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.evaluate import input_size, token_counts
+<<<<<<< HEAD
 from dynamicvit.evaluation.progress import Report, show_progress
 from dynamicvit.evaluation.timing import Engine, compare_times, interleave, medians, time_call
 from dynamicvit.io.files import check_file, write_bytes, write_text
+=======
+from dynamicvit.evaluation.launch import find_device
+from dynamicvit.evaluation.timing import interleave, time_call
+from dynamicvit.io.files import write_bytes, write_text
+>>>>>>> main
 from dynamicvit.io.load import load_model
 
 

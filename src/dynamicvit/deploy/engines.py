@@ -33,27 +33,6 @@ ENGINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 TORCH_ENGINES = ("eager", "compile")  # which compute on a GPU too, in every precision
 
 
-def find_device(name: str | None) -> torch.device:
-    """The device of this name; by default a GPU if torch has one, else the CPU.
-
-    Raises:
-        ValueError: unless it is "cpu", "cuda" or "cuda:NUMBER", and there.
-    """
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be cpu, cuda or cuda:NUMBER, got {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be cpu, cuda or cuda:NUMBER, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device must be there, torch finds {torch.cuda.device_count()} GPUs, got {name!r}"
-        )
-    return device
-
-
 def installed(engine: str) -> bool:
     """Whether the packages that an engine takes are there."""
     return all(importlib.util.find_spec(package) for package in ENGINES[engine][0])

@@ -30,7 +30,7 @@ from dynamicvit.core.model import SparseViT
 from dynamicvit.core.paths import Pruned
 from dynamicvit.deploy.verify import Agreement, Engine, Found, compare, find_images, load_images
 from dynamicvit.evaluation.environment import environment
-from dynamicvit.evaluation.evaluate import backbone_of, input_size, token_counts
+from dynamicvit.evaluation.setup import backbone_of, input_size, token_counts
 from dynamicvit.io.files import write_text
 from dynamicvit.io.load import load_model
 from dynamicvit.io.predictions import class_names, preprocessing

@@ -22,7 +22,7 @@ from PIL import Image
 from timm.data import ImageDataset, IterableImageDataset, create_dataset, create_loader
 from torch.utils.data import DataLoader, Dataset
 
-from dynamicvit.io.images import IMAGE_SUFFIXES, MODES, convert_image
+from dynamicvit.io.images import IMAGE_SUFFIXES, MODES, check_regular, convert_image
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "test")}
 # Of a picture 20,000 pixels wide and 1 high, a resize to a usual height would make gigabytes.
@@ -63,11 +63,9 @@ class ImageData:
         if names is None:
             return text
         text += f", {len(names):,} classes"
-        labels = self._labels
-        if labels is None:
+        counts = self.class_counts()
+        if counts is None:
             return text
-        known = np.asarray(labels)[np.asarray(labels) >= 0]  # some readers say -1 for no label
-        counts = np.bincount(known, minlength=len(names))[: len(names)]
         fewest, most_images = int(counts.min()), int(counts.max())
         text += f" of {fewest:,}" + (f" to {most_images:,}" if fewest < most_images else "")
         for count, what in ((1, "with a single image"), (0, "without any")):
@@ -76,15 +74,25 @@ class ImageData:
                 text += f"; {len(found):,} {what}: {_some(found, most, of=len(found))}"
         return text
 
+    def class_counts(self) -> np.ndarray[Any, Any] | None:
+        """How many images each class has; None if the source does not tell before it is read."""
+        labels, names = self._labels, self.class_names
+        if labels is None or names is None:
+            return None
+        known = labels[labels >= 0]  # some readers say -1 for no label
+        return np.bincount(known, minlength=len(names))[: len(names)]
+
     def describe_met(self) -> str | None:
-        """How many images met so far, in all processes of a run, can be read, and of which kinds
-        they are; None if not counted. To be called in all processes together."""
+        """How many images met so far, in all processes of a run, can be read, and how many of them
+        are of an unusual kind; None if none is, or they are not counted. To be called in all
+        processes together."""
         if not isinstance(self.dataset, _Images):
             return None
         met = reduce(torch.bitwise_or, gather_object([self.dataset.kinds]))
         counts = [int((met >> bit & 1).sum()) for bit in range(len(_KINDS) + 1)]
-        parts = [f"{count:,} {kind}" for count, kind in zip(counts[1:], _KINDS, strict=True)]
-        return f"{counts[0]:,}; of these {', '.join(parts)}"
+        found = zip(counts[1:], _KINDS, strict=True)
+        parts = [f"{count:,} {kind}" for count, kind in found if count]
+        return f"{counts[0]:,}; of these {', '.join(parts)}" if parts else None
 
     @property
     def unreadable(self) -> int | None:
@@ -312,7 +320,7 @@ class Unreadable:
         """Note an image; once, however often it is met."""
         if not self.flags[number]:
             row = torch.zeros(self._BYTES, dtype=torch.uint8)
-            text = name.encode()[-self._BYTES :]  # of a long path the end tells more
+            text = os.fsencode(name)[-self._BYTES :]  # of a long path the end tells more
             row[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
             # Of two images with the same row the later name stays: these are examples.
             self._names[number % self._ROWS] = row
@@ -321,7 +329,7 @@ class Unreadable:
     def names(self) -> list[str]:
         """The names of some of the images."""
         texts = (bytes(row.tolist()).rstrip(b"\0") for row in self._names)
-        return [text.decode(errors="replace") for text in texts if text]
+        return [text.decode(errors="backslashreplace") for text in texts if text]
 
 
 class _Images(Dataset):
@@ -346,7 +354,7 @@ class _Images(Dataset):
             try:
                 image, target = self._read(at)
                 break
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            except Exception as error:  # foreign bytes make decoders raise nearly anything
                 name = self._name(at)
                 if self.unreadable is None:
                     raise DataError(
@@ -370,6 +378,7 @@ class _Images(Dataset):
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
         if isinstance(self.source, ImageDataset):
+            check_regular(self.source.reader.filename(index, absolute=True))
             # timm's own __getitem__ would replace an unreadable image and go on.
             image, target, *_ = self.source.reader[index]
             if not isinstance(image, Image.Image):
@@ -392,7 +401,8 @@ class _Images(Dataset):
 
     def _name(self, index: int) -> str:
         if isinstance(self.source, ImageDataset):
-            return str(self.source.reader.filename(index, absolute=True))
+            name = self.source.reader.filename(index, absolute=True)
+            return os.fsencode(name).decode(errors="backslashreplace")
         return f"number {index}"
 
 
@@ -413,6 +423,11 @@ def _open_folder(folder: Path, mode: str, expected: Sequence[str] | None) -> Ima
     )
     if not classes:
         raise DataError(f"{folder} has no class folders")
+    for name in classes:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"names of class folders must be UTF-8, got {name!r}") from error
     try:
         dataset = create_dataset(
             "",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,25 +12,22 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.schedule import KeepSchedule
+from dynamicvit.evaluation.console import make_table, track
+from dynamicvit.evaluation.data import check_labels
 from dynamicvit.evaluation.environment import environment
-from dynamicvit.evaluation.evaluate import (
-    Change,
-    check_labels,
+from dynamicvit.evaluation.evaluate import Change, compare_answers, run_batches
+from dynamicvit.evaluation.launch import start_processes
+from dynamicvit.evaluation.setup import (
     check_loading,
-    compare_answers,
     input_size,
     load_pair,
     open_images,
-    run_batches,
     seeded,
-    start_evaluation,
 )
 from dynamicvit.evaluation.timing import Speed, compare_speed
 from dynamicvit.io.files import check_file, check_folder, write_text
@@ -79,12 +76,14 @@ def sweep(
     batch_size: int = 64,
     workers: int = 2,
     crop_pct: float | None = None,
-    precision: str = "no",
+    precision: str = "float32",
     skip_unreadable: bool = False,
     output: str | None = None,
     save: str | None = None,
+    device: str | None = None,
+    quiet: bool = False,
 ) -> dict[str, Any]:
-    """Find the keep ratio to use: a trained sparse model's accuracy and cost at several of them.
+    """Find the keep ratio to use: accuracy and cost of a trained sparse model at several.
 
     Nothing is trained: the weights stay, the schedule changes. Each accuracy is compared with the
     dense model's on the same images, and how sure the difference is stands beside it.
@@ -115,10 +114,12 @@ def sweep(
         batch_size: images a batch.
         workers: data loading processes.
         crop_pct: the share of the image's side that is kept; by default the model's own.
-        precision: "no" for float32, or "bf16".
+        precision: float32 or bfloat16.
         skip_unreadable: leave out and count images that cannot be read, instead of stopping.
         output: JSON file to write.
         save: folder to write the recommended model to, ready for use.
+        device: such as cpu or cuda:1; by default a GPU if there is one.
+        quiet: print nothing, neither tables nor progress.
 
     Returns:
         What the JSON file holds: dense, points (one a schedule), the recommended one, or None.
@@ -143,7 +144,7 @@ def sweep(
         check_file("output", output)
     if save:
         check_folder("save", save)
-    accelerator = start_evaluation(precision)
+    accelerator = start_processes(precision, device)
     sparse, reference = load_pair(model, dense)
     schedules = list_schedules(sparse, keep_ratios, blocks, ratios)
     images, loader = open_images(
@@ -158,13 +159,15 @@ def sweep(
         crop_pct,
         skip_unreadable,
     )
+    silent = quiet or not accelerator.is_main_process
     with seeded(accelerator):
-        found = evaluate_schedules(sparse, reference, schedules, loader, accelerator)
+        batches = track(loader, f"evaluating {len(schedules)} schedules", silent)
+        found = evaluate_schedules(sparse, reference, schedules, batches, accelerator)
     count, top1, points = found
     if not accelerator.is_main_process:
         seconds = 0.0
     if seconds:
-        points = _time(sparse, reference, points, batch_size, seconds, precision)
+        points = _time(sparse, reference, points, batch_size, seconds, precision, silent)
     chosen = choose(points, max_loss, max_gmacs, sure)
     result = {
         "model": model,
@@ -186,7 +189,8 @@ def sweep(
     if images.unreadable is not None:
         result["unreadable"] = images.unreadable
     if accelerator.is_main_process:
-        _print(Console(), result, points, chosen)
+        if not quiet:
+            _print(Console(), result, points, chosen)
         if output:
             write_text(Path(output), json.dumps(result, indent=2) + "\n")
         if save and chosen is not None:
@@ -260,7 +264,7 @@ def evaluate_schedules(
     model: SparseViT,
     dense: nn.Module,
     schedules: Sequence[KeepSchedule],
-    loader: DataLoader,
+    loader: Iterable[Any],
     accelerator: Accelerator | None = None,
 ) -> tuple[int, float, list[Point]]:
     """Run a dense model and schedules of a sparse one over the same images, read once.
@@ -343,11 +347,11 @@ def _time(
     batch_size: int,
     seconds: float,
     precision: str,
+    quiet: bool,
 ) -> list[Point]:
     fused = model.fuse()
-    precision = {"no": "float32", "bf16": "bfloat16"}.get(precision, precision)  # accelerate's
     timed = []
-    for point in points:
+    for point in track(points, "timing schedules", quiet):
         pruned = reschedule(fused, point.schedule)
         [speed] = compare_speed(dense, pruned, input_size(model), (batch_size,), seconds, precision)
         timed.append(replace(point, speed=speed))
@@ -384,32 +388,28 @@ def _print(
     dense, images = result["dense"], result["images"]
     places = len({point.schedule.blocks for point in points}) > 1
     timed = points[0].speed is not None
-    # Narrow enough for a terminal of 80 characters; the JSON file has the rest.
-    table = Table("keep")
-    titles = ["top-1", "points", "95%", "lost, won", "GMACs", "fewer", "images/s"]
-    for title in titles if timed else titles[:-1]:
-        table.add_column(title, no_wrap=True)
+    table = make_table(
+        "keep", "top-1 %", "points lost (95%)", "GMACs", "fewer", *(["speed-up"] if timed else ())
+    )
     for point in points:
-        change, speed = point.change, point.speed
-        low, high = change.interval
+        low, high = point.change.interval
         row = [
             ("• " if point.frontier else "  ") + _describe(point.schedule, places),
             f"{point.top1:.2f}",
-            f"{-change.points_lost + 0.0:+.2f}",
-            f"{-high:+.1f} to {-low:+.1f}",
-            f"{change.right_to_wrong}, {change.wrong_to_right}",
+            f"{point.change.points_lost:.2f} ({low:.1f} to {high:.1f})",
             f"{point.gmacs:.3f}",
             f"{_fewer(point, result):.1f}%",
         ]
-        if speed is not None:
-            row.append(f"{speed.sparse:.0f}, {speed.speed_up:.2f}×")
+        if point.speed is not None:
+            row.append(f"{point.speed.speed_up:.2f}×")
         table.add_row(*row, style="bold" if point == chosen else None)
     console.print(table)
     of = "" if dense["model"] else " (the model's own backbone with all tokens; --dense: another)"
     console.print(
-        f"dense{of}: top-1 {dense['top1']:.2f}% of {images} images, {dense['gmacs']:.3f} GMACs; "
-        "points: against dense, and what is likely for other images; lost, won: images that dense "
-        "alone, or pruned alone, gets right; •: no other is as accurate for less"
+        f"dense{of}: top-1 {dense['top1']:.2f}% of {images} images, {dense['gmacs']:.3f} GMACs\n"
+        "points lost: against dense, below 0 where pruned is better; in brackets, what is likely "
+        "for other images\n"
+        "•: no other is as accurate for less"
     )
     console.print(_recommendation(result, points, chosen), style="bold")
 

@@ -24,16 +24,17 @@ from dynamicvit.core.backbones import UnsupportedBackbone
 from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseViT, sparsify
 from dynamicvit.core.schedule import KeepSchedule
-from dynamicvit.deploy.engines import find_device
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.evaluate import input_size
+from dynamicvit.evaluation.launch import find_device
 from dynamicvit.evaluation.sweep import reschedule
 from dynamicvit.evaluation.timing import compare_speed
 from dynamicvit.io.embedded import ASSETS, embedded_images
 from dynamicvit.io.load import load_model
 from dynamicvit.io.predictions import Prediction
-from dynamicvit.views.explanation import Explanation, explain
-from dynamicvit.views.pictures import dim_dropped, heat_map
+from dynamicvit.views.drawing import hatch, spread
+from dynamicvit.views.explain import explain
+from dynamicvit.views.explanation import Explanation
 
 _EMBEDDED = "embedded"
 _SLIDER = (0.2, 1.0, 0.05)  # lowest, highest and step of the keep ratio
@@ -398,7 +399,8 @@ def _draw(found: Explanation) -> str:
     for stage, (block, count) in enumerate(zip(found.blocks, counts, strict=True)):
         title = f"stage {stage + 1}"
         below = f"{count} of {start} patches, before block {block}"
-        dimmed = dim_dropped(found.pixels, found.masks[stage], found.patch_size)
+        gone = ~spread(found.masks[stage], found.patch_size, (height, width))
+        dimmed = hatch(found.pixels, gone)
         panels.append(_figure(dimmed, title, below, f"{title}: {below}; the others dimmed"))
     sides = "<p>The model has no classes.</p>"
     if found.dense:
@@ -415,7 +417,7 @@ def _draw(found: Explanation) -> str:
 def _draw_scores(found: Explanation) -> str:
     panels = []
     for stage in range(len(found.blocks)):
-        heat, lowest, highest = heat_map(found, stage)
+        heat, lowest, highest = found.heat_map(stage)
         title, below = f"stage {stage + 1}", f"{lowest:.3g} to {highest:.3g}"
         panels.append(_figure(heat, title, below, f"keep scores of {title}: {below}"))
     return (
