@@ -7,6 +7,7 @@ import io
 import json
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -36,17 +37,12 @@ from dynamicvit.deploy.engines import (
     installed,
 )
 from dynamicvit.deploy.memory import peak_memory
+from dynamicvit.evaluation.console import show_steps
 from dynamicvit.evaluation.environment import environment
-from dynamicvit.evaluation.evaluate import input_size, token_counts
-<<<<<<< HEAD
-from dynamicvit.evaluation.progress import Report, show_progress
+from dynamicvit.evaluation.launch import find_device
+from dynamicvit.evaluation.setup import input_size, token_counts
 from dynamicvit.evaluation.timing import Engine, compare_times, interleave, medians, time_call
 from dynamicvit.io.files import check_file, write_bytes, write_text
-=======
-from dynamicvit.evaluation.launch import find_device
-from dynamicvit.evaluation.timing import interleave, time_call
-from dynamicvit.io.files import write_bytes, write_text
->>>>>>> main
 from dynamicvit.io.load import load_model
 
 
@@ -120,7 +116,7 @@ def benchmark(
         seconds: spent on each measurement, at least; at least 7 rounds are run.
         output: JSON file to write.
         plot: PNG or SVG file to write, speed-up against batch size (extra "plot").
-        quiet: show no progress.
+        quiet: print nothing, neither tables nor progress.
 
     Raises:
         ValueError, FileNotFoundError: naming what is wrong with an option or the model.
@@ -162,12 +158,13 @@ def benchmark(
             f"keep_ratio and align are for dense models, got {keep_ratio} and {align} "
             f"with the sparse model {model}"
         )
-    with torch.cuda.device(place) if gpu else nullcontext(), show_progress(quiet) as report:
+    with torch.cuda.device(place) if gpu else nullcontext(), show_steps(quiet) as report:
         result = {
             "model": model,
             **_run(sparse.eval().to(place), pairs, sizes, seconds, report),
         }
-    print_benchmark(result)
+    if not quiet:
+        print_benchmark(result)
     if output:
         write_text(Path(output), json.dumps(result, indent=2) + "\n")
     if plot:
@@ -180,7 +177,7 @@ def _run(
     pairs: list[tuple[str, str]],
     batch_sizes: list[int],
     seconds: float,
-    report: Report,
+    report: Callable[..., None],
 ) -> dict[str, Any]:
     """What `benchmark` returns, but for the model's name; on the model's device."""
     device = next(sparse.parameters()).device

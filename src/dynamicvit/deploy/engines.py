@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamicvit.core.model import SparseViT
-from dynamicvit.deploy import export
+from dynamicvit.deploy import formats
 from dynamicvit.evaluation.processor import has_bfloat16
 from dynamicvit.evaluation.timing import Engine
 from dynamicvit.io.files import write_bytes
@@ -52,7 +52,7 @@ def check_engine(engine: str, precision: str, device: str = "cpu") -> None:
     if not gpu and precision not in ENGINES[engine][1]:
         raise ValueError(f"engine {engine!r} does not compute in {precision} here")
     if engine == "openvino":
-        export.check_openvino(precision)
+        formats.check_openvino(precision)
     elif not gpu and precision == "bfloat16" and not has_bfloat16():
         raise ValueError(f"this processor has no bfloat16, got it for engine {engine!r}")
 
@@ -136,11 +136,11 @@ def save(
         torch.save(_convert(model, precision, fused_attention), buffer)
         write_bytes(path, buffer.getvalue())
         return path
-    path = folder / f"model{export.FORMATS[engine][0]}"
+    path = folder / f"model{formats.FORMATS[engine][0]}"
     reference = copy.deepcopy(model).cpu().float().eval()
-    program = export.trace(reference, torch.float32)
+    program = formats.trace(reference, torch.float32)
     metadata = json.dumps({"precision": precision})
-    write = export.write_onnx if engine == "onnx" else export.write_openvino
+    write = formats.write_onnx if engine == "onnx" else formats.write_openvino
     write(program, path, metadata, 18, None)
     return path
 
@@ -149,7 +149,7 @@ def load(path: Path, engine: str, precision: str) -> Engine:
     """What `save` wrote, as `build` would give it. Runs the file's code: for files of `save`."""
     if engine in TORCH_ENGINES:
         return _call(torch.load(path, weights_only=False), engine, precision)
-    return export.LOADERS[engine](path, precision)
+    return formats.LOADERS[engine](path, precision)
 
 
 def _convert(model: nn.Module, precision: str, fused_attention: bool) -> nn.Module:

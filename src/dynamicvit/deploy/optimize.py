@@ -21,7 +21,7 @@ from dynamicvit.deploy.engines import (
     first_line,
     installed,
 )
-from dynamicvit.evaluation.progress import Report, show_progress
+from dynamicvit.evaluation.console import show_steps
 from dynamicvit.evaluation.timing import Engine, Round, compare_times, medians, take_turns
 
 _NO_TIME = "there was no time left"
@@ -151,7 +151,7 @@ def optimize(
         for attention in (("fused", "plain") if engine in TORCH_ENGINES else (None,))
     ]
     reference = copy.deepcopy(model).eval()
-    with show_progress(quiet) as report:
+    with show_steps(quiet) as report:
         search = _Search(reference, example, tolerance, seconds, report)
         search.build(list(dict.fromkeys([base, *asked])))
         possible = [form for form in search.calls if form in asked]
@@ -198,7 +198,7 @@ class _Search:
         example: Tensor,
         tolerance: float,
         seconds: float | None,
-        report: Report,
+        report: Callable[..., None],
     ) -> None:
         self.model = model
         self.example = example

@@ -2,16 +2,16 @@ from __future__ import annotations
 
 import pytest
 
-from dynamicvit.evaluation import progress
-from dynamicvit.evaluation.progress import show_progress
+from dynamicvit.evaluation import console
+from dynamicvit.evaluation.console import show_steps
 
 
 def test_a_pipe_gets_a_line_a_step_and_details_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 0.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
-    with show_progress() as report:
+    monkeypatch.setattr(console.time, "monotonic", lambda: now)
+    with show_steps() as report:
         for image in range(25):
             report("comparing", f"{image} of 25 [images]")
             now += 1.0
@@ -24,7 +24,7 @@ def test_a_pipe_gets_a_line_a_step_and_details_now_and_then(
         "moving",
     ]
     assert output.out == ""
-    with show_progress(quiet=True) as report:
+    with show_steps(quiet=True) as report:
         report("comparing", "nothing")
     assert capsys.readouterr().err == ""
 
@@ -34,7 +34,7 @@ def test_a_terminal_gets_one_line_that_changes(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
-    with show_progress() as report:
+    with show_steps() as report:
         report("comparing", "[1] of 2")
     output = capsys.readouterr().err
     assert "comparing [1] of 2" in output
