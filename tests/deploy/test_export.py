@@ -441,7 +441,7 @@ def test_all_that_is_printed_fits_80_columns(
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("options", [{}, {"in_chans": 1}, {"crop_mode": "squash"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"in_chans": 1, "crop_mode": "squash"}], ids=str)
 def test_use_the_file_gives_what_predict_gives(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -451,12 +451,14 @@ def test_use_the_file_gives_what_predict_gives(
         r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE
     )
     sparse = _two_stages(in_chans=options.get("in_chans", 3))
-    sparse.pretrained_cfg |= {
-        "crop_mode": options.get("crop_mode", "center"),
-        "mean": (0.4, 0.5, 0.6)[: options.get("in_chans", 3)],
-        "std": (0.2, 0.25, 0.3)[: options.get("in_chans", 3)],
-        "input_size": (options.get("in_chans", 3), 32, 32),
-    }
+    sparse.pretrained_cfg.update(
+        {
+            "crop_mode": options.get("crop_mode", "center"),
+            "mean": (0.4, 0.5, 0.6)[: options.get("in_chans", 3)],
+            "std": (0.2, 0.25, 0.3)[: options.get("in_chans", 3)],
+            "input_size": (options.get("in_chans", 3), 32, 32),
+        }
+    )
     monkeypatch.chdir(tmp_path)
     export_model(sparse, "model.onnx", samples=1)
     export_model(sparse, "model.xml", samples=1)

@@ -271,6 +271,8 @@ def print_exported(exported: Exported) -> None:
     if found.accuracy is not None:
         rows.append(("accuracy", "PyTorch {:.2f}%, file {:.2f}%".format(*found.accuracy)))
     table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for row in rows:
         table.add_row(*row)
     Console().print(table)
