@@ -190,6 +190,8 @@ def explain_files(
     console.print(table)
     if sheet:
         console.print(f"patches: {' → '.join(map(str, sheet[0].counts))}")
+    if is_untrained(sparse):
+        console.print("the scorers are not trained: they choose patches at random", style="bold")
     cropped = min(sheet, key=lambda item: item.visible, default=None)
     if cropped is not None and cropped.cropped:
         console.print(f"the pictures show the model's crop: at least {cropped.cropped}")
@@ -197,6 +199,14 @@ def explain_files(
         console.print(f"the contact sheet has the first {len(sheet)} images")
     console.print(f"files written to {output}: {len(written)}", markup=False, soft_wrap=True)
     return written
+
+
+def is_untrained(model: SparseViT) -> bool:
+    """Whether learned scorers are as they were made: training changes every parameter of theirs."""
+    norms = [item for item in model.scorers.modules() if isinstance(item, nn.LayerNorm)]
+    return bool(norms) and all(
+        bool((item.weight == 1).all() and (item.bias == 0).all()) for item in norms
+    )
 
 
 def _prepare(
