@@ -24,6 +24,7 @@ from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseViT, sparsify
 from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.deploy.engines import find_device
+from dynamicvit.evaluation.console import track
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.evaluate import input_size
 from dynamicvit.evaluation.sweep import reschedule
@@ -34,7 +35,6 @@ from dynamicvit.io.load import load_model
 from dynamicvit.io.predictions import Prediction
 from dynamicvit.views.explain import explain, is_untrained
 from dynamicvit.views.explanation import Explanation
-from dynamicvit.views.progress import track
 
 _EMBEDDED = "embedded"
 _SLIDER = (0.2, 1.0, 0.05)  # lowest, highest and step of the keep ratio
@@ -355,7 +355,7 @@ class Photos:
             self.label = "photos (Fashion-MNIST)"
         self._files: list[Path] = []
         self.thumbnails: list[Path] = []
-        for file in track(files, "reading photos", len(files), quiet=quiet):
+        for file in track(files, "reading photos", quiet):
             try:
                 picture = _read_thumbnail(file)
             except Exception:  # foreign bytes make Pillow raise nearly anything
