@@ -26,6 +26,7 @@ from dynamicvit.training.checkpoints import find_checkpoints, load_place
 from dynamicvit.training.config import TrainConfig, complete
 from dynamicvit.training.determinism import EpochOrder, Feed, Layout, key_drop_paths
 from dynamicvit.training.metrics import METRICS, CollapseWatch, Records, check_trackers
+from dynamicvit.training.options import HardwareOptions
 from dynamicvit.training.run import Prepared, Run, Session, Skips, check_same_run
 from dynamicvit.training.run_folder import CONFIG, own_config
 from dynamicvit.training.student import (
@@ -115,11 +116,7 @@ def prepare(config: TrainConfig, session: Session, dense: Any, resume: bool) -> 
     mixup = _create_mixup(config, student)
     class_weights = _class_weights(config, data, cast(Any, student).num_classes)
     drop_paths = key_drop_paths(student)
-    if config.checkpoint_activations:
-        cast(Any, student).set_grad_checkpointing()
-    if isinstance(student, SparseViT):
-        student.set_kept_gradients(uses_kept_gradients(config, student, accelerator.device))
-    student.to(accelerator.device)
+    _set_hardware(config, student, accelerator.device)
     checkpoint = load_place(output) if resume else None
     if checkpoint is not None:
         check_same_run(checkpoint[0], config, data.class_names, checkpoint[1])
@@ -142,6 +139,14 @@ def prepare(config: TrainConfig, session: Session, dense: Any, resume: bool) -> 
         skips=Skips.of(config, layout.rank),
         checkpoint=checkpoint,
     )
+
+
+def _set_hardware(options: HardwareOptions, student: nn.Module, device: torch.device) -> None:
+    if options.checkpoint_activations:
+        cast(Any, student).set_grad_checkpointing()
+    if isinstance(student, SparseViT):
+        student.set_kept_gradients(uses_kept_gradients(options, student, device))
+    student.to(device)
 
 
 def start(ready: Prepared) -> Run:
