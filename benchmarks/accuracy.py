@@ -53,6 +53,7 @@ from dynamicvit.quickstart import RECIPE, unpack_images
 from dynamicvit.training.checkpoints import CHECKPOINTS, find_checkpoints
 from dynamicvit.training.config import RECIPES, TrainConfig
 from dynamicvit.training.fit import BEST, METRICS, train
+from dynamicvit.training.options import OLD_PRECISIONS
 from dynamicvit.training.task import DenseTask, SparseTask
 
 RESULT, FINAL, JSON, PLOT = "result.json", "final", "accuracy.json", "accuracy.png"
@@ -422,6 +423,8 @@ class Bench:
         had = {"scale": result["scale"], "precision": "no"}
         had |= _flat(_completed(result["settings"]))
         have = {"scale": self.scale_name, **_flat(settings)}
+        for found in (had, have):  # earlier results have other names
+            found["precision"] = OLD_PRECISIONS.get(found["precision"], found["precision"])
         others = [key for key in {**had, **have} if had.get(key) != have.get(key)]
         if others:
             raise ValueError(

@@ -24,7 +24,7 @@ from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.determinism import Feed, KeyedDropPath, Layout
 from dynamicvit.training.distributed import on_first_process
 from dynamicvit.training.metrics import CollapseWatch, Records
-from dynamicvit.training.run_folder import BAD_BATCH, BEST, has_best
+from dynamicvit.training.run_folder import BAD_BATCH, BEST, has_best, write_errors_named
 
 # What a resumed run may have otherwise than when it was saved.
 _FREE = (
@@ -97,7 +97,8 @@ class Skips:
         if bad is not None:
             images, targets = (tensor.contiguous().cpu() for tensor in bad)
             tensors = {"images": images, "targets": targets, "step": torch.tensor(step)}
-            save_file(tensors, self.path)
+            with write_errors_named(self.path):
+                save_file(tensors, self.path)
             where = f"; the batch whose loss was not is in {self.path}"
         # A warm start has a learning rate of its own.
         advice = "" if of else "; a lower lr or a clip_grad may help"
