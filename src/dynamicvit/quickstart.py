@@ -212,7 +212,6 @@ _PLACES = ("data", "data_dir", "model", "output")
 # What differs from the paper's recipe, because the fine-tuning is short and images may be small.
 RECIPE: dict[str, Any] = {
     "workers": 0,
-    "lr": 0.032,
     "backbone_lr": 0.1,
     "freeze_epochs": 0,
     "warmup_epochs": 0,

@@ -26,6 +26,9 @@ from dynamicvit.training.run_folder import write_errors_named
 FORMAT = "dynamicvit training checkpoint 3"
 CHECKPOINTS = "checkpoints"
 
+# Its path, the place in the run, and the tensors (in the first process).
+Checkpoint = tuple[Path, dict[str, Any], dict[str, Any]]
+
 
 def find_checkpoints(output: Path) -> list[Path]:
     """A run's checkpoints, oldest first."""
@@ -56,7 +59,7 @@ def save_checkpoint(output: Path, place: dict[str, Any], parts: dict[str, Any], 
         old.unlink()
 
 
-def load_place(output: Path) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
+def load_place(output: Path) -> Checkpoint | None:
     """Read the last whole checkpoint. Call in every process: the first one reads.
 
     Returns:

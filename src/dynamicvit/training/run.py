@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from dynamicvit.core.backbones import Backbone
 from dynamicvit.evaluation.data import ImageData
-from dynamicvit.training.checkpoints import load_parts, save_checkpoint
+from dynamicvit.training.checkpoints import Checkpoint, load_parts, save_checkpoint
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.determinism import Feed, KeyedDropPath, Layout
 from dynamicvit.training.distributed import on_first_process
@@ -138,7 +138,7 @@ class Prepared:
     drop_paths: list[KeyedDropPath]
     records: Records
     skips: Skips
-    checkpoint: tuple[Path, dict[str, Any], dict[str, Any]] | None
+    checkpoint: Checkpoint | None
 
     @property
     def accelerator(self) -> Accelerator:
