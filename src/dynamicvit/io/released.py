@@ -15,6 +15,7 @@ from dynamicvit.core import backbone as adapter
 from dynamicvit.core.backbone import Backbone, UnsupportedBackbone
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.schedule import KeepSchedule
+from dynamicvit.io.arguments import check_types
 from dynamicvit.io.files import check_folder
 from dynamicvit.io.folder import save_folder
 from dynamicvit.io.weights import load_strictly, read_weights, unwrap
@@ -70,6 +71,7 @@ def from_released(
     return sparse.eval()
 
 
+@check_types
 def convert(
     file: str,
     output: str,
