@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 START = time.perf_counter()
 ROOT = Path(__file__).resolve().parents[1]
@@ -662,7 +662,7 @@ def accuracy(run: Run, until: float, tiny: bool) -> None:
                         **options,
                     )
                     train(config)
-                    learned = cast(SparseViT, dynamicvit.load(output / BEST))
+                    learned = dynamicvit.load(output / BEST)
                     evaluate("learned", learned, keep_ratio=ratio, seed=seed)
                     set_seed(seed)
                     scorers = [RandomScorer() for _ in learned.scorers]

@@ -55,7 +55,7 @@ def test_images_and_folders(
     assert {str(path.relative_to(output)) for path in written} == names
     sparse = load(sparse_folder)
     for name, source in (("00", one), ("00-2", other), ("dark/07", "train/dark/07.png")):
-        found = explain_one(sparse, images / source)  # type: ignore[call-overload]
+        found = explain_one(sparse, images / source)
         with np.load(output / f"{name}.npz") as arrays:
             assert arrays["kept_3"].tolist() == found.kept[2].tolist()
         with Image.open(output / f"{name}.png") as picture:
