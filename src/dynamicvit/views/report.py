@@ -275,7 +275,7 @@ class _Examples:
 
 def _look_at(found: Findings, data: str, data_dir: str | None, split: str) -> _Examples:
     """Run the model on images from all over a split. Errors as for `report`."""
-    accelerator = start_evaluation("no")
+    accelerator = start_evaluation("float32")
     sparse = found.sparse.to(accelerator.device)
     images, loader = open_images(
         sparse, found.model, accelerator, data, data_dir, split, _BATCH, 0, None, True
