@@ -119,7 +119,7 @@ def test_predict_names_what_is_wrong(files: list[str], dense_folder: Path) -> No
     for device in ("warp", "meta", "cpu:x"):
         with pytest.raises(ValueError, match=f"device must be one of this machine.*{device}"):
             predict(files, str(dense_folder), device=device)
-    with pytest.raises(TypeError, match="images must be a list of names, got 'x'"):
+    with pytest.raises(TypeError, match="images must be a list, each a string, got 'x'"):
         predict("x", str(dense_folder))  # type: ignore[arg-type]
 
 

@@ -259,3 +259,18 @@ def test_points_are_told_apart_by_what_they_are() -> None:
     one = _point(1.0, 0.5, 1.0)
     assert one == replace(one)
     assert one != replace(one, gmacs=2.0)
+
+
+def test_points_lost_are_printed_with_the_sign_that_compare_has(
+    images: Path, sparse_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = sweep(str(sparse_folder), str(images), workers=0, seconds=1e-3)
+    text = capsys.readouterr().out
+    assert "points lost" in text
+    for point in found["points"]:
+        low, high = point["change"]["interval"]
+        row = f"{point['change']['points_lost']:.2f} ({low:.1f} to {high:.1f})"
+        assert any(f"{point['top1']:.2f}" in line and row in line for line in text.splitlines())
+    assert "0.8" in text
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80

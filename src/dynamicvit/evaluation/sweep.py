@@ -30,6 +30,7 @@ from dynamicvit.evaluation.setup import (
     seeded,
 )
 from dynamicvit.evaluation.timing import Speed, compare_speed
+from dynamicvit.io.arguments import check_types
 from dynamicvit.io.files import check_file, check_folder, write_text
 from dynamicvit.io.folder import save_folder
 
@@ -59,6 +60,7 @@ class Point:
     speed: Speed | None = None
 
 
+@check_types
 def sweep(
     model: str,
     /,
