@@ -21,7 +21,6 @@ from dynamicvit.evaluation.sweep import (
     choose,
     evaluate_schedules,
     list_schedules,
-    reschedule,
     sweep,
 )
 from dynamicvit.io.folder import save_folder
@@ -32,17 +31,6 @@ from tests.conftest import CLASSES, tiny_vit
 def sparse_folder(dense_folder: Path, tmp_path: Path) -> Path:
     sparsify(dynamicvit.load(dense_folder), 0.7).save_pretrained(tmp_path / "sparse")
     return tmp_path / "sparse"
-
-
-def test_another_schedule_has_the_same_weights() -> None:
-    model = sparsify(tiny_vit(depth=6), schedule=KeepSchedule((1, 3, 5), (0.8, 0.6, 0.4)))
-    for blocks, scorers in (((1, 3, 5), (0, 1, 2)), ((1, 5), (0, 2)), ((0, 2, 4), (0, 1, 2))):
-        other = reschedule(model, KeepSchedule(blocks, (0.5,) * len(blocks)))
-        assert other.backbone is model.backbone
-        assert [*other.scorers] == [model.scorers[index] for index in scorers]
-        assert not other.training
-    with pytest.raises(ValueError, match=r"blocks must be some of \(1, 3, 5\).*got \(2, 4\)"):
-        reschedule(model, KeepSchedule((2, 4), (0.5, 0.5)))
 
 
 @pytest.mark.parametrize(

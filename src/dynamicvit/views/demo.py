@@ -27,7 +27,6 @@ from dynamicvit.evaluation.console import track
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.evaluate import input_size
 from dynamicvit.evaluation.launch import find_device
-from dynamicvit.evaluation.sweep import reschedule
 from dynamicvit.evaluation.timing import compare_speed
 from dynamicvit.io.embedded import ASSETS, embedded_images
 from dynamicvit.io.images import IMAGE_SUFFIXES, convert_image
@@ -225,7 +224,8 @@ class Answers:
         Raises:
             ValueError, TypeError, OSError: naming what is wrong with these.
         """
-        model = reschedule(*self._at(self.models, name, keep_ratio))
+        model, schedule = self._at(self.models, name, keep_ratio)
+        model = model.at(schedule=schedule)
         if not upload:
             return Answer([], None, None, [], "")
         found = _explain(model, self._find(upload["path"]), upload.get("orig_name"))
@@ -261,7 +261,7 @@ class Answers:
             ValueError, TypeError: naming what is wrong with an argument.
         """
         model, schedule = self._at(self._fused, name, keep_ratio)
-        pruned = reschedule(model, schedule)
+        pruned = model.at(schedule=schedule)
         if again or (name, schedule) not in self._costs:
             self._costs[name, schedule] = _measure(pruned)
         return self._costs[name, schedule]
