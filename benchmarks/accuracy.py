@@ -43,9 +43,10 @@ from benchmarks.tables import STEP_BASELINES, draw, print_table, summarise
 from dynamicvit import KeepSchedule, SparseViT, sparsify
 from dynamicvit.core.selectors import SELECTORS
 from dynamicvit.core.selectors.merging import Merger
-from dynamicvit.evaluation.data import create_image_loader, open_data
+from dynamicvit.evaluation.data import open_data
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.evaluate import evaluate_model
+from dynamicvit.evaluation.loader import create_image_loader
 from dynamicvit.io.embedded import ASSETS
 from dynamicvit.io.files import check_folder, write_text
 from dynamicvit.io.folder import save_folder

@@ -56,10 +56,11 @@ from dynamicvit.core.selectors.rules import RandomScorer
 from dynamicvit.deploy.benchmark import peak_bytes, random_batches, weight_bytes
 from dynamicvit.deploy.engines import Engine, build
 from dynamicvit.deploy.verify import TIE
-from dynamicvit.evaluation.data import create_image_loader, open_data
+from dynamicvit.evaluation.data import open_data
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.evaluate import evaluate_model, input_size, token_counts
 from dynamicvit.evaluation.launch import find_device
+from dynamicvit.evaluation.loader import create_image_loader
 from dynamicvit.evaluation.timing import interleave
 from dynamicvit.io.embedded import ASSETS, embedded_images
 from dynamicvit.io.files import write_text

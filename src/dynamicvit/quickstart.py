@@ -23,9 +23,10 @@ import dynamicvit
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.selectors.rules import RandomScorer
 from dynamicvit.evaluation.console import make_table, plain, track
-from dynamicvit.evaluation.data import ImageData, create_image_loader, open_data
+from dynamicvit.evaluation.data import ImageData, open_data
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.evaluate import Evaluation, evaluate_model, input_size, print_evaluations
+from dynamicvit.evaluation.loader import create_image_loader
 from dynamicvit.evaluation.timing import Speed, compare_speed
 from dynamicvit.io.embedded import ASSETS, embedded_images
 from dynamicvit.io.files import check_folder, write_text, written_whole

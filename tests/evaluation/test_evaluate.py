@@ -16,7 +16,6 @@ import dynamicvit
 import dynamicvit.evaluation.evaluate as evaluate_module
 from dynamicvit.core.model import sparsify
 from dynamicvit.evaluation.compare import compare
-from dynamicvit.evaluation.data import DataError
 from dynamicvit.evaluation.evaluate import (
     compare_answers,
     count_confusion,
@@ -25,6 +24,7 @@ from dynamicvit.evaluation.evaluate import (
     macro_f1,
 )
 from dynamicvit.evaluation.sweep import sweep
+from dynamicvit.evaluation.unreadable import DataError
 from dynamicvit.io.folder import save_folder
 from tests.conftest import CLASSES, tiny_vit
 

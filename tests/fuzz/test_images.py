@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dynamicvit.evaluation.data import DataError, open_data
+from dynamicvit.evaluation.data import open_data
+from dynamicvit.evaluation.unreadable import DataError
 from dynamicvit.io.predictions import read_image
 from tests.fuzz.counts import counts
 

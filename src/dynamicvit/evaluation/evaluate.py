@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dynamicvit.core.macs import count_gmacs
 from dynamicvit.evaluation.console import cell, make_table, plain, track
-from dynamicvit.evaluation.data import DataError, check_labels
+from dynamicvit.evaluation.data import check_labels
 from dynamicvit.evaluation.launch import start_processes
 from dynamicvit.evaluation.setup import (
     check_loading,
@@ -30,6 +30,7 @@ from dynamicvit.evaluation.setup import (
     seeded,
     token_counts,
 )
+from dynamicvit.evaluation.unreadable import DataError
 from dynamicvit.io.arguments import check_types
 from dynamicvit.io.files import check_file, write_text
 from dynamicvit.io.load import is_timm_name, load_model

@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader
 
 from dynamicvit.core.backbones import Backbone
 from dynamicvit.core.model import SparseViT
-from dynamicvit.evaluation.data import DataError, ImageData, create_image_loader, open_data
+from dynamicvit.evaluation.data import ImageData, open_data
+from dynamicvit.evaluation.loader import create_image_loader
+from dynamicvit.evaluation.unreadable import DataError
 from dynamicvit.io.load import load_model
 from dynamicvit.io.predictions import class_names
 

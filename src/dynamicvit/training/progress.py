@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dynamicvit.evaluation.data import DataError
+from dynamicvit.evaluation.unreadable import DataError
 
 _SHOWN = ("loss", "cross_entropy", "ratio", "logit_kl", "token")
 

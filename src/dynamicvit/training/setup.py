@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from dynamicvit.core.backbones import adapter_of
 from dynamicvit.core.model import SparseViT
-from dynamicvit.evaluation.data import ImageData, create_image_loader, open_data
+from dynamicvit.evaluation.data import ImageData, open_data
 from dynamicvit.evaluation.launch import start_processes
+from dynamicvit.evaluation.loader import create_image_loader
 from dynamicvit.evaluation.setup import backbone_of
 from dynamicvit.io.files import check_folder, write_text
 from dynamicvit.io.load import load_model
