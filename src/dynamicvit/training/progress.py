@@ -95,7 +95,7 @@ class Status:
         speed = (step - before) / max(seconds, 1e-9)
         left = timedelta(seconds=round((self.total - step) / speed))
         self.console.print(
-            f"{epoch}  step {step}/{self.total}  {text}  {speed * self.batch:.0f} images/s  "
+            f"{epoch}  step {step}/{self.total}  {text}  {speed * self.batch:.1f} images/s  "
             f"{left} left",
             soft_wrap=True,
             highlight=False,
