@@ -30,6 +30,7 @@ from dynamicvit.checkpoint import load_model
 from dynamicvit.core.baselines import Merger
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.predict import class_names, preprocessing
+from dynamicvit.core.processor import has_bfloat16
 from dynamicvit.core.scorer import RandomScorer
 from dynamicvit.deploy.verify import Agreement, Engine, Found, compare, find_images, load_images
 from dynamicvit.environment import environment
@@ -591,7 +592,9 @@ def check_openvino(precision: str) -> None:
     import openvino  # noqa: PLC0415
 
     needed = {"float16": "FP16", "bfloat16": "BF16", "int8": "INT8"}.get(precision, "FP32")
-    able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    able = set(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    if not has_bfloat16():  # OpenVINO names it even where ONEDNN_MAX_CPU_ISA takes it away
+        able.discard("BF16")
     if needed not in able:
         raise ValueError(
             f"this processor has no {precision} for OpenVINO, which finds {', '.join(sorted(able))}"
