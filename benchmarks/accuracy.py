@@ -41,10 +41,12 @@ import dynamicvit
 from benchmarks.cluttered import CANVAS, write_cluttered
 from benchmarks.tables import STEP_BASELINES, draw, print_table, summarise
 from dynamicvit import KeepSchedule, SparseViT, sparsify
-from dynamicvit.core.baselines import LEARNING, SCORERS, Merger
-from dynamicvit.evaluation.data import create_image_loader, open_data
+from dynamicvit.core.selectors import SELECTORS
+from dynamicvit.core.selectors.merging import Merger
+from dynamicvit.evaluation.data import open_data
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.evaluate import evaluate_model
+from dynamicvit.evaluation.loader import create_image_loader
 from dynamicvit.io.embedded import ASSETS
 from dynamicvit.io.files import check_folder, write_text
 from dynamicvit.io.folder import save_folder
@@ -52,12 +54,13 @@ from dynamicvit.quickstart import RECIPE, unpack_images
 from dynamicvit.training.checkpoints import CHECKPOINTS, find_checkpoints
 from dynamicvit.training.config import RECIPES, TrainConfig
 from dynamicvit.training.fit import BEST, METRICS, train
+from dynamicvit.training.options import OLD_PRECISIONS
 from dynamicvit.training.task import DenseTask, SparseTask
 
 RESULT, FINAL, JSON, PLOT = "result.json", "final", "accuracy.json", "accuracy.png"
-BASELINES = tuple(name for name in SCORERS if name != "learned")
+BASELINES = tuple(name for name in SELECTORS if name != "learned")
 BASELINE_RATIOS = (0.7, 0.5)
-MERGING = tuple(name for name in BASELINES if issubclass(SCORERS[name], Merger))
+MERGING = tuple(name for name in BASELINES if issubclass(SELECTORS[name], Merger))
 LOSSES = ("cross_entropy", "ratio", "logit_kl", "token")
 WARM_START = 120  # steps, of those that a row has; half of them at most
 # For selectors that learn. They start at the ratio. With the paper's weight of 2, scorers still
@@ -210,7 +213,7 @@ def plan(scale: Scale, seeds: int = 1, depth: int = 12) -> list[Row]:
             row = f"{name}-{ratio}"
             headline = ratio == 0.5 or name in STEP_BASELINES
             untrained.append(Row(f"{row}-untrained", "main", 0, name, ratio))
-            options = BEST_START if name in LEARNING else {}
+            options = BEST_START if SELECTORS[name].learns else {}
             tuned.append(Row(row, "main", full, name, ratio, headline=headline, options=options))
     # The dense model with the same fine-tuning: what fine-tuning gains when nothing leaves.
     kept = Row("all-kept", "main", full, "random", 1.0, headline=True)
@@ -373,7 +376,7 @@ class Bench:
             **RECIPE,
             "lr": 1e-3 * 1024 / batch,  # 1e-3 in each step; it is multiplied by batch / 1024
             "kept_gradients": self.accelerator.device.type == "cpu" and row.scorer is not None,
-            "start_at_ratio": row.scorer in LEARNING,
+            "start_at_ratio": row.scorer is not None and SELECTORS[row.scorer].learns,
             **(of_dense if row.scorer is None else of_sparse),
             "epochs": epochs,
             **row.options,
@@ -422,6 +425,8 @@ class Bench:
         had = {"scale": result["scale"], "precision": "no"}
         had |= _flat(_completed(result["settings"]))
         have = {"scale": self.scale_name, **_flat(settings)}
+        for found in (had, have):  # earlier results have other names
+            found["precision"] = OLD_PRECISIONS.get(found["precision"], found["precision"])
         others = [key for key in {**had, **have} if had.get(key) != have.get(key)]
         if others:
             raise ValueError(
@@ -510,11 +515,11 @@ class Bench:
         seconds: dict[str, float] = {}
         for kind in ("dense", "learned", "similarity_merging"):
             student = dense if kind == "dense" else sparsify(dense, 0.7, scorer=kind)
-            if isinstance(student, SparseViT):
-                student.set_kept_gradients(device.type == "cpu")
             task: nn.Module = DenseTask(student)
             if kind != "dense":
-                task = SparseTask(cast(SparseViT, student), copy.deepcopy(dense))
+                kept = device.type == "cpu"
+                sparse = cast(SparseViT, student)
+                task = SparseTask(sparse, copy.deepcopy(dense), kept_gradients=kept)
             task.to(device).train()
             times = []
             for _ in range(3):

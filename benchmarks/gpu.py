@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 START = time.perf_counter()
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,13 +52,15 @@ from benchmarks.training_step import (
     print_steps,
 )
 from dynamicvit import SparseViT, count_gmacs, sparsify
-from dynamicvit.core.scorer import RandomScorer
+from dynamicvit.core.selectors.rules import RandomScorer
 from dynamicvit.deploy.benchmark import peak_bytes, random_batches, weight_bytes
-from dynamicvit.deploy.engines import Engine, build, find_device
+from dynamicvit.deploy.engines import Engine, build
 from dynamicvit.deploy.verify import TIE
-from dynamicvit.evaluation.data import create_image_loader, open_data
+from dynamicvit.evaluation.data import open_data
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.evaluate import evaluate_model, input_size, token_counts
+from dynamicvit.evaluation.launch import find_device
+from dynamicvit.evaluation.loader import create_image_loader
 from dynamicvit.evaluation.timing import interleave
 from dynamicvit.io.embedded import ASSETS, embedded_images
 from dynamicvit.io.files import write_text
@@ -661,7 +663,7 @@ def accuracy(run: Run, until: float, tiny: bool) -> None:
                         **options,
                     )
                     train(config)
-                    learned = cast(SparseViT, dynamicvit.load(output / BEST))
+                    learned = dynamicvit.load(output / BEST)
                     evaluate("learned", learned, keep_ratio=ratio, seed=seed)
                     set_seed(seed)
                     scorers = [RandomScorer() for _ in learned.scorers]

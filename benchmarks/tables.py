@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dynamicvit.core.baselines import SCORERS
+from dynamicvit.core.selectors import SELECTORS
 from dynamicvit.io.files import write_bytes
 
 STEP_BASELINES = ("random", "class_attention")  # with as few steps as the learned one
@@ -254,7 +254,7 @@ def _is_line(points: Sequence[dict[str, Any]]) -> bool:
 
 def _style(name: str, row: dict[str, Any]) -> dict[str, Any]:
     """A rule's colour and marker, the same in all diagrams. Its other starts have other lines."""
-    index = [*SCORERS, "nothing leaves"].index(_what_leaves(row))
+    index = [*SELECTORS, "nothing leaves"].index(_what_leaves(row))
     lines = {"learned_warm": "--", "learned_at_ratio": "-.", "learned": ":"}
     other = lines.get(name, "-") if row["table"] == "steps" else "-"
     return {"color": f"C{index}", "marker": "os^Dv<>P"[index], "linestyle": other}

@@ -5,7 +5,7 @@
 Both steps are the paper's (arXiv 2106.02034): a student with blocked tokens, its dense teacher,
 four losses, backward, AdamW. They differ in the blocks alone. This project's gives timm's own an
 additive bias, so that they run fused attention, and can leave out of the backward pass what dropped
-tokens receive (`SparseViT.set_kept_gradients`). The reference writes the paper's formula down,
+tokens receive (`KeptMasked`). The reference writes the paper's formula down,
 A = exp(a) G / Σ exp(a) G, with matrices of scores in memory and a softmax in float32.
 
 Axes: B images, H heads, N tokens (prefix tokens included), C channels.
@@ -35,20 +35,20 @@ from torch import Tensor, nn
 
 import dynamicvit
 from dynamicvit import SparseViT, sparsify
-from dynamicvit.core import backbone as adapter
 from dynamicvit.core.model import SparseOutput
-from dynamicvit.core.tokens import sample_keep
+from dynamicvit.core.paths import Masked
+from dynamicvit.core.tokens import Tokens
 from dynamicvit.deploy.benchmark import random_batches
-from dynamicvit.deploy.engines import find_device
 from dynamicvit.deploy.memory import resident
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.evaluate import input_size
+from dynamicvit.evaluation.launch import find_device
 from dynamicvit.evaluation.timing import interleave
 from dynamicvit.io.embedded import ASSETS
 from dynamicvit.io.files import write_text
 from dynamicvit.training.task import SparseTask
 
-# "kept gradients": with SparseViT.set_kept_gradients, as TrainConfig.kept_gradients does.
+# "kept gradients": as TrainConfig.kept_gradients does.
 # "compiled": by torch.compile, as TrainConfig.compile does. The reference is what others are
 # measured against.
 SIDES = ("reference", "ours", "ours compiled", "reference compiled", "ours, kept gradients")
@@ -103,6 +103,13 @@ def keep_matrix(keep: Tensor, num_prefix: int) -> Tensor:
     return keep[:, None, None, :] * (1 - itself) + itself
 
 
+class Reference(Masked):
+    """The masked path with `MaskedAttention`, which takes the matrix G."""
+
+    def bias(self, keep: Tensor, tokens: Tokens) -> Tensor:
+        return keep_matrix(keep, tokens.num_prefix)
+
+
 class ReferenceViT(SparseViT):
     """A SparseViT whose masked path runs `MaskedAttention`: the same weights and decisions.
 
@@ -112,38 +119,14 @@ class ReferenceViT(SparseViT):
 
     def __init__(self, sparse: SparseViT) -> None:
         copied = copy.deepcopy(sparse)
-        super().__init__(copied.backbone, copied.schedule, list(copied.scorers))
+        super().__init__(copied.backbone, copied.schedule, copied.scorers)
         block: Any
         for block in self.backbone.blocks:
             block.attn = MaskedAttention(block.attn)
 
-    def masked(
-        self,
-        images: Tensor,
-        decisions: Sequence[Tensor] | None = None,
-        *,
-        noise: Sequence[Tensor] | None = None,
-        temperature: float = 1.0,
-    ) -> SparseOutput:
-        """As `SparseViT.masked` in `train()`: decisions are drawn, whatever is given."""
-        model = self.backbone
-        prefix = model.num_prefix_tokens
-        x, _ = adapter.embed(model, images)
-        keep = torch.ones(len(x), x.shape[1] - prefix, device=x.device)
-        matrix: Tensor | None = None
-        keeps: list[Tensor] = []
-        scores: list[Tensor] = []
-        for index, block in enumerate(model.blocks):
-            if index in self.schedule.blocks:
-                score = self.scorers[len(keeps)](x[:, prefix:], keep)
-                draws = None if noise is None else noise[len(keeps)]
-                keep = keep * sample_keep(score, draws, temperature)
-                matrix = keep_matrix(keep, prefix)
-                keeps.append(keep)
-                scores.append(score)
-            x = block(x, attn_mask=matrix)
-        logits, tokens = adapter.masked_head(model, model.norm(x), keep)
-        return SparseOutput(logits, tokens, tuple(keeps), tuple(scores))
+    def masked(self, *args: Any, path: type[Masked] = Masked, **options: Any) -> SparseOutput:
+        """As `SparseViT.masked`, always by way of `Reference`."""
+        return super().masked(*args, path=Reference, **options)
 
 
 # The step.
@@ -197,8 +180,9 @@ class Step:
             scorer.set_keep_prior(ratio)  # what is kept decides what a step costs
         if side.startswith("reference"):
             self.student = ReferenceViT(self.student)
-        self.student.set_kept_gradients(side.endswith("kept gradients"))
-        self.task: nn.Module = SparseTask(self.student, teacher).to(self.device).train()
+        kept = side.endswith("kept gradients")
+        task = SparseTask(self.student, teacher, kept_gradients=kept)
+        self.task: nn.Module = task.to(self.device).train()
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-5, fused=True)
         self.labels = torch.arange(setting.batch_size, device=self.device) % teacher.num_classes
         self.loss = torch.zeros(())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -94,6 +95,8 @@ def _repeatable_numbers() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # it compiles a function for eight models at most, in all tests
 
 
 CLASSES = ("bright", "dark")

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dynamicvit import SparseViT, from_released
-from dynamicvit.core.backbone import masked_head
+from dynamicvit.core.backbones import adapter_of
 from dynamicvit.core.model import SparseOutput
+from dynamicvit.core.paths import Masked
 from dynamicvit.models.lvvit import RESIDUAL_SCALE, from_official
 from dynamicvit.training.losses import LossWeights, distillation_loss, token_kl, token_mse
 
@@ -74,11 +75,11 @@ def inference_errors(golden: Golden) -> dict[str, Error]:
     }
 
 
-def training_errors(golden: Golden) -> dict[str, Error]:
+def training_errors(golden: Golden, path: type[Masked] = Masked) -> dict[str, Error]:
     """Masked outputs with given decisions, losses and gradients, in float32."""
     expected = golden.expected
     decisions = _decisions(golden)
-    output, losses = _train(golden, decisions)
+    output, losses = _train(golden, decisions, path)
     errors = {
         "masked logits": _largest(output.logits, expected["train.logits"]),
         "masked tokens": _largest(output.tokens, expected["train.tokens"]),
@@ -124,12 +125,15 @@ def _decisions(golden: Golden) -> list[Tensor]:
     return [golden.expected[f"train.decision.{s}"].clone().requires_grad_() for s in STAGES]
 
 
-def _train(golden: Golden, decisions: list[Tensor]) -> tuple[SparseOutput, dict[str, Tensor]]:
+def _train(
+    golden: Golden, decisions: list[Tensor], path: type[Masked] = Masked
+) -> tuple[SparseOutput, dict[str, Tensor]]:
     images = golden.expected["images"].float()
-    output = golden.student.masked(images, decisions=decisions)
+    output = golden.student.masked(images, decisions=decisions, path=path)
     with torch.no_grad():
+        adapter = adapter_of(golden.teacher)
         features = golden.teacher.forward_features(images)
-        teacher_logits, teacher_tokens = masked_head(golden.teacher, features)
+        teacher_logits, teacher_tokens = adapter.masked_head(golden.teacher, features)
     losses = distillation_loss(
         output,
         teacher_logits,

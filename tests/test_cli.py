@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import docstring_parser
 import pytest
 import yaml
 
@@ -33,15 +36,51 @@ def test_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> Non
     assert __version__ in capsys.readouterr().out
 
 
+def test_the_overview_has_each_function_s_own_summary() -> None:
+    for name, (_, summary) in cli.COMMANDS.items():
+        doc = docstring_parser.parse(cli.find_function(name).__doc__ or "")
+        assert summary == doc.short_description, name
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version", "tarin"])
+def test_what_needs_no_model_loads_no_torch(argument: str) -> None:
+    script = (
+        "import sys, dynamicvit_command as command\n"
+        f"try: command.main([{argument!r}])\n"
+        "except SystemExit as end: assert end.code == 2\n"
+        "loaded = {'torch', 'timm', 'dynamicvit', 'rich'} & sys.modules.keys()\n"
+        "sys.exit(f'loaded {loaded}' if loaded else 0)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_command_loads_its_own_subject_alone() -> None:
+    script = (
+        "import sys, dynamicvit_command as command\n"
+        "try: command.main(['models', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print(*(name for name in sys.modules if name.startswith('dynamicvit.')))"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    parts = {name.split(".")[1] for name in run.stdout.splitlines()[-1].split()}
+    assert parts & {"training", "deploy", "views", "quickstart"} == set()
+
+
+def test_models_are_in_timm_s_registry_once_the_package_is_imported() -> None:
+    script = "import dynamicvit, timm; assert timm.is_model('dynamicvit_lvvit_small')"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_option_is_explained(name: str) -> None:
-    parser, _ = cli._build_parser(name, cli.COMMANDS[name])
+    parser, _ = cli.build_parser(name)
     for action in parser._actions:
         assert action.help, f"{name} {action.dest}"
 
 
 def test_train_offers_every_field_of_its_config() -> None:
-    parser, _ = cli._build_parser("train", cli.COMMANDS["train"])
+    parser, _ = cli.build_parser("train")
     options = {action.dest for action in parser._actions}
     assert {field.name for field in dataclasses.fields(TrainConfig)} <= options
     assert "resume" in options
@@ -100,14 +139,39 @@ def test_config_file_with_overrides_and_dashes(
     def fake(config: TrainConfig, resume: bool = False) -> None:
         seen.update(config=config, resume=resume)
 
-    fake.__doc__ = cli.COMMANDS["train"].__doc__
-    monkeypatch.setitem(cli.COMMANDS, "train", fake)
+    fake.__doc__ = cli.find_function("train").__doc__
+    monkeypatch.setattr("dynamicvit.training.fit.train", fake)
     fake.__annotations__ = {"config": TrainConfig, "resume": bool}
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump({"data": "a", "output": "b", "epochs": 7, "keep_ratio": 0.9}))
     cli.main(["train", "--config", str(file), "--keep-ratio", "0.8", "--batch-size=6", "--resume"])
     expected = TrainConfig(data="a", output="b", epochs=7, keep_ratio=0.8, batch_size=6)
     assert seen == {"config": expected, "resume": True}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"batch_size: \xff\xfe", "the file given as --config must be UTF-8"),
+        (b"batch_size: [1", "config"),
+        (b"- 1", "config"),
+        (b"colour: 1", "colour"),
+        (b"batch_size: many", "batch_size"),
+    ],
+)
+@pytest.mark.parametrize("command", ["evaluate", "train"])
+def test_a_bad_config_file_is_one_line(
+    content: bytes, message: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_bytes(content)
+    assert message in _fail([command, "--config", str(file)], capsys)
+
+
+def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m dynamicvit.cli models deit_256 | true"
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert run.stderr == ""
 
 
 def test_evaluate_from_the_command_line(
@@ -157,7 +221,7 @@ def test_a_recipe_gives_defaults_and_what_is_given_goes_before_it(
         """
         seen.append(config)
 
-    monkeypatch.setitem(cli.COMMANDS, "train", train)
+    monkeypatch.setattr("dynamicvit.training.fit.train", train)
     file = tmp_path / "mine.yaml"
     file.write_text("epochs: 5\nwarm_start: 7\n")
     start = ["train", "--data", "x", "--output", "y"]

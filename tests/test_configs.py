@@ -11,8 +11,7 @@ import yaml
 
 from dynamicvit import KeepSchedule, SparseViT, count_gmacs
 from dynamicvit.evaluation.support import build_on_meta
-from dynamicvit.training.config import TrainConfig
-from dynamicvit.training.defaults import complete
+from dynamicvit.training.config import TrainConfig, complete
 from dynamicvit.training.fit import train
 from tests.conftest import write_images
 

@@ -9,6 +9,8 @@ import pytest
 from timm.layers import set_fused_attn, use_fused_attn
 
 from dynamicvit import KeepSchedule
+from dynamicvit.core.paths import Masked
+from dynamicvit.training.kept_gradients import KeptMasked
 from tests import parity
 from tests.parity import Error, Golden
 
@@ -49,8 +51,7 @@ def test_dense_and_pruned_logits(golden: Golden) -> None:
 
 @pytest.mark.parametrize("kept", [False, True], ids=["all", "kept"])
 def test_masked_outputs_losses_and_gradients(golden: Golden, kept: bool) -> None:
-    golden.student.set_kept_gradients(kept)
-    errors = parity.training_errors(golden)
+    errors = parity.training_errors(golden, KeptMasked if kept else Masked)
     assert _wrong(errors) == {}
     assert sum("gradient of" in name for name in errors) >= 6  # decisions, and parameters
 

@@ -119,7 +119,7 @@ def test_named_files_exist(name: str) -> None:
 def test_commands_parse(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     _, name, *arguments = shlex.split(line, comments=True)
-    parser, _ = cli._build_parser(name, cli.COMMANDS[name])
+    parser, _ = cli.build_parser(name)
     parser.parse_args(arguments)
 
 

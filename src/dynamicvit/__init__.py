@@ -4,17 +4,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from dynamicvit import models
-from dynamicvit.core.backbone import UnsupportedBackbone
+from dynamicvit.core.backbones import UnsupportedBackbone
 from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseOutput, SparseViT, sparsify
 from dynamicvit.core.schedule import KeepSchedule
-from dynamicvit.core.scorer import TokenScorer
+from dynamicvit.core.selectors.learned import TokenScorer
 from dynamicvit.io.load import load
 from dynamicvit.io.released import from_released
 
 if TYPE_CHECKING:
     from dynamicvit.deploy.optimize import optimize
-    from dynamicvit.views.explanation import explain
+    from dynamicvit.views.explain import explain
 
 __version__ = "0.1.0"
 
@@ -35,7 +35,7 @@ __all__ = [
 
 
 # What takes more than timm does is imported when it is asked for.
-_LAZY = {"explain": "dynamicvit.views.explanation", "optimize": "dynamicvit.deploy.optimize"}
+_LAZY = {"explain": "dynamicvit.views.explain", "optimize": "dynamicvit.deploy.optimize"}
 
 
 def __getattr__(name: str) -> Any:

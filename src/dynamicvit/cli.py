@@ -1,4 +1,4 @@
-"""The command line: one dict of command → function.
+"""The command line, without its table of commands, which is in `dynamicvit_command`.
 
 Options, types, defaults and help come from the functions' and dataclasses' own signatures and
 docstrings; each function lives where its subject lives.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import inspect
 import json
 import os
@@ -20,43 +21,13 @@ from typing import Any, NoReturn
 import docstring_parser
 from jsonargparse import ArgumentParser
 
-from dynamicvit import __version__
-from dynamicvit.core.backbone import UnsupportedBackbone
-from dynamicvit.deploy.benchmark import benchmark
-from dynamicvit.deploy.export import export
-from dynamicvit.deploy.predict import predict
-from dynamicvit.evaluation.compare import compare
-from dynamicvit.evaluation.evaluate import evaluate
-from dynamicvit.evaluation.support import models
-from dynamicvit.evaluation.sweep import sweep
-from dynamicvit.io.released import convert
-from dynamicvit.quickstart import quickstart
-from dynamicvit.training.config import RECIPES, TrainConfig, find_recipe
-from dynamicvit.training.fit import train
-from dynamicvit.views.demo import demo
-from dynamicvit.views.explain import explain
-from dynamicvit.views.plot import plot
-from dynamicvit.views.report import report
-
-COMMANDS: dict[str, Callable[..., object]] = {
-    "quickstart": quickstart,
-    "train": train,
-    "evaluate": evaluate,
-    "sweep": sweep,
-    "compare": compare,
-    "plot": plot,
-    "report": report,
-    "predict": predict,
-    "explain": explain,
-    "demo": demo,
-    "export": export,
-    "benchmark": benchmark,
-    "convert": convert,
-    "models": models,
-}
+from dynamicvit.core.backbones import UnsupportedBackbone
+from dynamicvit_command import COMMANDS, fail, main
 
 # What a user can cause, as opposed to a defect of ours, which deserves its traceback.
 USER_ERRORS = (ValueError, UnsupportedBackbone, OSError)
+
+__all__ = ["COMMANDS", "build_parser", "find_function", "main", "run"]
 
 
 # What jsonargparse says of a value of the wrong kind, over several lines.
@@ -75,52 +46,68 @@ class _Parser(ArgumentParser):
             kinds = re.sub(r"<class '(\w+)'>", r"\1", kinds).replace(", NoneType", " or null")
             example = ", such as [0.7]" if kinds.startswith("list[float]") else ""
             message = f"{name} must be {kinds}{example}, got {value}"
-        _fail(self.prog, message)
+        fail(self.prog, " ".join(message.split()))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns 0; a user's mistake exits with 2 and one line on stderr."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_overview())
-        return 0
-    if arguments[0] == "--version":
-        print(f"dynamicvit {__version__}")
-        return 0
-    name, *rest = arguments
-    if name not in COMMANDS:
-        _fail("dynamicvit", f"no command {name!r}; commands are {', '.join(COMMANDS)}")
-    function = COMMANDS[name]
-    parser, configs = _build_parser(name, function)
-    given = [_underscored(item) for item in rest]
-    values = parser.parse_args(given).as_dict()
-    if "recipe" in values:  # what is given, also in a file, comes after it and so goes before it
-        recipe = find_recipe(values["recipe"]).items()
-        options = [f"--{option}={json.dumps(value)}" for option, value in recipe]
-        values = parser.parse_args([*options, *given]).as_dict()
-        del values["recipe"]
-    values.pop("config_file", None)
+def run(name: str, arguments: Sequence[str]) -> int:
+    """Run the command of this name with its arguments. Returns 0; exits as `main` does."""
+    function = find_function(name)
+    parser, configs = build_parser(name)
     try:
+        given = [_underscored(item) for item in arguments]
+        if name == "train":
+            from dynamicvit.training.run_folder import resume_arguments
+
+            given = [*resume_arguments(given), *given]
+        values = _parse(parser, given)
         for parameter, kind in configs.items():
             fields = [item.name for item in dataclasses.fields(kind)]
             values[parameter] = kind(**{field: values.pop(field) for field in fields})
         function(
             *[values.pop(name) for name in _positional_only(function) if name in values], **values
         )
+        sys.stdout.flush()
+    except BrokenPipeError:  # such as `dynamicvit models | head`
+        # Python flushes once more when it exits, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except USER_ERRORS as error:
         if os.environ.get("DYNAMICVIT_TRACEBACK"):
             raise
-        _fail(parser.prog, error)
+        fail(parser.prog, _one_line(error))
     except KeyboardInterrupt:
-        _fail(parser.prog, "interrupted", code=130)
+        fail(parser.prog, "interrupted", code=130)
     return 0
 
 
-def _build_parser(
-    name: str, function: Callable[..., object]
-) -> tuple[ArgumentParser, dict[str, type]]:
-    """The parser of a function's parameters. A dataclass parameter contributes its fields as
-    options; a required list of strings and positional-only parameters are positional."""
+def _parse(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = parser.parse_args(arguments).as_dict()
+        if "recipe" in values:  # what is given, also in a file, comes after it and so goes before
+            from dynamicvit.training.config import find_recipe
+
+            recipe = find_recipe(values.pop("recipe")).items()
+            options = [f"--{option}={json.dumps(value)}" for option, value in recipe]
+            values = parser.parse_args([*options, *arguments]).as_dict()
+            del values["recipe"]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the file given as --config must be UTF-8: {error}") from error
+    values.pop("config_file", None)
+    return values
+
+
+def find_function(name: str) -> Callable[..., object]:
+    """The function of a command."""
+    module, _, function = COMMANDS[name][0].partition(":")
+    found: Callable[..., object] = getattr(importlib.import_module(module), function)
+    return found
+
+
+def build_parser(name: str) -> tuple[ArgumentParser, dict[str, type]]:
+    """The parser of a command, made from its function's parameters; and those of them that are
+    dataclasses. A dataclass parameter contributes its fields as options; a required list of strings
+    and positional-only parameters are positional."""
+    function = find_function(name)
     doc = docstring_parser.parse(function.__doc__ or "")
     helps = {item.arg_name: item.description for item in doc.params}
     parser = _Parser(prog=f"dynamicvit {name}", description=doc.short_description)
@@ -134,8 +121,11 @@ def _build_parser(
         required = parameter.default is inspect.Parameter.empty
         if dataclasses.is_dataclass(kind):
             configs[parameter.name] = typing.cast(type, kind)
-            parser.add_class_arguments(kind)
-            if kind is TrainConfig:
+            for group in getattr(kind, "GROUPS", (kind,)):
+                parser.add_class_arguments(group)
+            if name == "train":
+                from dynamicvit.training.config import RECIPES
+
                 parser.add_argument(
                     "--recipe",
                     choices=list(RECIPES),
@@ -174,25 +164,11 @@ def _underscored(argument: str) -> str:
     return "--" + option[2:].replace("-", "_") + equals + value
 
 
-def _overview() -> str:
-    width = max(map(len, COMMANDS))
-    lines = ["usage: dynamicvit COMMAND [options]", ""]
-    for name, function in COMMANDS.items():
-        summary = docstring_parser.parse(function.__doc__ or "").short_description
-        lines.append(f"  {name:<{width}}  {summary}")
-    lines += ["", "dynamicvit COMMAND --help lists the options of a command."]
-    lines += ["With DYNAMICVIT_TRACEBACK=1 in the environment, errors come with their traceback."]
-    return "\n".join(lines)
-
-
-def _fail(prog: str, error: object, code: int = 2) -> NoReturn:
+def _one_line(error: BaseException) -> str:
     # An error that crossed from a data loading process carries that process's traceback before it.
     lines = str(error).strip().splitlines() or [type(error).__name__]
     message = " ".join(map(str.strip, lines))
-    if "Traceback" in message:
-        message = lines[-1].partition(": ")[2]
-    print(f"{prog}: error: {message}", file=sys.stderr)
-    sys.exit(code)
+    return lines[-1].partition(": ")[2] if "Traceback" in message else message
 
 
 if __name__ == "__main__":

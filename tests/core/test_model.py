@@ -21,6 +21,7 @@ from dynamicvit import (
     count_gmacs,
     sparsify,
 )
+from dynamicvit.core.selectors import Selector, Stage
 from tests.conftest import randomise, tiny_vit
 
 THREE = KeepSchedule.from_keep_ratio(0.7, depth=4)
@@ -197,15 +198,19 @@ def test_train_and_eval_run_the_same_algorithm() -> None:
     assert not torch.equal(one, two), "training draws decisions"
     again = sparse.eval().masked(images)
     assert torch.equal(again.keep[0], sparse.eval().masked(images).keep[0])
-    assert torch.equal(again.keep[0], (again.scores[0] > 0).float())
+    pruned = sparse.pruned(images)
+    assert all(torch.equal(*both) for both in zip(again.keep, pruned.keep, strict=True))
 
 
 def test_a_distilled_model_returns_one_tensor_in_training() -> None:
     dense = tiny_vit("deit_tiny_distilled_patch16_224")
     cast(Any, dense).set_distilled_training(True)
-    sparse = sparsify(dense, keep_ratio=0.7).train()
-    assert sparse(_images()).shape == sparse.masked(_images()).logits.shape == (2, 5)
-    assert dense.distilled_training
+    images = _images()
+    expected = SparseViT(dense, THREE)(images)
+    for sparse in (sparsify(dense, schedule=THREE), SparseViT(dense, THREE)):
+        assert sparse.train()(images).shape == sparse.masked(images).logits.shape == (2, 5)
+        assert dense.distilled_training, "the caller's model is as it was"
+    assert expected.shape == (2, 5)
 
 
 @settings(max_examples=10)
@@ -336,15 +341,19 @@ def test_it_answers_timms_questions_as_the_dense_model_does() -> None:
 
 
 def test_scorers_can_be_given() -> None:
-    """Any module that scores tokens will do: here the first tokens are worth most."""
+    """A selector of one's own: here the first tokens are worth most."""
 
-    class First(nn.Module):
-        def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-            return 4.5 - torch.arange(x.shape[1], dtype=x.dtype).expand(x.shape[:2])
+    class First(Selector):
+        def forward(
+            self, x_BNC: Tensor, keep_BN: Tensor | None = None, stage: Stage | None = None
+        ) -> Tensor:
+            return 4.5 - torch.arange(x_BNC.shape[1], dtype=x_BNC.dtype).expand(x_BNC.shape[:2])
 
     sparse = SparseViT(tiny_vit(), KeepSchedule((1,), (0.25,)), [First()]).eval()
-    assert sparse.pruned(_images()).keep[0].tolist() == [[1.0] * 4 + [0.0] * 12] * 2
-    assert sparse.masked(_images()).keep[0].tolist() == [[1.0] * 5 + [0.0] * 11] * 2
+    for found in (sparse.pruned(_images()), sparse.masked(_images())):
+        assert found.keep[0].tolist() == [[1.0] * 4 + [0.0] * 12] * 2
+    with pytest.raises(TypeError, match="each of scorers must be a Selector, got Linear"):
+        SparseViT(tiny_vit(), KeepSchedule((1,), (0.25,)), [nn.Linear(2, 2)])
 
 
 DENSE = tiny_vit()
@@ -479,3 +488,51 @@ def test_bad_sampling_options_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         sparsify(DENSE, keep_ratio=0.7).train().masked(_images(), **options)
+
+
+# Another budget.
+
+
+def test_another_budget_shares_all_weights() -> None:
+    sparse, images = tiny_sparse(), _images()
+    own = {id(tensor) for tensor in sparse.parameters()}
+    before = sparse(images)
+    half = sparse.at(keep_ratio=0.5)
+    assert half.schedule.blocks == sparse.schedule.blocks
+    assert half.schedule.ratios == (0.5, 0.25, 0.125)
+    assert {id(tensor) for tensor in half.parameters()} == own
+    fresh = SparseViT(sparse.backbone, half.schedule, sparse.scorers)
+    assert torch.equal(half(images), fresh(images))
+    assert torch.equal(sparse(images), before)
+    torch.testing.assert_close(sparse.at(keep_ratio=1.0)(images), sparse.backbone(images))
+    assert half.training == sparse.training
+
+
+def test_another_budget_takes_the_scorers_of_its_stages() -> None:
+    sparse = tiny_sparse()
+    last = sparse.schedule.blocks[-1]
+    alone = sparse.at(schedule=KeepSchedule((last,), (0.5,)))
+    assert list(alone.scorers) == [sparse.scorers[-1]]
+    outer = sparse.at(schedule=KeepSchedule((sparse.schedule.blocks[0], last), (0.8, 0.4)))
+    assert list(outer.scorers) == [sparse.scorers[0], sparse.scorers[-1]]
+    moved = sparse.at(schedule=KeepSchedule((0, 1, 2), (0.9, 0.8, 0.7)))
+    assert list(moved.scorers) == list(sparse.scorers)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({}, ValueError, "give keep_ratio or schedule, got keep_ratio=None and schedule=None"),
+        ({"keep_ratio": 0.5, "schedule": KeepSchedule((1,), (0.5,))}, ValueError, "give keep_rat"),
+        ({"keep_ratio": 0}, ValueError, r"keep_ratio must lie in \(0, 1\], got 0"),
+        ({"keep_ratio": "a"}, TypeError, "keep_ratio must be a number.*got 'a'"),
+        ({"schedule": (1, 2)}, TypeError, r"schedule must be a KeepSchedule, got \(1, 2\)"),
+        ({"schedule": KeepSchedule((0,), (0.5,))}, ValueError, r"blocks among .*got \(0,\)"),
+        ({"schedule": KeepSchedule((1, 2, 9), (0.5,) * 3)}, ValueError, "depth of 4, got"),
+    ],
+)
+def test_a_budget_that_does_not_fit_is_refused(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        tiny_sparse().at(**options)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dynamicvit import TokenScorer
-from dynamicvit.core.scorer import FusedScorer
+from dynamicvit.core.selectors.learned import FusedScorer
 from dynamicvit.core.tokens import gather_tokens, keep_mask, topk_keep
 from tests.conftest import randomise
 

@@ -12,12 +12,13 @@ from torch import Tensor
 from dynamicvit.core.tokens import (
     MIN_KEEP,
     attention_bias,
+    best_keep,
     gather_tokens,
     keep_mask,
     key_bias,
     masked_mean,
     sample_keep,
-    threshold_keep,
+    straight_through,
     topk_keep,
 )
 
@@ -137,10 +138,12 @@ def test_sampling_is_the_gumbel_softmax_over_keep_and_drop(score: float, tau: fl
     )
 
 
-def test_threshold_keeps_probable_tokens() -> None:
+def test_the_best_are_kept_with_the_gradient_of_soft_decisions() -> None:
     scores = torch.tensor([[-1.0, 0.0, 1e-3, 5.0]], requires_grad=True)
-    decisions = threshold_keep(scores)
-    assert decisions.tolist() == [[0.0, 0.0, 1.0, 1.0]]
+    assert best_keep(scores, 2).tolist() == [[0.0, 0.0, 1.0, 1.0]]
+    there = torch.tensor([[1.0, 1.0, 1.0, 0.0]])
+    assert best_keep(scores, 2, there).tolist() == [[0.0, 1.0, 1.0, 0.0]]
+    decisions = straight_through(best_keep(scores, 2), scores)
     decisions.sum().backward()
     soft = scores.detach().sigmoid()
     assert scores.grad is not None

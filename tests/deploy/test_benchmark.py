@@ -157,8 +157,12 @@ def test_stages_are_named_and_timed() -> None:
 
 
 def test_benchmark_writes_what_it_measured(
-    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(engines, "has_bfloat16", lambda: True)  # torch computes it everywhere
     output, plot = tmp_path / "speed.json", tmp_path / "speed.svg"
     arguments = ["benchmark", folder, "--engines", "[eager]", "--batch_sizes", "[1,2]"]
     arguments += ["--seconds", "0", "--output", str(output), "--plot", str(plot)]
@@ -209,22 +213,23 @@ def test_a_ratio_is_refused_before_a_model_is_looked_for() -> None:
         benchmark("no_such_model", keep_ratio=1.5)
 
 
+def test_on_a_processor_without_bfloat16(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name it is refused before a model is looked for; by default it is left out."""
+    monkeypatch.setattr(engines, "has_bfloat16", lambda: False)
+    message = "this processor has no bfloat16, got it for engine 'eager'"
+    with pytest.raises(ValueError, match=message):
+        benchmark("no_such_model", engines=["eager"], precisions=["bfloat16"])
+    result = benchmark(folder, engines=["eager"], batch_sizes=[1], seconds=0)
+    assert [item["precision"] for item in result["measurements"]] == ["float32"]
+    engines.check_engine("eager", "bfloat16", "cuda")
+
+
 def test_engines_of_the_cpu_are_refused_on_a_gpu() -> None:
     with pytest.raises(ValueError, match="'onnx' computes on the CPU here, got device 'cuda'"):
         engines.check_engine("onnx", "float32", "cuda")
     engines.check_engine("compile", "float16", "cuda")
     with pytest.raises(ValueError, match="'compile' does not compute in float16 here"):
         engines.check_engine("compile", "float16")
-
-
-def test_without_a_name_the_device_is_a_gpu_if_there_is_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for found, expected in ((True, "cuda"), (False, "cpu")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda found=found: found)
-        assert engines.find_device(None).type == expected
-    assert engines.find_device("cuda:1").index == 1
 
 
 def test_more_shapes_are_compiled_than_torch_compiles_one_function_for(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dynamicvit import KeepSchedule, SparseViT, cli, sparsify
 from dynamicvit.deploy import export as module
 from dynamicvit.deploy import verify
-from dynamicvit.deploy.export import FORMATS, Exported, export_model, read_metadata
+from dynamicvit.deploy.export import FORMATS, Exported, export, export_model, read_metadata
 from dynamicvit.deploy.verify import (
     Agreement,
     Found,
@@ -259,9 +259,11 @@ def test_a_precision_that_the_engine_lacks_is_refused(
         export_model(_sparse(), tmp_path / "model.onnx", "onnx", "bfloat16", samples=1)
     monkeypatch.setattr(openvino.Core, "get_property", lambda *names: ["FP32", "INT8"])
     for precision in ("float16", "bfloat16"):
-        message = f"precision '{precision}' is not one .* this processor, which has FP32, INT8"
+        message = f"this processor has no {precision} for OpenVINO, which finds FP32, INT8"
         with pytest.raises(ValueError, match=message):
             export_model(_sparse(), tmp_path / "model.xml", "openvino", precision)
+        with pytest.raises(ValueError, match=message):  # and before a model is looked for
+            export("no_such_model", str(tmp_path / "model.xml"), "openvino", precision)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -386,7 +388,8 @@ def _swap(sparse: SparseViT) -> Callable[[Tensor, Tensor, Tensor], Any]:
         best = scores.masked_fill(keep > 0, float("-inf")).argmax(1)
         worst = scores.masked_fill(keep == 0, float("inf")).argmin(1)
         kept = torch.where(kept == worst[:, None], best[:, None], kept)
-        return verify._run_given(sparse, images, [kept])[0], kept
+        final, _ = sparse.run(images, verify._Given([kept]))
+        return sparse.forward_head(final.x), kept
 
     return run
 

@@ -22,6 +22,7 @@ def _sparse() -> SparseViT:
 
 @torch.no_grad()
 def test_the_fastest_within_the_tolerance_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "has_bfloat16", lambda: True)  # torch computes it everywhere
     sparse = _sparse()
     took = iter(range(1000))
     # The later a candidate is, the faster it claims to be; the last are bfloat16's.
@@ -50,6 +51,8 @@ def test_engines_of_files_are_candidates() -> None:
     names = {(item.engine, item.precision) for item in found.candidates if not item.reason}
     assert {("onnx", "float32"), ("openvino", "float32")} <= names
     reasons = {item.engine: item.reason for item in found.candidates if item.reason}
+    if not engines.available("openvino", "bfloat16"):
+        assert "this processor has no bfloat16" in str(reasons["openvino"])
     assert reasons["onnx"] == "engine 'onnx' does not compute in bfloat16 here"
     assert reasons["eager"] == "it was not asked for"
     assert found.chosen.engine != "eager"
@@ -104,7 +107,19 @@ def test_modes_stay_as_they_were() -> None:
     ],
 )
 def test_what_does_not_fit_is_refused(
-    example: Tensor, options: dict[str, Any], message: str
+    example: Tensor, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(engines, "has_bfloat16", lambda: True)
     with pytest.raises(ValueError, match=message):
         optimize(_sparse(), example, **options)
+
+
+def test_on_a_processor_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name it is refused before anything runs; by default it is left out, with the reason."""
+    monkeypatch.setattr(engines, "has_bfloat16", lambda: False)
+    found = optimize(_sparse(), IMAGES, engines=["eager"], rounds=1)
+    reasons = {item.reason for item in found.candidates if item.precision == "bfloat16"}
+    assert reasons == {"this processor has no bfloat16, got it for engine 'eager'"}
+    monkeypatch.setattr(module, "build", None)
+    with pytest.raises(ValueError, match="this processor has no bfloat16"):
+        optimize(_sparse(), IMAGES, engines=["eager"], precisions=["bfloat16"])

@@ -15,8 +15,14 @@ import dynamicvit
 import dynamicvit.evaluation.compare as compare_module
 from dynamicvit import cli
 from dynamicvit.core.model import sparsify
-from dynamicvit.evaluation.compare import Comparison, compare_models, describe, draw_keep_rates
-from tests.conftest import CLASSES, tiny_vit
+from dynamicvit.evaluation.compare import (
+    Comparison,
+    compare,
+    compare_models,
+    describe,
+    draw_keep_rates,
+)
+from tests.conftest import CLASSES, tiny_vit, write_images
 
 
 @pytest.mark.parametrize(
@@ -130,6 +136,21 @@ def test_compare_from_the_command_line(
     assert "7 images: top-1" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("count", "shown"), [(6, 6), (12, 12), (13, 10)])
+def test_the_class_table_shows_every_class_it_has_room_for(
+    count: int, shown: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = tuple(f"kind-{index:02}" for index in range(count))
+    data = write_images(tmp_path / "data", {"val": 1}, names)
+    sparsify(tiny_vit(num_classes=count), 0.7).save_pretrained(tmp_path / "sparse", names)
+    compare(str(tmp_path / "sparse"), str(data), workers=0, output=str(tmp_path / "out"))
+    text = capsys.readouterr().out
+    table = text.partition("points lost: against dense")[0]
+    assert sum(name in table for name in names) == shown
+    assert (f"{count - shown} more classes are in" in text) == (shown < count)
+    assert max(map(len, text.splitlines())) <= 80
+
+
 def test_compare_names_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     dense = tiny_vit()
     model = sparsify(dense, 0.7)
@@ -139,7 +160,7 @@ def test_compare_names_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="must choose tokens, not merge them, got TokenScorer"):
         compare_models(model, dense, batch, Accelerator(cpu=True))
     with pytest.raises(ValueError, match="gave no images"):
-        compare_models(model, dense, [], Accelerator(cpu=True))  # type: ignore[arg-type]
+        compare_models(model, dense, [], Accelerator(cpu=True))
     monkeypatch.undo()
     batch = [(torch.randn(1, 3, 32, 32), torch.tensor([5]))]
     with pytest.raises(ValueError, match="the data has class 5, the model 5 classes"):

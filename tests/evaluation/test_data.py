@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import io
 import json
+import os
 import pickle
 import re
 import struct
@@ -20,14 +21,10 @@ import torch
 from PIL import Image
 
 import dynamicvit
-from dynamicvit.evaluation.data import (
-    EXTRAS,
-    DataError,
-    Unreadable,
-    create_image_loader,
-    open_data,
-)
+from dynamicvit.evaluation.data import EXTRAS, open_data
 from dynamicvit.evaluation.evaluate import evaluate, evaluate_model
+from dynamicvit.evaluation.loader import create_image_loader
+from dynamicvit.evaluation.unreadable import DataError, Unreadable
 from dynamicvit.io.folder import save_folder
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.fit import BEST, train
@@ -219,7 +216,7 @@ def test_loader_processes_end_by_their_parent_s_sigterm_alone(images: Path) -> N
     next(iterator)
     [worker] = iterator._workers
     worker.terminate()
-    worker.join(timeout=10)
+    worker.join(timeout=3600)
     assert worker.exitcode == 0
 
 
@@ -295,7 +292,7 @@ def test_a_hostile_folder_trains_to_the_end_and_is_reported(
     assert started in report
     kinds = "7 grey, 3 with an alpha channel, 1 with a side of 10,000 pixels or more"
     assert f"\ntraining images met: 36; of these {kinds}\n" in report
-    kinds = "1 grey, 0 with an alpha channel, 1 with a side of 10,000 pixels or more"
+    kinds = "1 grey, 1 with a side of 10,000 pixels or more"
     assert f"\nvalidation images met: 9; of these {kinds}\n" in report
     folder = images / "train" / "odd"
     [met] = re.findall(r"unreadable training images met: 8: (.*), …\n", report)
@@ -578,3 +575,92 @@ def test_a_source_whose_package_is_missing_names_it(
     message = rf"'{prefix}/tiny' needs {package}: pip install 'dynamicvit\[{extra}\]'"
     with pytest.raises(DataError, match=message):
         open_data(f"{prefix}/tiny")
+
+
+class _DecoderError(Exception):
+    """What no list of Pillow's errors has."""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_whatever_a_decoder_raises_is_an_unreadable_image(
+    images: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(image: Image.Image, mode: str) -> Image.Image:
+        raise _DecoderError("bad chunk")
+
+    monkeypatch.setattr("dynamicvit.evaluation.data.convert_image", fail)
+    with pytest.raises(DataError, match=r"cannot read image .*: bad chunk"):
+        _batches(open_data(str(images), "val"), workers)
+    data = open_data(str(images), "val", skip_unreadable=True)
+    assert sum(len(targets) for _, targets in _batches(data, workers)) == 8
+    assert data.unreadable == 8
+
+
+def _damaged(name: str) -> bytes:
+    """A picture of a rarer format, cut off or with its header changed."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    content = io.BytesIO()
+    picture.save(content, name)
+    damaged = bytearray(content.getvalue())
+    if name == "DDS":
+        damaged[12:20] = b"\xff" * 8
+    return bytes(damaged[: len(damaged) // 2])
+
+
+@pytest.mark.parametrize("name", ["AVIF", "QOI", "DDS"])
+def test_damaged_files_of_rarer_formats_are_skipped(images: Path, name: str) -> None:
+    Image.init()
+    if name not in Image.SAVE:
+        pytest.skip(f"Pillow here does not write {name}")
+    (images / "val" / "dark" / "01.png").write_bytes(_damaged(name))
+    with pytest.raises(DataError, match=r"cannot read image .*01\.png"):
+        _batches(open_data(str(images), "val"))
+    data = open_data(str(images), "val", skip_unreadable=True)
+    _batches(data)
+    assert data.unreadable == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_file_names_that_are_not_utf_8_are_counted_and_told(
+    images: Path, dense_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = os.fsencode(images / "val" / "dark")
+    os.rename(folder + b"/00.png", folder + b"/caf\xe9.png")
+    assert sum(len(targets) for _, targets in _batches(open_data(str(images), "val"))) == 8
+    with open(folder + b"/caf\xe9.png", "wb") as file:
+        file.write(b"not an image")
+    with pytest.raises(DataError, match=r"cannot read image .*caf\\xe9\.png"):
+        _batches(open_data(str(images), "val"))
+    data = open_data(str(images), "val", skip_unreadable=True)
+    _batches(data)
+    described = data.describe_unreadable()
+    assert described is not None
+    assert described.endswith("caf\\xe9.png")
+    results = evaluate([str(dense_folder)], str(images), workers=0, skip_unreadable=True)
+    assert results[str(dense_folder)]["unreadable"] == 1
+    os.mkdir(os.fsencode(images / "val") + b"/\xe9")
+    with pytest.raises(DataError, match=r"class folders must be UTF-8, got '\\udce9'"):
+        open_data(str(images), "val")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_among_the_images_is_not_waited_for(images: Path) -> None:
+    path = images / "val" / "dark" / "01.png"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataError, match=f"cannot read image {path}: it is not a regular file"):
+        _batches(open_data(str(images), "val"))
+    data = open_data(str(images), "val", skip_unreadable=True)
+    _batches(data)
+    assert data.unreadable == 1
+
+
+def test_of_usual_images_nothing_is_told(images: Path) -> None:
+    data = open_data(str(images), "val")
+    _batches(data)
+    assert data.describe_met() is None
+    Image.new("L", (32, 32)).save(images / "val" / "dark" / "01.png")
+    data = open_data(str(images), "val")
+    _batches(data)
+    assert data.describe_met() == "8; of these 1 grey"

@@ -18,7 +18,8 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from dynamicvit import SparseViT, UnsupportedBackbone, cli, sparsify
-from dynamicvit.core import model as core_model
+from dynamicvit.core import paths
+from dynamicvit.core import tokens as tokens_module
 from dynamicvit.evaluation import support as zoo
 from dynamicvit.models.lvvit import LVViT
 from tests.conftest import randomise
@@ -156,7 +157,7 @@ def test_positions_leave_with_their_tokens(name: str, seed: int) -> None:
     images = _images(sparse.backbone)
     expected = sparse(images)
     shuffle = torch.Generator().manual_seed(seed)
-    topk = core_model.topk_keep
+    topk = paths.topk_keep
 
     def shuffled(scores: Tensor, count: int) -> Tensor:
         kept = topk(scores, count)
@@ -164,13 +165,13 @@ def test_positions_leave_with_their_tokens(name: str, seed: int) -> None:
         return kept.gather(1, order)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(core_model, "topk_keep", shuffled)
+        patch.setattr(paths, "topk_keep", shuffled)
         _near(sparse(images), expected)
     # The test can fail: without its embeddings a token is another one.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(core_model, "topk_keep", shuffled)
+        patch.setattr(paths, "topk_keep", shuffled)
         patch.setattr(
-            core_model.adapter, "gather_rope", lambda rope, kept: rope[..., : kept.shape[1], :]
+            tokens_module, "gather_rope", lambda rope, kept: rope[..., : kept.shape[1], :]
         )
         assert (sparse(images) - expected).abs().max() > 1e-3
 
@@ -257,6 +258,73 @@ def test_models_are_listed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     found = capsys.readouterr().out
     assert "not supported: 1" in found
     assert "test_vit: ratios must leave at least one" in found
-    with pytest.raises(SystemExit):
-        cli.main(["models", "resnet*"])
-    assert "filter must match a plain transformer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet50", r"ResNet is not supported: .*; near in size: \w+, deit_small_patch16_224"),
+        ("resnet50.tv_in1k", "ResNet is not supported: "),
+        ("resnet*", "models of other kinds do, such as resnet"),
+        ("deit_smal", "near: deit_small_distilled_patch16_224, deit_small_patch16_224"),
+        ("diet_small_patch16_224", "near: deit_small_patch16_224"),
+        ("zzzz", "near: none, `dynamicvit models` lists all"),
+        ("me/resnet", "ResNet is not supported"),
+        ("me/deit-small-patch16-224", "'vit'.*near: .*deit_small_patch16_224"),
+        ("me/odd", "filter must be .* got 'me/odd'"),
+        ("me/none", "got 'me/none': no route"),
+    ],
+)
+def test_models_says_what_is_wrong_and_what_is_near(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _serve(tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match=message):
+        zoo.models(name)
+
+
+def _serve(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub of four models."""
+    configs = {
+        "me/vit": '{"architecture": "deit_256"}',
+        "me/resnet": '{"architecture": "resnet18"}',
+        "me/deit-small-patch16-224": '{"model_type": "vit"}',
+        "me/odd": "[]",
+    }
+
+    def download(hub_id: str, name: str) -> str:
+        if hub_id not in configs:
+            raise OSError("no route")
+        (folder / name).write_text(configs[hub_id])
+        return str(folder / name)
+
+    monkeypatch.setattr(zoo, "hf_hub_download", download)
+    monkeypatch.setattr("dynamicvit.io.hub._reachable", lambda: True)
+
+
+def test_models_takes_hub_ids_and_names_of_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _serve(tmp_path, monkeypatch)
+    for name in ("me/vit", "deit_256.untrained"):
+        assert [item.name for item in zoo.models(name, quiet=True)] == ["deit_256"]
+
+
+def test_the_list_fits_into_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    longest = max(NAMES, key=len)
+    zoo.models(longest)
+    text = capsys.readouterr().out
+    assert longest in text
+    assert max(map(len, text.splitlines())) <= 80
+    zoo.models(longest, quiet=True)
+    assert capsys.readouterr().out == ""
+
+
+def test_models_names_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"keep_ratio must lie in \(0, 1\], got 2"):
+        zoo.models("deit_256", keep_ratio=2)
+    with pytest.raises(ValueError, match="output must be a file, got the folder"):
+        zoo.models("deit_256", output=str(tmp_path))

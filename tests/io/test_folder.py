@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from dynamicvit import KeepSchedule, SparseViT, load, sparsify
 from dynamicvit.io import folder as folder_module
 from dynamicvit.io.folder import CONFIG, WEIGHTS, load_folder, save_folder
 from tests.conftest import randomise, tiny_vit
+from tests.io.limits import limited_file_size
 
 NAMES = ["ant", "bee", "cat", "dog", "élan"]
 SCHEDULE = KeepSchedule((1, 3), (0.7, 0.3))
@@ -284,3 +286,67 @@ def test_every_key_that_does_not_fit_is_listed(saved: Path) -> None:
         "unexpected extra",
         "scorers.0.norm.bias has shape (3,), expected (32,)",
     ]
+
+
+@torch.no_grad()
+def test_folders_of_earlier_versions_are_read() -> None:
+    """They were written, and run on these images, before the modules had their present layout."""
+    images = torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)
+    expected = {
+        "old_sparse": [-0.19018511474132538, -0.46626850962638855, 0.6467801332473755],
+        "old_dense": [-0.11904982477426529, -0.44370904564857483, 0.5494568347930908],
+    }
+    for name, logits in expected.items():
+        model: Any = load(Path(__file__).parent / "data" / name)
+        torch.testing.assert_close(model(images), torch.tensor([logits]), atol=1e-5, rtol=1e-5)
+        assert isinstance(model, SparseViT) == (name == "old_sparse")
+    model = load(Path(__file__).parent / "data" / "old_sparse")
+    assert model.schedule == KeepSchedule((0, 1), (0.75, 0.5))
+    assert model.pretrained_cfg["label_names"] == ["ant", "bee", "élan"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda value: value.fill_(float("nan")), "cls_token holds NaN or infinity"),
+        (lambda value: value.fill_(float("inf")), "cls_token holds NaN or infinity"),
+        (lambda value: value.to(torch.complex64), "cls_token holds torch.complex64, expected fl"),
+        (lambda value: value.to(torch.int32), "cls_token holds torch.int32, expected floating"),
+        (lambda value: value.to(torch.bool), "cls_token holds torch.bool, expected floating"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_refused(
+    saved: Path, change: Callable[[Tensor], Tensor], message: str
+) -> None:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors["backbone.cls_token"] = change(tensors["backbone.cls_token"])
+
+    _edit_weights(saved, edit)
+    with pytest.raises(ValueError, match=rf"model\.safetensors .*{message}"):
+        load(saved)
+
+
+def test_a_default_device_without_values_is_refused(saved: Path) -> None:
+    with torch.device("meta"), pytest.raises(ValueError, match="default device must hold values"):
+        load(saved)
+    assert next(load(saved).parameters()).device.type == "cpu"
+
+
+def test_what_is_no_path_is_refused(tmp_path: Path) -> None:
+    for value in (3, None, b"model", ["model"]):
+        with pytest.raises(TypeError, match="folder_or_hub_id must be a path or a hub id, got"):
+            load(value)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="folder must be a path, got"):
+            save_folder(_sparse(), value)  # type: ignore[arg-type]
+    for name in ("a\0b", "x" * 5000):
+        with pytest.raises(FileNotFoundError, match="no model folder at"):
+            load(name)
+
+
+def test_a_full_disk_is_said_with_the_file(tmp_path: Path) -> None:
+    with limited_file_size(2048), pytest.raises(OSError, match=r"new.model\.safetensors") as caught:
+        _sparse().save_pretrained(tmp_path / "new")
+    assert caught.value.errno == errno.EFBIG
+    with limited_file_size(100), pytest.raises(OSError, match=r"new.config\.json"):
+        _sparse().save_pretrained(tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []

@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from huggingface_hub import HfApi, RepoUrl
+from huggingface_hub import HfApi, RepoUrl, constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from dynamicvit import KeepSchedule, SparseViT, count_gmacs, load, sparsify
 from dynamicvit.io.folder import CONFIG, WEIGHTS
+from dynamicvit.io.hub import offline_if_unreachable
+from dynamicvit.io.load import load_model
 from tests.conftest import randomise, tiny_vit
 
 NAMES = ["ant", "bee", "cat", "dog", "élan"]
@@ -45,6 +48,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Hub:
         method = getattr(hub, name)
         monkeypatch.setattr(HfApi, name, lambda api, *a, _call=method, **o: _call(api, *a, **o))
     monkeypatch.setattr("dynamicvit.io.load.snapshot_download", lambda *a, **o: str(hub.folder))
+    monkeypatch.setattr("dynamicvit.io.hub._reachable", lambda: True)
     monkeypatch.chdir(tmp_path)
     return hub
 
@@ -177,16 +181,72 @@ def test_a_model_that_cannot_be_saved_leaves_no_trace_on_the_hub(hub: _Hub) -> N
     assert hub.calls == []
 
 
-@pytest.mark.parametrize("error", [HfHubHTTPError, ConnectionError])
-def test_the_hub_s_own_errors_are_not_hidden(
-    hub: _Hub, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        # The hub's own wants a response of a server.
+        (
+            lambda: HfHubHTTPError.__new__(HfHubHTTPError),
+            "cannot upload to me/model: HfHubHTTPError",
+        ),
+        (lambda: ConnectionError("no\n  route"), "cannot upload to me/model: no route"),
+        (lambda: RuntimeError("closed"), "cannot upload to me/model: closed"),
+    ],
+)
+def test_the_hub_s_errors_are_one_line(
+    hub: _Hub, monkeypatch: pytest.MonkeyPatch, error: Callable[[], Exception], message: str
 ) -> None:
-    problem = error.__new__(error)  # the hub's own wants a response of a server
+    problem = error()
 
     def refuse(*arguments: Any, **options: Any) -> None:
         raise problem
 
     monkeypatch.setattr(HfApi, "create_repo", refuse)
-    with pytest.raises(error) as caught:
+    with pytest.raises(OSError, match=message) as caught:
         _sparse().push_to_hub("me/model")
-    assert caught.value is problem
+    assert "\n" not in str(caught.value)
+    assert caught.value.__cause__ is problem
+
+
+def _count_connections(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """No network: what is asked for is noted, and refused."""
+    asked: list[Any] = []
+
+    def refuse(address: Any, **options: Any) -> None:
+        asked.append(address)
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr("socket.create_connection", refuse)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    return asked
+
+
+def test_without_a_network_nothing_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = _count_connections(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    unreachable = "the Hugging Face Hub cannot be reached"
+    with pytest.raises(OSError, match=f"cannot upload to me/model: {unreachable}"):
+        _sparse().push_to_hub("me/model", token="hf_none")
+    with pytest.raises(FileNotFoundError, match=f"no folder 'me/none' here, .*{unreachable}"):
+        load("me/none")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=rf"'test_vit'.*{unreachable}|cannot create 'test_vit'"):
+        load_model("test_vit")
+    assert len(asked) == 3
+    assert not constants.HF_HUB_OFFLINE, "it is put back"
+
+
+def test_behind_a_proxy_the_hub_is_asked_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = _count_connections(monkeypatch)
+    monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "http://proxy"})
+    with offline_if_unreachable():
+        assert not constants.HF_HUB_OFFLINE
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    with offline_if_unreachable(asked=False):
+        assert not constants.HF_HUB_OFFLINE
+    assert asked == []
+    with offline_if_unreachable():
+        assert constants.HF_HUB_OFFLINE
+    assert len(asked) == 1

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -311,3 +312,12 @@ def test_a_model_that_cannot_take_pictures_is_refused(
 def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(TypeError, match="model must be a SparseViT or a timm model, got Linear"):
         predict(nn.Linear(2, 2), _picture())
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(
+        ValueError, match=r"cannot read image .*pipe\.png: it is not a regular file"
+    ):
+        _sparse().predict(tmp_path / "pipe.png")

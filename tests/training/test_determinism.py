@@ -11,9 +11,9 @@ from timm.layers import DropPath
 from dynamicvit.training.determinism import (
     Draws,
     EpochOrder,
+    KeyedDropPath,
     Layout,
-    PlacedDropPath,
-    place_drop_paths,
+    key_drop_paths,
 )
 from tests.conftest import tiny_vit
 
@@ -90,12 +90,12 @@ def test_draws_follow_from_a_sample_s_place() -> None:
     assert not torch.equal(whole[0], other[0])
 
 
-def _paths() -> list[PlacedDropPath]:
-    return [PlacedDropPath(0.3).train() for _ in range(3)]
+def _paths() -> list[KeyedDropPath]:
+    return [KeyedDropPath(0.3).train() for _ in range(3)]
 
 
-def test_a_placed_drop_path_drops_whole_samples_at_its_rate() -> None:
-    path = PlacedDropPath(0.3).train()
+def test_a_keyed_drop_path_drops_whole_samples_at_its_rate() -> None:
+    path = KeyedDropPath(0.3).train()
     path.noise = torch.arange(10) / 10
     out = path(torch.ones(10, 4, 2))
     assert torch.equal(out[:7], torch.full((7, 4, 2), 1 / 0.7))
@@ -106,7 +106,7 @@ def test_a_placed_drop_path_drops_whole_samples_at_its_rate() -> None:
 def test_drop_paths_of_a_model_are_replaced_where_they_drop() -> None:
     model = tiny_vit(drop_path_rate=0.2).train()
     before = [m for m in model.modules() if type(m) is DropPath]
-    found = place_drop_paths(model)
+    found = key_drop_paths(model)
     assert [path.drop_prob for path in found] == [path.drop_prob for path in before]
     assert len(found) == 2 * 3, "the first block's rate is 0"
     assert not any(type(module) is DropPath for module in model.modules())

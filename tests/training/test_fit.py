@@ -19,17 +19,19 @@ import yaml
 from safetensors.torch import load_file
 
 import dynamicvit
-import dynamicvit.core.backbone as backbone
-import dynamicvit.training.fit as fit
-from dynamicvit.core.backbone import UnsupportedBackbone
-from dynamicvit.core.baselines import READING, scorer_name
+from dynamicvit.core.backbones import UnsupportedBackbone
+from dynamicvit.core.backbones import base as backbone
 from dynamicvit.core.model import SparseViT, sparsify
+from dynamicvit.core.selectors import SELECTORS, name_of
 from dynamicvit.io.folder import save_folder
+from dynamicvit.training import loop, phases, progress, setup, student
 from dynamicvit.training.checkpoints import CHECKPOINTS, find_checkpoints
-from dynamicvit.training.config import TrainConfig
-from dynamicvit.training.defaults import complete
-from dynamicvit.training.fit import BEST, CONFIG, METRICS, parameter_groups, train
+from dynamicvit.training.config import TrainConfig, complete
+from dynamicvit.training.fit import train
 from dynamicvit.training.kept_gradients import KeptGradients
+from dynamicvit.training.metrics import METRICS
+from dynamicvit.training.run_folder import BEST, CONFIG
+from dynamicvit.training.student import create_task, parameter_groups
 from dynamicvit.training.task import SparseTask, WarmStartTask
 from tests.conftest import tiny_vit, write_images
 from tests.evaluation.test_data import _write_shards, collected, shard_files  # noqa: F401
@@ -103,13 +105,13 @@ def test_a_stream_has_no_shorter_epochs(
         train(TrainConfig(**options, epoch_images=8))
 
 
-@pytest.mark.parametrize("scorer", READING)
+@pytest.mark.parametrize("scorer", [name for name, kind in SELECTORS.items() if kind.reads_blocks])
 def test_rules_that_read_blocks_are_not_sharded(options: dict[str, Any], scorer: str) -> None:
-    student, teacher = sparsify(tiny_vit(), 0.7, scorer=scorer), tiny_vit()
-    processes: Any = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    sparse, teacher = sparsify(tiny_vit(), 0.7, scorer=scorer), tiny_vit()
+    processes: Any = SimpleNamespace(num_processes=2, device=torch.device("cpu"), reduce=sum)
     config = TrainConfig(**options, shard=True, scorer=scorer)
     with pytest.raises(ValueError, match=f"shard must be false .* got {scorer}"):
-        fit._distribute(config, processes, student, cast(Any, teacher), None)
+        create_task(config, processes, sparse, cast(Any, teacher), None)
 
 
 @pytest.mark.parametrize("scorer", ["static", "class_attention", "similarity_merging"])
@@ -118,7 +120,7 @@ def test_other_rules_are_trained_and_saved(options: dict[str, Any], scorer: str)
     train(TrainConfig(**options))
     model = dynamicvit.load(Path(options["output"]) / BEST)
     assert isinstance(model, SparseViT)
-    assert scorer_name(model.scorers) == scorer
+    assert name_of(model.scorers) == scorer
     before = dynamicvit.load(options["model"]).state_dict()
     after = cast(Any, model.backbone).state_dict()
     assert any(not torch.equal(before[key], after[key]) for key in before), "nothing was learned"
@@ -176,7 +178,7 @@ def test_the_warm_start_s_learning_rate_falls_from_one_over_width(
             rates.append(self.param_groups[0]["lr"])
             return super().step(closure)
 
-    monkeypatch.setattr(fit, "AdamW", Watched)
+    monkeypatch.setattr(phases, "AdamW", Watched)
     train(TrainConfig(**options | {"epochs": 0, "warm_start": 4}))
     width = cast(Any, dynamicvit.load(f"{options['output']}/best")).embed_dim
     assert rates == pytest.approx([share / width for share in (1, 0.75, 0.5, 0.25)])
@@ -253,7 +255,7 @@ def test_an_epoch_is_not_lost_with_its_validation(
     straight = options | {"output": str(tmp_path / "straight")}
     train(TrainConfig(**straight))
     with monkeypatch.context() as patch:
-        patch.setattr(fit, "evaluate_model", lambda *_: 1 / 0)
+        patch.setattr(loop, "evaluate_model", lambda *_: 1 / 0)
         for resume in (False, True):
             with pytest.raises(ZeroDivisionError):
                 train(TrainConfig(**options), resume)
@@ -346,7 +348,7 @@ def test_the_bad_batch_is_saved_not_the_last(
 def test_where_gradients_alone_are_bad_no_batch_is_blamed(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit, "clip_gradients", lambda *_: torch.tensor(float("inf")))
+    monkeypatch.setattr(loop, "clip_gradients", lambda *_: torch.tensor(float("inf")))
     with pytest.raises(ValueError, match="up to step 1; a lower lr"):
         train(TrainConfig(**options, max_skipped=1))
     assert not list(Path(options["output"]).glob("bad_batch*"))
@@ -446,10 +448,11 @@ def test_gradients_of_kept_tokens_alone_make_the_same_run(
             made.append(arguments)
             super().__init__(*arguments)
 
-    monkeypatch.setattr("dynamicvit.core.model.KeptGradients", Counted)
+    monkeypatch.setattr("dynamicvit.training.kept_gradients.KeptGradients", Counted)
     options |= {"epochs": 1, "freeze_epochs": 0}
     train(TrainConfig(**options, kept_gradients=False))
     assert not made
+    monkeypatch.setattr(student, "KEPT_GRADIENTS_WIDTH", 32)
     train(TrainConfig(**options | {"output": options["output"] + "_2"}))  # the default on a CPU
     assert len(made) == 4 * 4, "in each step before the first stage, and at each of three"
     runs = [
@@ -470,7 +473,7 @@ def test_counts_are_aligned_on_request(
         asked.append(align)
         return dynamicvit.sparsify(*arguments, **options)
 
-    monkeypatch.setattr(fit, "sparsify", sparsify)
+    monkeypatch.setattr(student, "sparsify", sparsify)
     train(TrainConfig(**options | {"epochs": 1}, align=16))
     assert asked == [16]
 
@@ -483,7 +486,7 @@ def test_waiting_for_images_is_told(
     assert all(0 < share < 1 for share in shares)
 
     now = 0.0
-    monkeypatch.setattr(fit.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now)
 
     def batches() -> Iterator[int]:
         nonlocal now
@@ -491,7 +494,7 @@ def test_waiting_for_images_is_told(
             now += 3.0
             yield 0
 
-    clock, source = fit._Clock(), batches()
+    clock, source = progress.Clock(), batches()
     for _ in range(2):
         steps = clock.waiting(source)
         for _ in range(2):  # accumulated
@@ -686,7 +689,7 @@ def test_a_run_stopped_late_in_an_epoch_goes_on_with_fewer_images(
         ({"crop_scale": [0.5]}, r"crop_scale must be two growing numbers above 0, got \[0\.5\]"),
         ({"crop_ratio": [2.0, 1.0]}, "crop_ratio must be two growing numbers"),
         ({"hflip": -0.5}, "hflip must lie in"),
-        ({"precision": "fp16"}, "precision must be 'no' .* got 'fp16'"),
+        ({"precision": "fp16"}, "precision must be one of float32, bfloat16, got 'fp16'"),
     ],
 )
 def test_a_config_that_makes_no_sense_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -747,8 +750,8 @@ def test_other_classes_are_learnt_by_the_dense_model_first(
             raise KeyboardInterrupt
         return validate(run)
 
-    validate = fit._validate
-    monkeypatch.setattr(fit, "_validate", stop)
+    validate = loop.validate
+    monkeypatch.setattr(loop, "validate", stop)
     for resume in (False, True):  # in the dense run, then in it again
         with pytest.raises(KeyboardInterrupt):
             train(TrainConfig(**options), resume)
@@ -765,6 +768,8 @@ def test_other_classes_are_learnt_by_the_dense_model_first(
     assert dense.num_classes == sparse.num_classes == 2
     written = yaml.safe_load((output / CONFIG).read_text())
     assert written["model"] == options["model"], "so that the whole can be run again"
+    of_dense = yaml.safe_load((output / "dense" / CONFIG).read_text())
+    assert (of_dense["lr"], of_dense["epochs"]) == (options["lr"], 3)
     moved = output.rename(output.with_name("moved"))
     (moved / "dense" / METRICS).unlink()  # it would not be found again
     train(TrainConfig(**options | {"output": str(moved), "epochs": 2}), resume=True)
@@ -834,7 +839,7 @@ def test_a_resumed_run_keeps_what_was_filled_in(options: dict[str, Any]) -> None
 def test_the_data_is_looked_at_before_weights_are_fetched(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit, "load_model", None)  # a call would be another error
+    monkeypatch.setattr(setup, "load_model", None)  # a call would be another error
     with pytest.raises(ValueError, match="no data folder at nowhere"):
         train(TrainConfig(**options | {"data": "nowhere"}))
 
@@ -843,3 +848,70 @@ def test_a_sparse_model_is_not_made_sparse_again(options: dict[str, Any], tmp_pa
     sparsify(dynamicvit.load(options["model"]), 0.7).save_pretrained(tmp_path / "sparse")
     with pytest.raises(ValueError, match="model must be dense to start from"):
         train(TrainConfig(**options | {"model": str(tmp_path / "sparse")}))
+
+
+def test_own_weights_are_started_from(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[Any] = []
+
+    def load_model(*arguments: Any, **kwargs: Any) -> Any:
+        asked.append((arguments, kwargs))
+        return tiny_vit(num_classes=2)
+
+    monkeypatch.setattr(setup, "load_model", load_model)
+    weights = str(tmp_path / "mine.pt")
+    config = TrainConfig(**options | {"epochs": 0}, weights=weights)
+    train(config)
+    assert asked == [((config.model, True), {"weights": weights})]
+
+
+def test_the_device_is_the_one_asked_for(options: dict[str, Any]) -> None:
+    train(TrainConfig(**options | {"epochs": 0}, device="cpu"))
+    for device in ("meta", "cuda:99", "toaster"):
+        with pytest.raises(ValueError, match=f"device must be one of cpu.* got '{device}'"):
+            train(TrainConfig(**options | {"output": options["output"] + "_2"}, device=device))
+
+
+@pytest.mark.parametrize("keep_ratio", [0.7, None])
+def test_classes_are_weighed(options: dict[str, Any], tmp_path: Path, keep_ratio: Any) -> None:
+    """Of classes of 2 and 6 images, balanced weights are 2 and 2 / 3."""
+    images = write_images(tmp_path / "uneven", {"train": 6, "val": 2})
+    for index in range(4):
+        (images / "train" / "bright" / f"{index:02}.png").unlink()
+    options |= {"data": str(images), "epochs": 1, "keep_ratio": keep_ratio, "mixup": 0, "cutmix": 0}
+    losses = []
+    for number, given in enumerate((None, "balanced", [2.0, 2 / 3])):
+        run = options | {"output": f"{options['output']}_{number}", "class_weights": given}
+        train(TrainConfig(**run))
+        lines = [line for line in _lines(run["output"]) if line["kind"] == "train"]
+        losses.append([line["cross_entropy"] for line in lines])
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[2])
+    with pytest.raises(ValueError, match="class_weights must be one a class, 2, got 3"):
+        train(TrainConfig(**options, class_weights=[1.0, 1.0, 1.0]))
+
+
+@shard_files
+def test_a_stream_does_not_tell_what_is_balanced(
+    options: dict[str, Any], images: Path, tmp_path: Path
+) -> None:
+    _write_shards(images, tmp_path / "shards")
+    options |= {"data": "wds/tiny", "data_dir": str(tmp_path / "shards")}
+    with pytest.raises(ValueError, match="class_weights must be a list for wds/tiny"):
+        train(TrainConfig(**options, class_weights="balanced"))
+
+
+def test_where_there_is_no_terminal_lines_tell_of_the_steps(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(TrainConfig(**options))
+    text = capsys.readouterr().out
+    assert "images/s" not in text, "it was done in no time"
+    assert " met: " not in text, "there is nothing to say about the images"
+    monkeypatch.setattr(progress.Status, "SECONDS", 0.0)
+    train(TrainConfig(**options | {"output": options["output"] + "_2"}))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "images/s" in line]
+    assert len(lines) == 8
+    pattern = r"epoch 1/2  step 3/8  loss \d+\.\d+  .*kept .* \d+ images/s  0:\d\d:\d\d left"
+    assert re.fullmatch(pattern, lines[2])

@@ -10,8 +10,11 @@ from timm.models import vision_transformer as vit
 from torch import Tensor
 
 from dynamicvit import KeepSchedule, SparseViT, sparsify
+from dynamicvit.core.paths import Masked
+from dynamicvit.evaluation.processor import has_bfloat16
 from dynamicvit.training import kept_gradients
-from dynamicvit.training.kept_gradients import KeptGradients
+from dynamicvit.training.kept_gradients import KeptGradients, KeptMasked
+from dynamicvit.training.task import SparseTask
 from tests.conftest import randomise, tiny_vit
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -41,11 +44,11 @@ def _gradients(
     sparse: SparseViT, enable: bool, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
     """Of a loss that sees what the paper's losses see: logits, kept tokens, decisions."""
-    sparse.set_kept_gradients(enable)
+    path = KeptMasked if enable else Masked
     sparse.zero_grad()
     torch.manual_seed(0)
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        found = sparse.masked(IMAGES)
+        found = sparse.masked(IMAGES, path=path)
         tokens = found.tokens.square() * (found.keep[-1].detach() > 0).unsqueeze(-1)
         shares = torch.stack([keep.mean() for keep in found.keep])
         loss = found.logits.float().square().mean() + tokens.float().mean() + shares.square().sum()
@@ -72,13 +75,39 @@ def test_gradients_are_those_of_all_tokens(
     assert any(not torch.equal(kept[key], plain[key]) for key in plain), "it is another way"
 
 
-def test_gradients_in_mixed_precision() -> None:
+@pytest.mark.parametrize("by_onednn", [False, True])
+def test_gradients_in_mixed_precision(by_onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On processors without bfloat16 too, where oneDNN refuses it and torch has loops for it."""
+    if by_onednn and not has_bfloat16():
+        pytest.skip("this processor has no bfloat16")
+    asked: list[torch.dtype] = []
+
+    def product(x: Tensor, *others: Tensor | None) -> Tensor:
+        asked.append(x.dtype)
+        return _product(x, *others)
+
+    _product: Any = kept_gradients._product
+    monkeypatch.setattr(kept_gradients, "_product", product)
+    monkeypatch.setattr(kept_gradients, "has_bfloat16", lambda: by_onednn)
     sparse = _sparse()
     plain = _gradients(sparse, False, torch.bfloat16)
     kept = _gradients(sparse, True, torch.bfloat16)
     for key, gradient in plain.items():
         assert kept[key].isfinite().all()
         assert (kept[key] - gradient).norm() <= 0.05 * gradient.norm() + 1e-4, key
+    assert (torch.bfloat16 in asked) == by_onednn
+
+
+def test_gradients_in_double_precision() -> None:
+    sparse = _sparse().double()
+    gradients = []
+    for enable in (False, True):
+        path = KeptMasked if enable else Masked
+        sparse.zero_grad()
+        torch.manual_seed(0)
+        sparse.masked(IMAGES.double(), path=path).logits.square().mean().backward()
+        gradients.append(sparse.backbone.patch_embed.proj.weight.grad)
+    torch.testing.assert_close(*gradients, atol=1e-8, rtol=1e-6)
 
 
 def test_where_no_token_is_kept() -> None:
@@ -86,12 +115,12 @@ def test_where_no_token_is_kept() -> None:
     given = [torch.zeros(3, 16)] * 3
     gradients = []
     for enable in (False, True):
-        sparse.set_kept_gradients(enable)
+        path = KeptMasked if enable else Masked
         sparse.zero_grad()
-        sparse.masked(IMAGES, given).logits.square().mean().backward()
+        sparse.masked(IMAGES, given, path=path).logits.square().mean().backward()
         gradients.append(sparse.backbone.head.weight.grad)
     torch.testing.assert_close(*gradients)
-    assert sparse.masked(IMAGES[:0]).logits.shape == (0, sparse.num_classes)
+    assert sparse.masked(IMAGES[:0], path=KeptMasked).logits.shape == (0, sparse.num_classes)
 
 
 def test_there_are_no_second_order_gradients() -> None:
@@ -139,7 +168,7 @@ def test_less_is_kept_for_the_backward_pass() -> None:
     sparse = _sparse()
     sizes = []
     for enable in (False, True):
-        sparse.set_kept_gradients(enable)
+        path = KeptMasked if enable else Masked
         saved: weakref.WeakSet[_Saved] = weakref.WeakSet()  # those that something still holds
 
         def pack(tensor: Tensor, saved: weakref.WeakSet[_Saved] = saved) -> _Saved:
@@ -149,7 +178,7 @@ def test_less_is_kept_for_the_backward_pass() -> None:
 
         torch.manual_seed(0)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
-            output = sparse.masked(IMAGES)
+            output = sparse.masked(IMAGES, path=path)
         storages = {box.tensor.untyped_storage() for box in saved}
         sizes.append(sum({s.data_ptr(): s.nbytes() for s in storages}.values()))
         del output
@@ -160,12 +189,9 @@ def test_nothing_else_changes() -> None:
     sparse = _sparse()
     torch.manual_seed(0)
     plain = sparse.masked(IMAGES)
-    sparse.set_kept_gradients()
     torch.manual_seed(0)
-    kept = sparse.masked(IMAGES)
+    kept = sparse.masked(IMAGES, path=KeptMasked)
     torch.testing.assert_close(kept, plain)
-    with torch.no_grad():
-        torch.testing.assert_close(sparse.eval()(IMAGES), sparse.pruned(IMAGES).logits)
 
 
 def test_decisions_in_between_drop_nothing() -> None:
@@ -174,23 +200,36 @@ def test_decisions_in_between_drop_nothing() -> None:
     given = [torch.full((3, 16), 0.5)] * 3
     gradients = []
     for enable in (False, True):
-        sparse.set_kept_gradients(enable)
+        path = KeptMasked if enable else Masked
         sparse.zero_grad()
-        sparse.masked(IMAGES, given).logits.square().mean().backward()
+        sparse.masked(IMAGES, given, path=path).logits.square().mean().backward()
         gradients.append(sparse.backbone.patch_embed.proj.weight.grad)
     torch.testing.assert_close(*gradients)
 
 
-def test_other_savings_come_first() -> None:
-    """Checkpointed blocks are run again where nothing stands in; compiled ones have no rows."""
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_other_savings_come_first(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpointed blocks are run again where nothing stands in."""
     sparse = _sparse()
-    plain = _gradients(sparse, False)
-    sparse.set_grad_checkpointing()
-    for key, gradient in _gradients(sparse, True).items():
-        torch.testing.assert_close(gradient, plain[key])
-    sparse.set_grad_checkpointing(False)
-    compiled = torch.compile(sparse.masked, backend="aot_eager", fullgraph=True)
-    torch.manual_seed(0)
-    expected = sparse.masked(IMAGES)
-    torch.manual_seed(0)
-    torch.testing.assert_close(compiled(IMAGES).logits, expected.logits, atol=1e-4, rtol=1e-4)
+    sparse.set_grad_checkpointing(checkpointing)
+    task = SparseTask(sparse, tiny_vit(), kept_gradients=True).train()
+    entered: list[str] = []
+    enter = KeptGradients.__enter__
+
+    def note(self: KeptGradients) -> Any:
+        entered.append("here")
+        return enter(self)
+
+    monkeypatch.setattr(KeptGradients, "__enter__", note)
+    task(IMAGES, torch.arange(3))
+    assert bool(entered) != checkpointing
+
+
+def test_a_compiled_task_leaves_nothing_out() -> None:
+    task = SparseTask(_sparse(), tiny_vit(), kept_gradients=True)
+    compiled = torch.compile(task, backend="aot_eager", fullgraph=True)
+    losses = []
+    for run in (task, compiled):
+        torch.manual_seed(0)
+        losses.append(run(IMAGES, torch.arange(3))["loss"])
+    torch.testing.assert_close(*losses, atol=1e-4, rtol=1e-4)

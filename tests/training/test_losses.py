@@ -20,6 +20,7 @@ from dynamicvit.training.losses import (
     ratio_loss,
     token_kl,
     token_mse,
+    weigh_targets,
 )
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -152,3 +153,17 @@ def test_losses_are_computed_in_float32() -> None:
         (0.9, 0.5),
     )
     assert {value.dtype for value in losses.values()} == {torch.float32}
+
+
+@given(SEEDS, st.sampled_from([0.0, 0.1]))
+def test_weighed_targets_give_torch_s_weighted_loss(seed: int, smoothing: float) -> None:
+    torch.manual_seed(seed)
+    logits, weights = torch.randn(6, 4), torch.rand(4)
+    targets = torch.randint(4, (6,))
+    options: dict[str, Any] = {"weight": weights, "reduction": "sum"}
+    expected = F.cross_entropy(logits, targets, label_smoothing=smoothing, **options) / 6
+    found = cross_entropy(logits, weigh_targets(targets, weights, smoothing), label_smoothing=0.5)
+    torch.testing.assert_close(found, expected)
+    mixed = torch.rand(6, 4).softmax(-1)
+    expected = F.cross_entropy(logits, mixed, **options) / 6
+    torch.testing.assert_close(cross_entropy(logits, weigh_targets(mixed, weights)), expected)

@@ -8,13 +8,13 @@ from typing import Any, cast
 import pytest
 import torch
 
-import dynamicvit.training.fit as fit
 import dynamicvit.training.metrics as records
+import dynamicvit.training.student as student
 from dynamicvit.core.model import SparseViT, sparsify
-from dynamicvit.core.scorer import TokenScorer
+from dynamicvit.core.selectors.learned import TokenScorer
 from dynamicvit.training.config import TrainConfig
-from dynamicvit.training.fit import METRICS, train
-from dynamicvit.training.metrics import CollapseWatch, check_trackers
+from dynamicvit.training.fit import train
+from dynamicvit.training.metrics import METRICS, CollapseWatch, check_trackers
 from dynamicvit.training.task import SparseTask
 
 
@@ -59,7 +59,7 @@ def test_a_collapsed_scorer_is_told_of_once(
         cast(TokenScorer, sparse.scorers[0]).set_keep_prior(1 - 1e-7)
         return sparse
 
-    monkeypatch.setattr(fit, "sparsify", sparsify_badly)
+    monkeypatch.setattr(student, "sparsify", sparsify_badly)
     train(TrainConfig(**options))
     lines = _lines(options)
     [warning] = [line for line in lines if line["kind"] == "warning"]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from timm.models.vision_transformer import ParallelThingsBlock
 
-from dynamicvit.core.backbone import UnsupportedBackbone
+from dynamicvit.core.backbones import UnsupportedBackbone
 from dynamicvit.core.model import SparseViT, sparsify
-from dynamicvit.core.scorer import TokenScorer
+from dynamicvit.core.selectors.learned import TokenScorer
 from dynamicvit.models.lvvit import LVViT
 from dynamicvit.training.losses import token_kl
 from dynamicvit.training.task import DenseTask, SparseTask, WarmStartTask

@@ -15,9 +15,11 @@ from unittest import mock
 import torch
 from accelerate import PartialState
 
-import dynamicvit.training.fit as fit
 from dynamicvit.evaluation.evaluate import evaluate
+from dynamicvit.training import loop
 from dynamicvit.training.config import TrainConfig
+from dynamicvit.training.fit import train
+from dynamicvit.training.run import Run
 from dynamicvit.training.task import SparseTask
 
 
@@ -28,14 +30,14 @@ class Stopped(Exception):
 @contextmanager
 def stopped_after(step: int) -> Iterator[None]:
     """End a run once its checkpoint of this step is written."""
-    save = fit._save
+    save = Run.save
 
     def save_and_stop(run: Any) -> None:
         save(run)
         if run.total_step == step:
             raise Stopped
 
-    with mock.patch.object(fit, "_save", save_and_stop):
+    with mock.patch.object(Run, "save", save_and_stop):
         yield
 
 
@@ -61,7 +63,7 @@ def not_finite_at(calls: list[int], rank: int, kind: type[Any] = SparseTask) -> 
 def killed_at(step: int, doing: str) -> Iterator[None]:
     """SIGKILL this process after a step, or in the middle of what it next does of this kind:
     "writing" a checkpoint, or "validating"."""
-    train_step, replace, evaluate_model = fit._step, os.replace, fit.evaluate_model
+    train_step, replace, evaluate_model = loop.step, os.replace, loop.evaluate_model
     reached = False
 
     def die_if(now: bool) -> None:
@@ -84,8 +86,8 @@ def killed_at(step: int, doing: str) -> Iterator[None]:
         return evaluate_model(*args)
 
     with (
-        mock.patch.object(fit, "_step", step_and_die),
-        mock.patch.object(fit, "evaluate_model", evaluate_or_die),
+        mock.patch.object(loop, "step", step_and_die),
+        mock.patch.object(loop, "evaluate_model", evaluate_or_die),
         mock.patch("os.replace", replace_or_die),
     ):
         yield
@@ -101,7 +103,7 @@ def run_killed(options: dict[str, Any], kills: list[int]) -> None:
                 config = TrainConfig(**options | {"workers": number % 2})
                 doing = ("validating", "a step", "writing")[number % 3]
                 with killed_at(step, doing) if step else nullcontext():
-                    fit.train(config, resume=number > 0)
+                    train(config, resume=number > 0)
                 os._exit(0)
             finally:
                 os._exit(1)
@@ -119,7 +121,7 @@ def run(
     last = int(os.environ.get("WORLD_SIZE", "1")) - 1
     with stopped_after(stop), not_finite_at(bad or [], last):
         try:
-            fit.train(TrainConfig(**options), resume)
+            train(TrainConfig(**options), resume)
         except Stopped:
             assert stop
 

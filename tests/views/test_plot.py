@@ -100,9 +100,14 @@ def test_unfinished_and_odd_runs_are_drawn(tmp_path: Path, lines: list[dict[str,
         picture.load()
 
 
-def test_the_picture_may_be_another_file(tmp_path: Path) -> None:
+def test_the_picture_may_be_another_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = _write(tmp_path / "run", [TRAIN], config=None)
     assert plot(str(run), str(tmp_path / "new" / "run.svg")) == tmp_path / "new" / "run.svg"
+    assert str(tmp_path / "new" / "run.svg") in capsys.readouterr().out
+    plot(str(run), quiet=True)
+    assert capsys.readouterr().out == ""
     assert "<svg" in (tmp_path / "new" / "run.svg").read_text()
 
 
@@ -131,12 +136,20 @@ def test_the_ratios_aimed_at_are_the_run_s(tmp_path: Path, config: str | None, r
         (json.dumps(TRAIN), "[1]", None, "config.yaml is not a run's config"),
         (json.dumps(TRAIN), "a: [", None, "config.yaml is not a run's config"),
         (json.dumps(TRAIN), "{keep_ratio: 7, ratios: null}", None, "is not a run's config: keep_"),
+        (json.dumps(TRAIN), None, "run.svg", "output must be a file, got the folder run.svg"),
         (json.dumps(TRAIN), None, "run.txt", "output must end in .png, .svg, .pdf, got 'run.txt'"),
     ],
 )
 def test_what_is_not_a_run_is_refused(
-    tmp_path: Path, metrics: str | None, config: str | None, output: str | None, message: str
+    tmp_path: Path,
+    metrics: str | None,
+    config: str | None,
+    output: str | None,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.svg").mkdir()
     run = _write(tmp_path / "run", [], config)
     (run / METRICS).unlink()
     for name, content in ((METRICS, metrics), (CONFIG, config)):

@@ -1,29 +1,21 @@
-"""SparseViT: a dense timm ViT plus scorers, and the two ways to run it."""
+"""SparseViT: a dense timm ViT plus selectors, one loop over its blocks, and the ways to call it."""
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
 import torch
-from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
-from dynamicvit.core import backbone as adapter
-from dynamicvit.core.baselines import Merger, Place, PlacedScorer, check_scorer, create_scorers
+from dynamicvit.core.backbones import Backbone, adapter_of
+from dynamicvit.core.backbones.base import check_pooling
+from dynamicvit.core.paths import Masked, Path, Pruned
 from dynamicvit.core.schedule import KeepSchedule
-from dynamicvit.core.scorer import FusedScorer, RandomScorer, TokenScorer
-from dynamicvit.core.tokens import (
-    attention_bias,
-    gather_tokens,
-    keep_mask,
-    sample_keep,
-    threshold_keep,
-    topk_keep,
-)
+from dynamicvit.core.selectors import Selector, Stage, check_name, create
+from dynamicvit.core.tokens import Tokens, keep_mask
 
 if TYPE_CHECKING:
     from dynamicvit.io.predictions import ImageSource, Prediction
@@ -49,6 +41,22 @@ class SparseOutput(NamedTuple):
     scores: tuple[Tensor, ...]
 
 
+class Choice(NamedTuple):
+    """What one stage chose.
+
+    Attributes:
+        scores: [B, n] of the tokens that reached it. None if its selector was not asked.
+        before: [B, n] int64, where those tokens lie in the grid. None: all, in order.
+        kept: [B, K] int64, where those lie that went on. None: all, in order, or merged ones.
+        keep: [B, N] float keep mask of the masked path; None in others.
+    """
+
+    scores: Tensor | None
+    before: Tensor | None
+    kept: Tensor | None
+    keep: Tensor | None
+
+
 class SparseViT(nn.Module):
     """A vision transformer whose uninformative patch tokens leave on the way.
 
@@ -56,12 +64,10 @@ class SparseViT(nn.Module):
     `train()` and `eval()` change dropout and sampling noise, never the algorithm.
 
     Args:
-        backbone: a timm VisionTransformer or Eva, used as it is (not copied).
+        backbone: a timm VisionTransformer or Eva. It is used as it is, not copied.
         schedule: where tokens leave and how many stay.
-        scorers: one module a stage, [B, N, C] tokens (and optionally a [B, N] keep mask) → [B, N]
-            scores; or the name of a rule in `dynamicvit.core.baselines`, whose new modules then
-            serve. Those with an attribute `ranks_only` that is true give no log-odds: `masked`
-            then keeps the best, as many as the schedule says.
+        scorers: one selector a stage, or the name of a kind in
+            `dynamicvit.core.selectors.SELECTORS`, of which new ones then serve.
 
     Raises:
         UnsupportedBackbone: if the backbone is not understood.
@@ -74,44 +80,60 @@ class SparseViT(nn.Module):
         self,
         backbone: nn.Module,
         schedule: KeepSchedule,
-        scorers: Sequence[nn.Module] | str = "learned",
+        scorers: Iterable[nn.Module] | str = "learned",
     ) -> None:
         super().__init__()
-        adapter.check_backbone(backbone)
-        model = cast(adapter.Backbone, backbone)
+        self.adapter = adapter_of(backbone)
+        model = cast(Backbone, backbone)
         if not isinstance(schedule, KeepSchedule):
             raise TypeError(f"schedule must be a KeepSchedule, got {schedule!r}")
-        schedule.check_depth(len(model.blocks))
+        schedule.check_depth(self.adapter.depth(model))
         num_patches = model.patch_embed.num_patches
         if num_patches is not None:
             schedule.counts(num_patches)  # refuses a schedule that keeps no token, here not later
         if isinstance(scorers, str):
-            scorers = create_scorers(scorers, model, schedule)
-        if len(scorers) != len(schedule.blocks):
-            raise ValueError(
-                f"scorers must be one a stage, {len(schedule.blocks)}, got {len(scorers)}"
-            )
-        for scorer in scorers:
-            if isinstance(scorer, Merger | PlacedScorer):
-                scorer.check(model)
-        if len({isinstance(scorer, Merger) for scorer in scorers}) > 1:
-            kinds = ", ".join(type(scorer).__name__ for scorer in scorers)
-            raise TypeError(f"scorers must all choose tokens or all merge them, got {kinds}")
-        if isinstance(model, VisionTransformerDistilled):
-            model.set_distilled_training(False)  # it would return two logits in train()
+            scorers = create(scorers, model, len(schedule.blocks))
+        scorers = list(scorers)
+        _check_scorers(scorers, model, len(schedule.blocks))
         self.backbone = model
         self.scorers = nn.ModuleList(scorers).train(model.training)
         self.schedule = schedule
         self.training = model.training
-        self.kept_gradients = False
 
-    # The two ways to run it.
+    # One loop, and the ways to call it.
+
+    def run(self, images: Tensor, path: Path) -> tuple[Tokens, list[Choice]]:
+        """All blocks, with a stage before those that the schedule names.
+
+        Args:
+            images: as for `forward`.
+            path: how decisions are carried out.
+
+        Returns:
+            The tokens after the final norm, and what each stage chose.
+        """
+        adapter, model = self.adapter, self.backbone
+        adapter.check_images(model, images)
+        tokens = adapter.embed(model, images)
+        counts = self.schedule.counts(tokens.num_patches)
+        choices: list[Choice] = []
+        for block in range(adapter.depth(model)):
+            if block in self.schedule.blocks:
+                number = len(choices)
+                draws = path.noise(number)
+                stage = Stage(number, block, counts[number], tokens, model, adapter, draws)
+                before = tokens.positions
+                tokens, scores = path.apply(stage, cast(Selector, self.scorers[number]))
+                choices.append(Choice(scores, before, tokens.positions, tokens.keep))
+            tokens = tokens._replace(x=path.run_block(adapter, model, block, tokens))
+        return tokens._replace(x=adapter.norm(model, tokens.x)), choices
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify, with tokens really leaving.
 
         Args:
-            images: [B, in_chans, H, W], normalised as `pretrained_cfg` says, floating point.
+            images: [B, in_chans, H, W], normalised as `pretrained_cfg` says, on the model's device
+                and in its dtype.
 
         Returns:
             [B, num_classes] logits.
@@ -123,11 +145,11 @@ class SparseViT(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Prefix and kept patch tokens after the final norm: [B, P + K, C]."""
-        return self._run_pruned(images)[0]
+        return self.run(images, Pruned())[0].x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool and classify the tokens that `forward_features` gave, as timm's models do."""
-        return self.backbone.forward_head(x, pre_logits=pre_logits)
+        return self.adapter.head(self.backbone, x, pre_logits=pre_logits)
 
     def pruned(self, images: Tensor) -> SparseOutput:
         """`forward`, and also says which tokens stayed. Arguments and errors as there.
@@ -137,16 +159,20 @@ class SparseViT(nn.Module):
         >>> [int(keep.sum()) for keep in sparse.pruned(torch.randn(1, 3, 224, 224)).keep]
         [137, 96, 67]
         """
-        x, stages, num_tokens = self._run_pruned(images, trace=True)
-        tokens = adapter.masked_head(self.backbone, x)[1]
-        scores = tuple(
-            torch.full(
-                (len(score), num_tokens), float("-inf"), dtype=score.dtype, device=score.device
-            ).scatter(1, present, score)
-            for present, score, _ in stages
-        )
-        keep = tuple(keep_mask(index, num_tokens) for _, _, index in stages)
-        return SparseOutput(self.forward_head(x), tokens, keep, scores)
+        final, choices = self.run(images, Pruned(trace=True))
+        tokens = self.adapter.masked_head(self.backbone, final.x)[1]
+        num_tokens = final.grid[0] * final.grid[1]
+        keep, scores = [], []
+        for choice in choices:
+            if choice.scores is None or choice.kept is None:  # merged
+                continue
+            keep.append(keep_mask(choice.kept, num_tokens))
+            score = choice.scores
+            if choice.before is not None:
+                left = score.new_full((len(score), num_tokens), float("-inf"))
+                score = left.scatter(1, choice.before, score)
+            scores.append(score)
+        return SparseOutput(self.forward_head(final.x), tokens, tuple(keep), tuple(scores))
 
     def masked(
         self,
@@ -155,29 +181,30 @@ class SparseViT(nn.Module):
         *,
         noise: Sequence[Tensor] | None = None,
         temperature: float = 1.0,
+        path: type[Masked] = Masked,
     ) -> SparseOutput:
         """Classify with every token present and dropped ones blocked inside attention.
 
-        This is the differentiable path that training uses. Decisions are drawn from the scorers:
-        by straight-through Gumbel sampling in `train()`, by threshold at probability one half in
-        `eval()`; so the number of kept tokens varies from image to image. Scorers that only rank
-        (random, class attention) have nothing to learn: their best are kept, as in the pruned path,
-        and gradients go to the backbone alone.
+        This is the differentiable path that training uses. In `train()` decisions are drawn from
+        the scorers' log-odds by straight-through Gumbel sampling, so the number of kept tokens
+        varies from image to image. In `eval()` the best are kept, the same tokens as in `pruned`.
+        Scorers that only rank (random, class attention) keep their best in both modes, and
+        gradients go to the backbone alone.
 
         Args:
             images: as for `forward`.
             decisions: raw keep decisions to use instead, one [B, N] tensor a stage, with values in
-                [0, 1], which is not checked (it would wait for the GPU); stage s keeps the product
-                of the first s + 1.
-            noise: uniform draws in [0, 1) for the sampling, and for random scorers, in place of
-                fresh ones: one [B, N] tensor a stage. In `eval()`, where nothing is sampled, they
-                are for random scorers alone.
-            temperature: of the sampling's relaxation, > 0: low ones have sharper gradients.
+                [0, 1] (not checked: that would wait for the GPU). Stage s keeps the product of the
+                first s + 1.
+            noise: uniform draws in [0, 1), one [B, N] tensor a stage, for the sampling and for
+                random scorers. By default they are drawn.
+            temperature: of the sampling's relaxation, > 0. Low ones have sharper gradients.
+            path: how blocked tokens are computed; training has a form that saves time.
 
         Raises:
             TypeError, ValueError: as for `forward`, and for decisions or noise of the wrong number
                 or shape; for float16, in which the attention bias loses its gradient; and for a
-                model that merges tokens: the pruned path, differentiable then, is its only one.
+                model that merges tokens: its only path is the pruned one, which is differentiable.
         """
         if self.merges:
             kind = type(self.scorers[0]).__name__
@@ -186,120 +213,70 @@ class SparseViT(nn.Module):
             )
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
-        from dynamicvit.training.kept_gradients import KeptGradients
-
-        model = self.backbone
-        adapter.check_images(model, images)
-        x, rope = adapter.embed(model, images)
-        _check_masked_dtype(x)
-        num_prefix = model.num_prefix_tokens
-        num_tokens = x.shape[1] - num_prefix
-        if decisions is not None:
-            decisions = self._check_stages("decisions", decisions, len(x), num_tokens)
-        if noise is not None:
-            noise = self._check_stages("noise", noise, len(x), num_tokens)
-        counts = self.schedule.counts(num_tokens)
-        positions = torch.arange(num_tokens, device=x.device).expand(len(x), -1)
-        grid = _grid(model, images)
-        keep = x.new_ones(len(x), num_tokens, dtype=torch.float32)
-        bias: Tensor | None = None
-        save = self.kept_gradients and not (
-            model.grad_checkpointing or torch.compiler.is_compiling()
+        self.adapter.check_images(self.backbone, images)
+        _check_masked_dtype(images)
+        rows, columns = self.adapter.grid(self.backbone, images)
+        for name, values in (("decisions", decisions), ("noise", noise)):
+            if values is not None:
+                self._check_stages(name, values, len(images), rows * columns)
+        way = path(self.training, decisions, noise, temperature)
+        final, choices = self.run(images, way)
+        logits, tokens = self.adapter.masked_head(self.backbone, final.x, final.keep)
+        return SparseOutput(
+            logits,
+            tokens,
+            tuple(cast(Tensor, choice.keep) for choice in choices),
+            tuple(cast(Tensor, choice.scores) for choice in choices),
         )
-        learn_from: AbstractContextManager[Any] = KeptGradients() if save else nullcontext()
-        keeps: list[Tensor] = []
-        scores: list[Tensor] = []
-        for index in range(len(model.blocks)):
-            if index in self.schedule.blocks:
-                stage = len(keeps)
-                draws = None if noise is None else noise[stage]
-                if isinstance(self.scorers[stage], RandomScorer) and draws is not None:
-                    score = draws
-                else:
-                    score = self.score(stage, Place(model, index, x, rope, positions, grid), keep)
-                if decisions is not None:
-                    decision = decisions[stage].float()
-                elif getattr(self.scorers[stage], "ranks_only", False):
-                    there = score.detach().masked_fill(keep < 0.5, float("-inf"))
-                    decision = keep_mask(topk_keep(there, counts[stage]), num_tokens)
-                elif self.training:
-                    decision = sample_keep(score, draws, temperature)
-                else:
-                    decision = threshold_keep(score)
-                keep = keep * decision
-                bias = attention_bias(keep, num_prefix).to(x.dtype)
-                keeps.append(keep)
-                scores.append(score)
-                if save:
-                    learn_from = KeptGradients(nn.functional.pad(keep, (num_prefix, 0), value=1.0))
-            with learn_from:
-                x = adapter.run_block(model, index, x, rope, bias)
-        logits, tokens = adapter.masked_head(model, model.norm(x), keep)
-        return SparseOutput(logits, tokens, tuple(keeps), tuple(scores))
 
-    def _run_pruned(
-        self, images: Tensor, trace: bool = False
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]], int]:
-        """Final tokens; with `trace`, for each stage the original positions of the tokens present,
-        their scores, and the original positions of those kept (nothing, where tokens are merged);
-        and N."""
-        model = self.backbone
-        adapter.check_images(model, images)
-        x, rope = adapter.embed(model, images)
-        num_prefix = model.num_prefix_tokens
-        num_tokens = x.shape[1] - num_prefix
-        counts = self.schedule.counts(num_tokens)
-        stages: list[tuple[Tensor, Tensor, Tensor]] = []
-        present = torch.arange(num_tokens, device=x.device).expand(len(x), -1)
-        prefix = torch.arange(num_prefix, device=x.device).expand(len(x), -1)
-        places = trace or any(isinstance(scorer, PlacedScorer) for scorer in self.scorers)
-        grid = _grid(model, images)
-        sizes = x.new_ones(len(x), num_tokens)
-        bias: Tensor | None = None
-        stage = 0
-        for index in range(len(model.blocks)):
-            if index in self.schedule.blocks:
-                scorer, count = self.scorers[stage], counts[stage]
-                place = Place(model, index, x, rope, present, grid)
-                # A stage that keeps everything changes nothing: no need to ask its scorer.
-                if isinstance(scorer, Merger):
-                    if count < x.shape[1] - num_prefix:
-                        patches, sizes = scorer(x[:, num_prefix:], count, sizes, place)
-                        x = torch.cat([x[:, :num_prefix], patches], dim=1)
-                        if scorer.weighs:
-                            weight = nn.functional.pad(sizes.log(), (num_prefix, 0))
-                            bias = weight[:, None, None, :].to(x.dtype)
-                elif trace or count < x.shape[1] - num_prefix:
-                    score = self.score(stage, place)
-                    kept = topk_keep(score, count)
-                    x = gather_tokens(x, torch.cat([prefix, kept + num_prefix], dim=1))
-                    if rope is not None:
-                        rope = adapter.gather_rope(rope, kept)
-                    if places:
-                        before, present = present, gather_tokens(present, kept)
-                    if trace:
-                        stages.append((before, score, present))
-                stage += 1
-            x = adapter.run_block(model, index, x, rope, bias)
-        return model.norm(x), stages, num_tokens
+    def at(
+        self, keep_ratio: float | None = None, *, schedule: KeepSchedule | None = None
+    ) -> SparseViT:
+        """The same model at another budget. Backbone and scorers are shared, not copied.
 
-    def score(self, stage: int, place: Place, keep: Tensor | None = None) -> Tensor:
-        """A stage's scores, [B, n], of the patch tokens at `place`; `keep` tells which are there,
-        if not all."""
-        scorer = self.scorers[stage]
-        patches = place.x[:, self.backbone.num_prefix_tokens :]
-        if isinstance(scorer, PlacedScorer):
-            return cast(Tensor, scorer(patches, keep, place))
-        return cast(Tensor, scorer(patches) if keep is None else scorer(patches, keep))
+        Args:
+            keep_ratio: share of tokens that each of the model's stages keeps, in (0, 1].
+            schedule: the stages in full, instead of `keep_ratio`. Its blocks are some of the
+                model's own, which bring their scorers; or as many others, which take the scorers in
+                order.
+
+        Raises:
+            TypeError, ValueError: naming the argument and what was got.
+
+        >>> import timm
+        >>> sparse = sparsify(timm.create_model("vit_tiny_patch16_224"), keep_ratio=0.7)
+        >>> sparse.at(keep_ratio=0.5).schedule.counts(196)
+        (98, 49, 24)
+        """
+        own = self.schedule.blocks
+        if (keep_ratio is None) == (schedule is None):
+            raise ValueError(
+                f"give keep_ratio or schedule, got keep_ratio={keep_ratio!r} and "
+                f"schedule={schedule!r}"
+            )
+        if schedule is None:
+            schedule = self.schedule.with_keep_ratio(cast(float, keep_ratio))
+        elif not isinstance(schedule, KeepSchedule):
+            raise TypeError(f"schedule must be a KeepSchedule, got {schedule!r}")
+        if set(schedule.blocks) <= set(own):
+            scorers = [self.scorers[own.index(block)] for block in schedule.blocks]
+        elif len(schedule.blocks) == len(own):
+            scorers = list(self.scorers)
+        else:
+            raise ValueError(
+                f"schedule must have blocks among {own}, where the model has scorers, or "
+                f"{len(own)} others, got {schedule.blocks}"
+            )
+        return SparseViT(self.backbone, schedule, scorers).train(self.training)
 
     @property
     def merges(self) -> bool:
         """Whether tokens are merged, not chosen."""
-        return isinstance(self.scorers[0], Merger)
+        return cast(Selector, self.scorers[0]).merges
 
     def _check_stages(
         self, name: str, values: Sequence[Tensor], batch: int, num_tokens: int
-    ) -> Sequence[Tensor]:
+    ) -> None:
         stages = len(self.schedule.blocks)
         if isinstance(values, Tensor) or not isinstance(values, Sequence):
             raise TypeError(
@@ -315,7 +292,6 @@ class SparseViT(nn.Module):
                     f"{name}[{stage}] must have shape [B, N] = [{batch}, {num_tokens}], "
                     f"got {list(value.shape)}"
                 )
-        return values
 
     # From files, and to files.
 
@@ -432,7 +408,7 @@ class SparseViT(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classification head (and, if given, the pooling)."""
         if global_pool is not None:
-            adapter.check_pooling(global_pool)
+            check_pooling(global_pool)
         try:
             self.backbone.reset_classifier(num_classes, global_pool)
         except AssertionError as error:
@@ -446,25 +422,11 @@ class SparseViT(nn.Module):
         """
         fused = copy.deepcopy(self).eval()
         for stage, scorer in enumerate(fused.scorers):
-            if type(scorer) is TokenScorer:  # a subclass may score otherwise
-                fused.scorers[stage] = FusedScorer(scorer).eval()
+            fused.scorers[stage] = cast(Selector, scorer).fused().eval()
         return fused
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.backbone.set_grad_checkpointing(enable)
-
-    def set_kept_gradients(self, enable: bool = True) -> None:
-        """Leave out of `masked`'s backward pass what dropped tokens receive.
-
-        It takes less time and memory on a CPU. For a loss that sees logits, kept tokens and
-        decisions, as the paper's do, gradients stay the same up to rounding: to the others a
-        dropped token is worth e⁻²⁸ of itself. (But in a model without prefix tokens an image that
-        keeps nothing teaches later blocks nothing.)
-
-        Has no effect where `masked` is compiled by torch.compile, nor with gradient checkpointing
-        as `set_grad_checkpointing` switches it on. There are no second-order gradients.
-        """
-        self.kept_gradients = enable
 
     def set_input_size(self, img_size: tuple[int, int]) -> None:
         """Change the input height and width in pixels; timm resamples position embeddings."""
@@ -520,8 +482,8 @@ def sparsify(
     """
     if isinstance(model, SparseViT):
         raise TypeError("model must be dense, got a SparseViT; its dense part is `.backbone`")
-    adapter.check_backbone(model)
-    check_scorer(scorer)
+    depth = adapter_of(model).depth(cast(Backbone, model))
+    check_name(scorer)
     if keep_ratio is not None and schedule is not None:
         raise ValueError(
             f"give keep_ratio or schedule, not both, got keep_ratio={keep_ratio!r} "
@@ -529,14 +491,13 @@ def sparsify(
         )
     if schedule is None:
         ratio = 0.7 if keep_ratio is None else keep_ratio
-        depth = len(cast(adapter.Backbone, model).blocks)
         schedule = KeepSchedule.from_keep_ratio(ratio, depth=depth)
     if align is not None:
-        schedule = _aligned(schedule, cast(adapter.Backbone, model), align)
+        schedule = _aligned(schedule, cast(Backbone, model), align)
     return SparseViT(copy.deepcopy(model), schedule, scorer)
 
 
-def _aligned(schedule: KeepSchedule, model: adapter.Backbone, align: int) -> KeepSchedule:
+def _aligned(schedule: KeepSchedule, model: Backbone, align: int) -> KeepSchedule:
     num_tokens = model.patch_embed.num_patches
     if num_tokens is None:
         raise ValueError(f"align needs a model of a fixed input size, got {align}")
@@ -551,14 +512,20 @@ def _aligned(schedule: KeepSchedule, model: adapter.Backbone, align: int) -> Kee
     return schedule.aligned(align, num_tokens, model.num_prefix_tokens, depth, block_cost)
 
 
-def _grid(model: adapter.Backbone, images: Tensor) -> tuple[int, int]:
-    """Rows and columns of patches."""
-    rows, columns = model.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
-    return rows, columns
+def _check_scorers(scorers: list[Any], model: Backbone, stages: int) -> None:
+    if len(scorers) != stages:
+        raise ValueError(f"scorers must be one a stage, {stages}, got {len(scorers)}")
+    for scorer in scorers:
+        if not isinstance(scorer, Selector):
+            raise TypeError(f"each of scorers must be a Selector, got {type(scorer).__name__}")
+        scorer.check(model)
+    if len({scorer.merges for scorer in scorers}) > 1:
+        kinds = ", ".join(type(scorer).__name__ for scorer in scorers)
+        raise TypeError(f"scorers must all choose tokens or all merge them, got {kinds}")
 
 
-def _check_masked_dtype(x: Tensor) -> None:
-    device = x.device.type
+def _check_masked_dtype(images: Tensor) -> None:
+    device = images.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    if torch.float16 in (x.dtype, autocast):
+    if torch.float16 in (images.dtype, autocast):
         raise TypeError("masked needs float32 or bfloat16, got float16: the bias underflows in it")

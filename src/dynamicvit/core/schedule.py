@@ -71,11 +71,18 @@ class KeepSchedule:
                 raise TypeError(f"{name} must be an integer, got {value!r}")
         if not 1 <= stages < depth:
             raise ValueError(f"stages must be between 1 and depth - 1 = {depth - 1}, got {stages}")
-        steps = range(1, stages + 1)
-        return cls(
-            blocks=tuple(depth * step // (stages + 1) for step in steps),
-            ratios=tuple(keep_ratio**step for step in steps),
-        )
+        blocks = tuple(depth * step // (stages + 1) for step in range(1, stages + 1))
+        return cls(blocks, (1.0,) * stages).with_keep_ratio(keep_ratio)
+
+    def with_keep_ratio(self, keep_ratio: float) -> KeepSchedule:
+        """The same stages, each keeping this share of the tokens that reach it, in (0, 1].
+
+        >>> KeepSchedule((3, 6), (0.7, 0.49)).with_keep_ratio(0.5)
+        KeepSchedule(blocks=(3, 6), ratios=(0.5, 0.25))
+        """
+        _check_ratio("keep_ratio", keep_ratio)
+        steps = range(1, len(self.blocks) + 1)
+        return KeepSchedule(self.blocks, tuple(keep_ratio**step for step in steps))
 
     def aligned(
         self,

@@ -1,4 +1,4 @@
-"""Pure tensor functions on tokens: score, keep, gather, mask.
+"""Tokens, what travels through the model, and pure functions on them: keep, gather, mask.
 
 Axes: B images, N patch tokens, P prefix tokens, C channels, K kept tokens.
 A suffix names a tensor's axes: `x_BNC`.
@@ -7,6 +7,7 @@ A suffix names a tensor's axes: `x_BNC`.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,53 @@ from torch import Tensor
 # lie so far apart that a millionth of a dropped token's weight can outweigh all that is kept; and
 # -28 is a bias that bfloat16 holds exactly.
 MIN_KEEP = math.exp(-28.0)
+
+
+class Tokens(NamedTuple):
+    """Tokens of a batch between two blocks, and everything that belongs to each of them.
+
+    Attributes:
+        x: [B, P + N, C], prefix tokens first.
+        num_prefix: P; class, distillation and register tokens. They always stay.
+        grid: rows and columns of patches in the whole image.
+        rope: rotary embeddings of the patch tokens, [L, B, H, N, D]. L (blocks), B and H (heads)
+            are 1 where they share them. None for models without.
+        positions: [B, N] int64, where each patch token lies in the grid, row by row. None while all
+            are there in order, and after a merge, whose tokens lie nowhere.
+        keep: [B, N] float, 1 for tokens that stay and 0 for blocked ones. None: all stay.
+        size: [B, N], how many patches each token stands for. None: one.
+        bias: added to the attention of every block: [B, 1, 1 or P + N, P + N], or None.
+    """
+
+    x: Tensor
+    num_prefix: int
+    grid: tuple[int, int]
+    rope: Tensor | None = None
+    positions: Tensor | None = None
+    keep: Tensor | None = None
+    size: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def patches(self) -> Tensor:
+        """[B, N, C], without prefix tokens."""
+        return self.x[:, self.num_prefix :]
+
+    @property
+    def num_patches(self) -> int:
+        """N."""
+        return self.x.shape[1] - self.num_prefix
+
+    def take(self, kept_BK: Tensor) -> Tokens:
+        """The patch tokens at `kept_BK` (along N), with all that belongs to them."""
+        prefix = torch.arange(self.num_prefix, device=kept_BK.device).expand(len(kept_BK), -1)
+        return self._replace(
+            x=gather_tokens(self.x, torch.cat([prefix, kept_BK + self.num_prefix], dim=1)),
+            rope=None if self.rope is None else gather_rope(self.rope, kept_BK),
+            positions=(
+                kept_BK if self.positions is None else gather_tokens(self.positions, kept_BK)
+            ),
+        )
 
 
 def topk_keep(scores_BN: Tensor, count: int) -> Tensor:
@@ -42,6 +90,14 @@ def gather_tokens(x_BNC: Tensor, index_BK: Tensor) -> Tensor:
     # Rows of one table: they are copied whole, where `gather` looks up number after number.
     rows = index_BK + num_tokens * torch.arange(batch, device=index_BK.device).unsqueeze(1)
     return F.embedding(rows, x_BNC.flatten(0, 1))
+
+
+def gather_rope(rope: Tensor, index_BK: Tensor) -> Tensor:
+    """Rotary embeddings [L, 1 or B, H, N, D] of the tokens at `index_BK`: [L, B, H, K, D]."""
+    depth, _, heads, _, dim = rope.shape
+    batch = len(index_BK)
+    index = index_BK[None, :, None, :, None].expand(depth, batch, heads, -1, dim)
+    return rope.expand(-1, batch, -1, -1, -1).gather(3, index)
 
 
 def keep_mask(index_BK: Tensor, num_tokens: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -72,18 +128,28 @@ def sample_keep(
     # rand can return exactly 0, whose logarithm would put an infinity, then a NaN, into training.
     uniform = uniform.clamp(1e-7, 1.0 - 1e-7)
     noise = uniform.log() - (-uniform).log1p()
-    return _straight_through((scores + noise) / temperature)
+    logits = (scores + noise) / temperature
+    return straight_through((logits > 0).float(), logits)
 
 
-def threshold_keep(scores_BN: Tensor) -> Tensor:
-    """`sample_keep` without noise: keep where the log-odds are positive."""
-    return _straight_through(scores_BN.float())
+def best_keep(scores_BN: Tensor, count: int, keep_BN: Tensor | None = None) -> Tensor:
+    """[B, N] float32 mask of the `count` tokens with the highest score.
+
+    Args:
+        scores_BN: any floating dtype.
+        count: tokens to keep, 1 ≤ count ≤ N.
+        keep_BN: which tokens are still there; None means all.
+    """
+    scores = scores_BN.detach()
+    if keep_BN is not None:
+        scores = scores.masked_fill(keep_BN < 0.5, float("-inf"))
+    return keep_mask(topk_keep(scores, count), scores.shape[1])
 
 
-def _straight_through(logits_BN: Tensor) -> Tensor:
-    soft = logits_BN.sigmoid()
-    hard = (logits_BN > 0).to(soft.dtype)
-    return hard + (soft - soft.detach())
+def straight_through(hard_BN: Tensor, logits_BN: Tensor) -> Tensor:
+    """The decisions `hard_BN`, with the gradient that sigmoid(`logits_BN`) has."""
+    soft = logits_BN.float().sigmoid()
+    return hard_BN + (soft - soft.detach())
 
 
 def masked_mean(x_BNC: Tensor, keep_BN: Tensor | None = None) -> Tensor:

@@ -23,6 +23,7 @@ from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseViT, sparsify
 from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.deploy.engines import (
+    DEFAULT_PRECISIONS,
     ENGINES,
     PRECISIONS,
     TORCH_ENGINES,
@@ -31,13 +32,13 @@ from dynamicvit.deploy.engines import (
     build,
     check_engine,
     check_engines,
-    find_device,
     first_line,
     installed,
 )
 from dynamicvit.deploy.memory import peak_memory
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.evaluate import input_size, token_counts
+from dynamicvit.evaluation.launch import find_device
 from dynamicvit.evaluation.timing import interleave, time_call
 from dynamicvit.io.files import write_bytes, write_text
 from dynamicvit.io.load import load_model
@@ -122,12 +123,11 @@ def benchmark(
         raise ValueError(f"seconds must be 0 or more, got {seconds}")
     place = find_device(device)
     gpu = place.type == "cuda"
-    wanted = precisions or ["float32", "bfloat16"]
-    check_engines(engines or (), wanted, place.type)
+    check_engines(engines or (), precisions or DEFAULT_PRECISIONS[:1], place.type)
     pairs = [
         (engine, precision)
         for engine in engines or (TORCH_ENGINES if gpu else filter(installed, ENGINES))
-        for precision in wanted
+        for precision in precisions or DEFAULT_PRECISIONS
         # What was asked for by name and cannot be had is an error, below.
         if (engines and precisions) or available(engine, precision, place.type)
     ]

@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 from dynamicvit.core.model import SparseViT
 from dynamicvit.deploy import export
+from dynamicvit.evaluation.processor import has_bfloat16
 from dynamicvit.io.files import write_bytes
 
 Engine = Callable[[Tensor], Any]
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Every engine has the first; the second is tried where engine and processor have it.
+DEFAULT_PRECISIONS = ("float32", "bfloat16")
 # The packages that an engine takes, and the precisions it computes in on a CPU.
 ENGINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "eager": ((), ("float32", "bfloat16")),
@@ -29,27 +32,6 @@ ENGINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "openvino": (("onnx", "onnxscript", "openvino"), ("float32", "bfloat16")),
 }
 TORCH_ENGINES = ("eager", "compile")  # which compute on a GPU too, in every precision
-
-
-def find_device(name: str | None) -> torch.device:
-    """The device of this name; by default a GPU if torch has one, else the CPU.
-
-    Raises:
-        ValueError: unless it is "cpu", "cuda" or "cuda:NUMBER", and there.
-    """
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be cpu, cuda or cuda:NUMBER, got {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be cpu, cuda or cuda:NUMBER, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device must be there, torch finds {torch.cuda.device_count()} GPUs, got {name!r}"
-        )
-    return device
 
 
 def installed(engine: str) -> bool:
@@ -72,6 +54,8 @@ def check_engine(engine: str, precision: str, device: str = "cpu") -> None:
         raise ValueError(f"engine {engine!r} does not compute in {precision} here")
     if engine == "openvino":
         export.check_openvino(precision)
+    elif not gpu and precision == "bfloat16" and not has_bfloat16():
+        raise ValueError(f"this processor has no bfloat16, got it for engine {engine!r}")
 
 
 def available(engine: str, precision: str, device: str = "cpu") -> bool:

@@ -26,12 +26,11 @@ from timm.data import resolve_input_data_config
 from torch import Tensor, nn
 
 from dynamicvit import __version__
-from dynamicvit.core.baselines import Merger
 from dynamicvit.core.model import SparseViT
-from dynamicvit.core.scorer import RandomScorer
+from dynamicvit.core.paths import Pruned
 from dynamicvit.deploy.verify import Agreement, Engine, Found, compare, find_images, load_images
 from dynamicvit.evaluation.environment import environment
-from dynamicvit.evaluation.evaluate import backbone_of, input_size, token_counts
+from dynamicvit.evaluation.setup import backbone_of, input_size, token_counts
 from dynamicvit.io.files import write_text
 from dynamicvit.io.load import load_model
 from dynamicvit.io.predictions import class_names, preprocessing
@@ -115,6 +114,8 @@ def export(
         ValueError, FileNotFoundError: naming what is wrong with an option; or with the figures, if
             the file does not do what the model does. Then none is written.
     """
+    # Before a model is downloaded. `export_model` checks again, for those who call it.
+    _check_options(Path(output), format, precision, calibration, samples, opset)
     done = export_model(
         load_model(model),
         output,
@@ -307,17 +308,17 @@ class _Graph(nn.Module):
         images = images.to(self.dtype)
         if not isinstance(self.model, SparseViT):
             return (self.model(images).float(),)
-        x, stages, _ = self.model._run_pruned(images, trace=True)
-        kept = torch.cat([present for _, _, present in stages], dim=1)
-        return self.model.forward_head(x).float(), kept
+        final, choices = self.model.run(images, Pruned(trace=True))
+        kept = torch.cat([cast(Tensor, choice.kept) for choice in choices], dim=1)
+        return self.model.forward_head(final.x).float(), kept
 
 
 def trace(model: nn.Module, dtype: torch.dtype) -> torch.export.ExportedProgram:
     for scorer in getattr(model, "scorers", ()):
-        if isinstance(scorer, Merger | RandomScorer):
+        if scorer.merges or scorer.draws:
             raise ValueError(
-                "model must choose tokens by what they hold to be exported, neither merge them nor "
-                f"draw lots, got {type(scorer).__name__}"
+                "model must have a deterministic selector that drops tokens to be exported, got "
+                f"{type(scorer).__name__}"
             )
     inner = model.fuse() if isinstance(model, SparseViT) else copy.deepcopy(model)
     graph = _Graph(inner, dtype).eval().requires_grad_(False)
@@ -592,8 +593,7 @@ def check_openvino(precision: str) -> None:
     able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if needed not in able:
         raise ValueError(
-            f"precision {precision!r} is not one that OpenVINO computes in on this processor, "
-            f"which has {', '.join(sorted(able))}"
+            f"this processor has no {precision} for OpenVINO, which finds {', '.join(sorted(able))}"
         )
 
 

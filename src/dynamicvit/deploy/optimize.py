@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamicvit.deploy.engines import (
+    DEFAULT_PRECISIONS,
     ENGINES,
     TORCH_ENGINES,
     Engine,
@@ -77,7 +78,7 @@ def optimize(
     example: Tensor,
     tolerance: float = 1e-3,
     engines: Sequence[str] | None = None,
-    precisions: Sequence[str] = ("float32", "bfloat16"),
+    precisions: Sequence[str] | None = None,
     rounds: int = 7,
 ) -> Optimized:
     """Measure a model in every engine and precision of this machine, and take the fastest.
@@ -89,7 +90,7 @@ def optimize(
         tolerance: largest relative norm of the difference from PyTorch's float32 logits. bfloat16
             makes about 1e-2; near-tied tokens that change places make more.
         engines: keys of `dynamicvit.deploy.engines.ENGINES`; by default all that are installed.
-        precisions: which to try, where an engine has them.
+        precisions: which to try, where an engine has them; by default float32 and bfloat16.
         rounds: calls of each candidate that are timed, in turn.
 
     Returns:
@@ -108,13 +109,13 @@ def optimize(
     if rounds < 1:
         raise ValueError(f"rounds must be 1 or more, got {rounds!r}")
     device = example.device.type
-    check_engines(engines or (), precisions, device)
+    check_engines(engines or (), precisions or DEFAULT_PRECISIONS[:1], device)
     # What every candidate is compared with is measured, even if it was not asked for.
     base = Candidate("eager", "float32", "fused")
     asked = [
         Candidate(engine, precision, attention)
         for engine in engines or filter(installed, ENGINES)
-        for precision in precisions
+        for precision in precisions or DEFAULT_PRECISIONS
         for attention in (("fused", "plain") if engine in TORCH_ENGINES else (None,))
     ]
     reference = copy.deepcopy(model).eval()

@@ -1,34 +1,60 @@
-"""What is on a picture, from the command line."""
+"""What is on pictures, from the command line."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from dynamicvit.io import predictions as core
-from dynamicvit.io.files import write_text
+from dynamicvit.evaluation.console import cell, make_table, plain, track
+from dynamicvit.evaluation.launch import find_device
+from dynamicvit.io.arguments import check_types
+from dynamicvit.io.files import check_file, write_text
+from dynamicvit.io.images import find_images
 from dynamicvit.io.load import load_model
+from dynamicvit.io.predictions import (
+    Prediction,
+    as_predictions,
+    check_top_k,
+    class_names,
+    preprocessing,
+    read_image,
+    run,
+)
+
+FORMATS = (".json", ".jsonl", ".csv")
+_BATCH = 32  # images in memory at a time
+_PRINTED = 50  # images in the table
 
 
+@check_types
 def predict(
     images: list[str],
     model: str,
     top_k: int = 5,
     output: str | None = None,
+    skip_unreadable: bool = False,
+    device: str | None = None,
+    quiet: bool = False,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Classify image files: a table, and JSON.
+    """Classify image files: a table, and JSON or CSV.
 
     Args:
-        images: image files.
+        images: image files, folders and patterns such as "photos/*.jpg".
         model: model folder, hub id or name of a pretrained timm model.
         top_k: how many classes to give for an image; all, if the model has fewer.
-        output: JSON file to write.
+        output: file to write: .json (an object, image → predictions), .jsonl (an object a line) or
+            .csv (a row a prediction).
+        skip_unreadable: leave out and count images that cannot be read, instead of stopping.
+        device: such as cpu or cuda:1; by default cpu.
+        quiet: print nothing, neither table nor progress.
 
     Returns:
         For each image its classes with name, index and probability, best first.
@@ -36,27 +62,89 @@ def predict(
     Raises:
         ValueError, FileNotFoundError: naming what is wrong with an image, the model or an option.
     """
-    found = core.predict(load_model(model), images, top_k)
-    print_predictions(images, found)
+    check_top_k(top_k)
+    if output:
+        check_file("output", output)
+        if Path(output).suffix.lower() not in FORMATS:
+            raise ValueError(f"output must end in {', '.join(FORMATS)}, got {output}")
+    place = find_device(device or "cpu")
+    files = find_images(images)
+    found, unreadable = _predict_files(
+        load_model(model).to(place), files, top_k, skip_unreadable, quiet
+    )
     results = {
         name: [asdict(prediction) for prediction in predictions]
-        for name, predictions in zip(images, found, strict=True)
+        for name, predictions in found.items()
     }
     if output:
-        write_text(Path(output), json.dumps(results, indent=2) + "\n")
+        write_text(Path(output), _as_text(results, Path(output).suffix.lower()))
+    if not quiet:
+        print_predictions(found)
+        if unreadable:
+            print(f"unreadable images: {len(unreadable)}: {', '.join(map(plain, unreadable))}")
     return results
 
 
-def print_predictions(images: list[str], found: list[list[core.Prediction]]) -> None:
-    """Print a table of predictions, one row an image."""
-    table = Table("image", "class", "others")
-    for name, (best, *others) in zip(images, found, strict=True):
-        # Names are a user's, and might look like rich's markup.
-        table.add_row(
-            escape(name), escape(_text(best)), "\n".join(escape(_text(other)) for other in others)
+def _predict_files(
+    model: Any, files: list[str], top_k: int, skip_unreadable: bool, quiet: bool
+) -> tuple[dict[str, list[Prediction]], list[str]]:
+    """Predictions for each file, and the files that cannot be read."""
+    names = class_names(model)
+    mode, transform = preprocessing(model)
+    found: dict[str, list[Prediction]] = {}
+    unreadable: list[str] = []
+    batch: dict[str, torch.Tensor] = {}
+    for position, file in enumerate(track(files, "predicting", quiet), start=1):
+        try:
+            batch[file] = transform(read_image(file, mode, "image"))
+        except (ValueError, FileNotFoundError):
+            if not skip_unreadable:
+                raise
+            unreadable.append(file)
+        if batch and (len(batch) == _BATCH or position == len(files)):
+            logits = run(model, torch.stack(list(batch.values())))
+            found |= zip(batch, as_predictions(logits, names, top_k), strict=True)
+            batch = {}
+    if not found and unreadable:
+        raise ValueError(f"none of the {len(unreadable)} images can be read: {unreadable[0]}, …")
+    return found, unreadable
+
+
+def _as_text(results: dict[str, list[dict[str, Any]]], suffix: str) -> str:
+    if suffix == ".json":
+        return json.dumps(results, indent=2) + "\n"
+    if suffix == ".jsonl":
+        return "".join(
+            json.dumps({"image": image, "predictions": predictions}) + "\n"
+            for image, predictions in results.items()
         )
-    Console().print(table)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["image", "rank", "name", "index", "probability"])
+    writer.writeheader()
+    writer.writerows(_rows(results))
+    return text.getvalue()
 
 
-def _text(prediction: core.Prediction) -> str:
-    return f"{prediction.name} {prediction.probability:.1%}"
+def _rows(results: dict[str, list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    for image, predictions in results.items():
+        for rank, prediction in enumerate(predictions, start=1):
+            yield {"image": image, "rank": rank, **prediction}
+
+
+def print_predictions(found: dict[str, list[Prediction]]) -> None:
+    """Print a table of predictions, one row an image."""
+    table = make_table("image")
+    table.add_column("class", overflow="fold")
+    table.add_column("%", justify="right", no_wrap=True)
+    table.add_column("others", overflow="fold")
+    for name, (best, *others) in list(found.items())[:_PRINTED]:
+        table.add_row(
+            cell(name),
+            cell(best.name),
+            f"{100 * best.probability:.1f}",
+            ", ".join(f"{cell(other.name)} {100 * other.probability:.1f}" for other in others),
+        )
+    console = Console()
+    console.print(table)
+    if len(found) > _PRINTED:
+        console.print(f"{len(found) - _PRINTED} more images: --output writes all")

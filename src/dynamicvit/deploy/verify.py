@@ -9,21 +9,21 @@ tokens that the engine kept.
 
 from __future__ import annotations
 
+import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from timm.data.readers import get_img_extensions
 from torch import Tensor, nn
 
-from dynamicvit.core import backbone as adapter
-from dynamicvit.core.baselines import Place
 from dynamicvit.core.model import SparseOutput, SparseViT
-from dynamicvit.core.tokens import gather_tokens, keep_mask
+from dynamicvit.core.paths import Path
+from dynamicvit.core.selectors import Selector, Stage
+from dynamicvit.core.tokens import Tokens, keep_mask
 from dynamicvit.io.embedded import embedded_images
 from dynamicvit.io.predictions import ImageSource, class_names, preprocessing, read_image
 
@@ -131,11 +131,11 @@ def find_images(
     found: list[Found] = []
     if folder is None:
         found.extend(Found(picture, name) for name, _, picture in embedded_images("val"))
-    elif not Path(folder).is_dir():
+    elif not pathlib.Path(folder).is_dir():
         raise ValueError(f"{argument} must be a folder of images, got {folder}")
     else:
         kinds = get_img_extensions(as_set=True)
-        files = (path for path in Path(folder).rglob("*") if path.suffix.lower() in kinds)
+        files = (path for path in pathlib.Path(folder).rglob("*") if path.suffix.lower() in kinds)
         found.extend(Found(path, path.parent.name) for path in sorted(files))
     if fewer:
         count = max(1, min(count, len(found)))
@@ -258,7 +258,9 @@ def _judge(
     other = share < 1
     if other.any():
         stages = kept[other].split(counts, dim=1)
-        given[other], gap[other] = _run_given(model, images[other], stages)
+        path = _Given(stages)
+        given[other] = model.forward_head(model.run(images[other], path)[0].x)
+        gap[other] = path.gap
     right = torch.where((gap <= TIE)[:, None], given, expected.logits)
     return _compare_logits(logits, given, right, share, gap)
 
@@ -271,39 +273,35 @@ def _compare_logits(
     return _Verdict(difference, named, named == right.argmax(1), kept, gap)
 
 
-def _run_given(model: SparseViT, images: Tensor, stages: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The pruned path with given tokens: `stages` holds [B, K] original positions.
+class _Given(Path):
+    """The pruned path with given tokens.
 
-    Returns:
-        Logits, and for each image the largest lead, at any stage, of a token that leaves over one
-        that stays, by the scores and as a share of the largest: [B], infinite where a token stays
-        that was not there.
+    Args:
+        stages: [B, K] original positions, in any order, one tensor a stage.
+
+    Attributes:
+        gap: [B], the largest lead, at any stage, of a token that leaves over one that stays, by the
+            scores and as a share of the largest. Infinite where a token stays that was not there.
     """
-    backbone = model.backbone
-    x, rope = adapter.embed(backbone, images)
-    num_prefix = backbone.num_prefix_tokens
-    present = torch.arange(x.shape[1] - num_prefix).expand(len(x), -1)
-    height, width = images.shape[-2:]
-    grid = backbone.patch_embed.dynamic_feat_size((height, width))
-    gap = torch.zeros(len(x))
-    chosen = iter(stages)
-    for index in range(len(backbone.blocks)):
-        if index in model.schedule.blocks:
-            keep = next(chosen).sort(dim=1).values
-            patches = x[:, num_prefix:]
-            place = Place(backbone, index, x, rope, present, grid)
-            score = model.score(model.schedule.blocks.index(index), place)
-            at = torch.searchsorted(present.contiguous(), keep).clamp(max=present.shape[1] - 1)
-            there = (present.gather(1, at) == keep).all(1) & (keep.diff(dim=1) > 0).all(1)
-            left = score.scatter(1, at, float("-inf")).amax(1)
-            lead = left - score.gather(1, at).amin(1)
-            gap = torch.maximum(gap, lead / score.abs().amax(1).clamp(min=1e-12))
-            gap[~there] = float("inf")
-            x = torch.cat([x[:, :num_prefix], gather_tokens(patches, at)], dim=1)
-            rope = None if rope is None else adapter.gather_rope(rope, at)
-            present = keep
-        x = adapter.run_block(backbone, index, x, rope)
-    return model.forward_head(backbone.norm(x)), gap
+
+    def __init__(self, stages: Sequence[Tensor]) -> None:
+        self.stages = stages
+        self.gap = torch.zeros(len(stages[0]))
+
+    def apply(self, stage: Stage, selector: Selector) -> tuple[Tokens, Tensor | None]:
+        tokens = stage.tokens
+        score = selector(tokens.patches, None, stage)
+        keep = self.stages[stage.number].sort(dim=1).values
+        present = tokens.positions  # sorted, as the stage before took them in order
+        if present is None:
+            present = torch.arange(tokens.num_patches).expand(len(keep), -1)
+        at = torch.searchsorted(present.contiguous(), keep).clamp(max=present.shape[1] - 1)
+        there = (present.gather(1, at) == keep).all(1) & (keep.diff(dim=1) > 0).all(1)
+        left = score.scatter(1, at, float("-inf")).amax(1)
+        lead = left - score.gather(1, at).amin(1)
+        self.gap = torch.maximum(self.gap, lead / score.abs().amax(1).clamp(min=1e-12))
+        self.gap[~there] = float("inf")
+        return tokens.take(at)._replace(positions=keep), score
 
 
 def _expect(tensor: Tensor, shape: Sequence[int], name: str) -> None:

@@ -7,7 +7,7 @@ import io
 import json
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,30 +16,30 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseViT
+from dynamicvit.evaluation.console import cell, make_table, plain, track
+from dynamicvit.evaluation.data import check_labels
 from dynamicvit.evaluation.environment import environment
-from dynamicvit.evaluation.evaluate import (
-    backbone_of,
-    check_labels,
+from dynamicvit.evaluation.evaluate import compare_answers, run_batches
+from dynamicvit.evaluation.launch import start_processes
+from dynamicvit.evaluation.setup import (
     check_loading,
-    compare_answers,
     input_size,
     load_pair,
+    names_of_classes,
     open_images,
-    run_batches,
     seeded,
-    start_evaluation,
 )
+from dynamicvit.io.arguments import check_types
 from dynamicvit.io.files import check_folder, write_bytes, write_text
 
 JSON, ARRAYS, PICTURE = "compare.json", "keep_maps.npz", "keep_maps.png"
 _CLASSES_DRAWN = 10
-_CLASSES_PRINTED = 5
+_CLASSES_PRINTED = 12
+_CONFUSIONS_PRINTED = 5
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Comparison:
     kept: Tensor
 
 
+@check_types
 def compare(
     model: str,
     /,
@@ -68,11 +69,13 @@ def compare(
     batch_size: int = 64,
     workers: int = 2,
     crop_pct: float | None = None,
-    precision: str = "no",
+    precision: str = "float32",
     skip_unreadable: bool = False,
     output: str = "compare",
+    device: str | None = None,
+    quiet: bool = False,
 ) -> dict[str, Any]:
-    """Show where a sparse model keeps tokens, over a whole data set, and which answers change.
+    """Compare a sparse model with a dense one over a data set: tokens kept, changed answers.
 
     Needs the extra "plot".
 
@@ -87,11 +90,13 @@ def compare(
         batch_size: images a batch.
         workers: data loading processes.
         crop_pct: the share of the image's side that is kept; by default the model's own.
-        precision: "no" for float32, or "bf16".
+        precision: float32 or bfloat16.
         skip_unreadable: leave out and count images that cannot be read, instead of stopping.
         output: folder to write: compare.json (agreement, classes, confusion), keep_maps.npz (how
             often each position is kept at each stage, overall and per class; every image's classes)
             and keep_maps.png. Files of these names in it are replaced.
+        device: such as cpu or cuda:1; by default a GPU if there is one.
+        quiet: print nothing, neither tables nor progress.
 
     Returns:
         What compare.json holds.
@@ -104,7 +109,7 @@ def compare(
         raise ValueError("compare needs the extra: pip install 'dynamicvit[plot]'")
     check_loading(batch_size, workers, crop_pct)
     check_folder("output", output)
-    accelerator = start_evaluation(precision)
+    accelerator = start_processes(precision, device)
     sparse, reference = load_pair(model, dense)
     images, loader = open_images(
         sparse,
@@ -119,9 +124,9 @@ def compare(
         skip_unreadable,
     )
     with seeded(accelerator):
-        comparison = compare_models(sparse, reference, loader, accelerator)
-    known = images.class_names or cast(Any, backbone_of(sparse)).pretrained_cfg.get("label_names")
-    names = list(known or map(str, range(sparse.num_classes)))
+        batches = track(loader, "comparing", quiet or not accelerator.is_main_process)
+        comparison = compare_models(sparse, reference, batches, accelerator)
+    names = names_of_classes(images, sparse)
     result = {
         "model": model,
         "dense": dense,  # None: the sparse model's backbone
@@ -143,7 +148,8 @@ def compare(
         write_bytes(folder / ARRAYS, _arrays(comparison, names))
         write_bytes(folder / PICTURE, draw_keep_rates(comparison, names))
         write_text(folder / JSON, json.dumps(result, indent=2, allow_nan=False) + "\n")
-        _print(Console(), result, folder)
+        if not quiet:
+            _print(Console(), result, folder)
     return result
 
 
@@ -151,7 +157,7 @@ def compare(
 def compare_models(
     model: SparseViT,
     dense: nn.Module,
-    loader: DataLoader,
+    loader: Iterable[Any],
     accelerator: Accelerator | None = None,
 ) -> Comparison:
     """Run both models over a loader of normalised images, all of one size, and class indices.
@@ -331,22 +337,31 @@ def _print(console: Console, result: dict[str, Any], folder: Path) -> None:
         + ", ".join(f"{share:.0f}%" for share in result["static_share"])
         + " (stage by stage) would be kept by a mask that is the same for all images"
     )
-    table = Table("class", "images", "dense", "pruned", "points lost (95%)", "lost, won")
-    for row in result["classes"][:_CLASSES_PRINTED]:
+    classes = result["classes"]
+    shown = classes if len(classes) <= _CLASSES_PRINTED else classes[: _CLASSES_PRINTED - 2]
+    table = make_table("class", "images", "dense %", "pruned %", "points lost (95%)")
+    for row in shown:
         low, high = row["interval"]
         table.add_row(
-            row["name"],
+            cell(row["name"]),
             str(row["images"]),
             f"{row['dense_top1']:.1f}",
             f"{row['sparse_top1']:.1f}",
             f"{row['points_lost']:.1f} ({low:.1f} to {high:.1f})",
-            f"{row['right_to_wrong']}, {row['wrong_to_right']}",
         )
     console.print(table)
-    for row in result["confusion"][:_CLASSES_PRINTED]:
+    console.print(
+        "points lost: against dense, below 0 where pruned is better; in brackets, what is likely "
+        "for other images"
+    )
+    if len(shown) < len(classes):
+        console.print(f"{len(classes) - len(shown)} more classes are in {plain(folder / JSON)}")
+    for row in result["confusion"][:_CONFUSIONS_PRINTED]:
         console.print(
-            f"{row['images']} × {row['dense']} → {row['sparse']}: {row['dense_right']} times dense "
-            f"is right, {row['sparse_right']} times pruned",
+            plain(
+                f"{row['images']} × {row['dense']} → {row['sparse']}: {row['dense_right']} times "
+                f"dense is right, {row['sparse_right']} times pruned"
+            ),
             markup=False,
         )
-    console.print(f"keep maps, arrays and all figures are in {folder}")
+    console.print(f"keep maps, arrays and all figures are in {plain(folder)}", markup=False)

@@ -5,13 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
-import signal
-import sys
-import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,10 +16,11 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from PIL import Image
-from timm.data import ImageDataset, IterableImageDataset, create_dataset, create_loader
-from torch.utils.data import DataLoader, Dataset
+from timm.data import ImageDataset, IterableImageDataset, create_dataset
+from torch.utils.data import Dataset
 
-from dynamicvit.io.images import IMAGE_SUFFIXES, MODES, convert_image
+from dynamicvit.evaluation.unreadable import DataError, Unreadable
+from dynamicvit.io.images import IMAGE_SUFFIXES, MODES, check_regular, convert_image
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "test")}
 # Of a picture 20,000 pixels wide and 1 high, a resize to a usual height would make gigabytes.
@@ -37,10 +35,6 @@ EXTRAS = {
     "hfids": ("datasets", "hf"),
     "wds": ("webdataset", "webdataset"),
 }
-
-
-class DataError(ValueError):
-    """The data is not what was promised; the message names the folder, class or file."""
 
 
 @dataclass
@@ -63,11 +57,9 @@ class ImageData:
         if names is None:
             return text
         text += f", {len(names):,} classes"
-        labels = self._labels
-        if labels is None:
+        counts = self.class_counts()
+        if counts is None:
             return text
-        known = np.asarray(labels)[np.asarray(labels) >= 0]  # some readers say -1 for no label
-        counts = np.bincount(known, minlength=len(names))[: len(names)]
         fewest, most_images = int(counts.min()), int(counts.max())
         text += f" of {fewest:,}" + (f" to {most_images:,}" if fewest < most_images else "")
         for count, what in ((1, "with a single image"), (0, "without any")):
@@ -76,15 +68,25 @@ class ImageData:
                 text += f"; {len(found):,} {what}: {_some(found, most, of=len(found))}"
         return text
 
+    def class_counts(self) -> np.ndarray[Any, Any] | None:
+        """How many images each class has; None if the source does not tell before it is read."""
+        labels, names = self._labels, self.class_names
+        if labels is None or names is None:
+            return None
+        known = labels[labels >= 0]  # some readers say -1 for no label
+        return np.bincount(known, minlength=len(names))[: len(names)]
+
     def describe_met(self) -> str | None:
-        """How many images met so far, in all processes of a run, can be read, and of which kinds
-        they are; None if not counted. To be called in all processes together."""
+        """How many images met so far, in all processes of a run, can be read, and how many of them
+        are of an unusual kind; None if none is, or they are not counted. To be called in all
+        processes together."""
         if not isinstance(self.dataset, _Images):
             return None
         met = reduce(torch.bitwise_or, gather_object([self.dataset.kinds]))
         counts = [int((met >> bit & 1).sum()) for bit in range(len(_KINDS) + 1)]
-        parts = [f"{count:,} {kind}" for count, kind in zip(counts[1:], _KINDS, strict=True)]
-        return f"{counts[0]:,}; of these {', '.join(parts)}"
+        found = zip(counts[1:], _KINDS, strict=True)
+        parts = [f"{count:,} {kind}" for count, kind in found if count]
+        return f"{counts[0]:,}; of these {', '.join(parts)}" if parts else None
 
     @property
     def unreadable(self) -> int | None:
@@ -212,116 +214,10 @@ def seed_of(*place: int | str) -> int:
     return zlib.crc32(repr(place).encode())
 
 
-def create_image_loader(
-    data: ImageData,
-    batch_size: int,
-    data_config: dict[str, Any],
-    *,
-    training: bool,
-    workers: int,
-    device: torch.device,
-    **augmentation: Any,
-) -> DataLoader:
-    """timm's loader, yielding normalised float32 images [B, C, H, W] and class indices [B].
-
-    Args:
-        data: what `open_data` gave.
-        batch_size: images a batch (a training loader leaves out a last, smaller one).
-        data_config: from `timm.data.resolve_input_data_config`: size, mean, std, interpolation.
-        training: shuffle and augment.
-        workers: loader processes; 0 loads in this one.
-        device: where batches will go (memory is pinned for CUDA).
-        augmentation: further arguments of `timm.data.create_loader`.
-    """
-    config = {k: v for k, v in data_config.items() if k in _LOADER_KEYS}
-    shards = getattr(getattr(data.dataset, "reader", None), "split_info", None)
-    if isinstance(data.dataset, IterableImageDataset) and shards is not None:
-        # A worker without a shard reads nothing, and timm then ends the epoch early.
-        workers = min(workers, len(getattr(shards, "filenames", range(workers))))
-    loader = create_loader(
-        data.dataset,
-        batch_size=batch_size,
-        is_training=training,
-        use_prefetcher=False,  # accelerate moves batches, on any device
-        num_workers=workers,
-        persistent_workers=False,  # fresh workers are seeded anew each epoch, so runs can resume
-        pin_memory=device.type == "cuda",
-        **config,
-        **augmentation,
-    )
-    loader.worker_init_fn = partial(_start_worker, cast(Any, loader.worker_init_fn))
-    _keep_one_bit(data.dataset.transform)
-    return loader
-
-
-def _start_worker(start: Callable[[int], None], number: int) -> None:
-    """Begin a loader process, which outlives a SIGTERM to the whole process group: the main one
-    still needs its images, to end the step and save."""
-    if sys.platform == "linux":
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_end_when_told_by_parent, daemon=True).start()
-    start(number)
-
-
-def _end_when_told_by_parent() -> None:
-    # Only the parent means this process: Python, when it exits, so ends those that are left, and
-    # would wait for ever for one that ignores it. (A handler is not told who sent a signal.)
-    if sys.platform == "linux":
-        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-
 def check_labels(targets: torch.Tensor, num_classes: int) -> None:
     """Raise DataError if class indices [B] are not below `num_classes` (-1: no image)."""
     if targets.numel() and int(targets.max()) >= num_classes:
         raise DataError(f"the data has class {int(targets.max())}, the model {num_classes} classes")
-
-
-_LOADER_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-
-
-def _keep_one_bit(transforms: Any) -> None:
-    """Make timm's posterize keep at least one bit: at full magnitude it asks Pillow for none, which
-    Pillow 13 refuses (older ones gave a black image)."""
-    for transform in getattr(transforms, "transforms", []):
-        policies = [getattr(transform, "ops", []), *getattr(transform, "policy", [])]
-        for operation in (operation for policy in policies for operation in policy):
-            if operation.name.startswith("Posterize"):
-                operation.level_fn = partial(_at_least_one_bit, operation.level_fn)
-
-
-def _at_least_one_bit(level_to_bits: Callable[..., tuple[int]], *arguments: Any) -> tuple[int]:
-    return (max(1, level_to_bits(*arguments)[0]),)
-
-
-class Unreadable:
-    """Which images could not be read, in memory that loader processes share.
-
-    Args:
-        size: numbers that images may have.
-    """
-
-    _ROWS, _BYTES = 64, 512
-
-    def __init__(self, size: int) -> None:
-        self.flags = torch.zeros(size, dtype=torch.uint8).share_memory_()
-        self._names = torch.zeros(self._ROWS, self._BYTES, dtype=torch.uint8).share_memory_()
-
-    def add(self, number: int, name: str) -> None:
-        """Note an image; once, however often it is met."""
-        if not self.flags[number]:
-            row = torch.zeros(self._BYTES, dtype=torch.uint8)
-            text = name.encode()[-self._BYTES :]  # of a long path the end tells more
-            row[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
-            # Of two images with the same row the later name stays: these are examples.
-            self._names[number % self._ROWS] = row
-            self.flags[number] = 1
-
-    def names(self) -> list[str]:
-        """The names of some of the images."""
-        texts = (bytes(row.tolist()).rstrip(b"\0") for row in self._names)
-        return [text.decode(errors="replace") for text in texts if text]
 
 
 class _Images(Dataset):
@@ -346,7 +242,7 @@ class _Images(Dataset):
             try:
                 image, target = self._read(at)
                 break
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            except Exception as error:  # foreign bytes make decoders raise nearly anything
                 name = self._name(at)
                 if self.unreadable is None:
                     raise DataError(
@@ -370,6 +266,7 @@ class _Images(Dataset):
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
         if isinstance(self.source, ImageDataset):
+            check_regular(self.source.reader.filename(index, absolute=True))
             # timm's own __getitem__ would replace an unreadable image and go on.
             image, target, *_ = self.source.reader[index]
             if not isinstance(image, Image.Image):
@@ -392,7 +289,8 @@ class _Images(Dataset):
 
     def _name(self, index: int) -> str:
         if isinstance(self.source, ImageDataset):
-            return str(self.source.reader.filename(index, absolute=True))
+            name = self.source.reader.filename(index, absolute=True)
+            return os.fsencode(name).decode(errors="backslashreplace")
         return f"number {index}"
 
 
@@ -413,6 +311,11 @@ def _open_folder(folder: Path, mode: str, expected: Sequence[str] | None) -> Ima
     )
     if not classes:
         raise DataError(f"{folder} has no class folders")
+    for name in classes:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"names of class folders must be UTF-8, got {name!r}") from error
     try:
         dataset = create_dataset(
             "",

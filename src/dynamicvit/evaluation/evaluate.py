@@ -4,36 +4,39 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from rich.console import Console
-from rich.table import Table
-from timm.data import resolve_input_data_config
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from dynamicvit.core.backbone import Backbone
 from dynamicvit.core.macs import count_gmacs
-from dynamicvit.core.model import SparseViT
-from dynamicvit.evaluation.data import (
-    DataError,
-    ImageData,
-    check_labels,
-    create_image_loader,
-    open_data,
-)
+from dynamicvit.evaluation.console import cell, make_table, plain, track
+from dynamicvit.evaluation.data import check_labels
 from dynamicvit.evaluation.launch import start_processes
+from dynamicvit.evaluation.setup import (
+    check_loading,
+    input_size,
+    names_of_classes,
+    open_images,
+    seeded,
+    token_counts,
+)
+from dynamicvit.evaluation.unreadable import DataError
+from dynamicvit.io.arguments import check_types
 from dynamicvit.io.files import check_file, write_text
-from dynamicvit.io.load import load_model
+from dynamicvit.io.load import is_timm_name, load_model
+
+_CLASSES_PRINTED = 12  # a larger confusion matrix does not fit into 80 columns
+_CLASSES_WRITTEN = 1000  # a larger one makes the file too big
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,8 @@ class Evaluation:
     images_per_second: float
 
 
-@torch.no_grad()
 def evaluate_model(
-    model: nn.Module, loader: DataLoader, accelerator: Accelerator | None = None
+    model: nn.Module, loader: Iterable[Any], accelerator: Accelerator | None = None
 ) -> Evaluation:
     """Run a model over a loader of normalised images and class indices; its mode is restored.
 
@@ -73,11 +75,20 @@ def evaluate_model(
     Raises:
         DataError: if the loader gives no image.
     """
+    return evaluate_answers(model, loader, accelerator)[0]
+
+
+@torch.no_grad()
+def evaluate_answers(
+    model: nn.Module, loader: Iterable[Any], accelerator: Accelerator | None = None
+) -> tuple[Evaluation, Tensor, Tensor]:
+    """`evaluate_model`, and for each image its class and the model's answer: [n] int64 each."""
     accelerator = accelerator or Accelerator()
     training = model.training
     model = model.to(accelerator.device).eval()
-    top1 = top5 = images = 0
     loss = seconds = 0.0
+    top5 = 0
+    pairs: list[Tensor] = []
 
     def timed(inputs: Tensor) -> tuple[Tensor, ...]:
         nonlocal seconds
@@ -92,15 +103,15 @@ def evaluate_model(
         for logits, targets in run_batches(loader, timed, accelerator):
             check_labels(targets, logits.shape[-1])
             best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
-            hits = best == targets.unsqueeze(-1)
-            top1 += int(hits[:, 0].sum())
-            top5 += int(hits.sum())
+            top5 += int((best == targets.unsqueeze(-1)).sum())
             loss += float(F.cross_entropy(logits, targets, reduction="sum"))
-            images += len(targets)
+            pairs.append(torch.stack([targets, best[:, 0]]).cpu())
     finally:
         model.train(training)
-    return Evaluation(
-        top1=100.0 * top1 / images,
+    targets, answers = torch.cat(pairs, dim=1)
+    images = len(targets)
+    evaluation = Evaluation(
+        top1=100.0 * int((targets == answers).sum()) / images,
         top5=100.0 * top5 / images,
         loss=loss / images,
         images=images,
@@ -108,10 +119,29 @@ def evaluate_model(
         gmacs=count_gmacs(model, input_size(model)),
         images_per_second=images / seconds,
     )
+    return evaluation, targets, answers
+
+
+def count_confusion(targets: Tensor, answers: Tensor, num_classes: int) -> Tensor:
+    """[C, C] int64: how many images of each class (row) are taken for each class (column)."""
+    pairs = torch.bincount(targets * num_classes + answers, minlength=num_classes**2)
+    return pairs.view(num_classes, num_classes)
+
+
+def macro_f1(targets: Tensor, answers: Tensor, num_classes: int) -> float:
+    """The mean over classes of 2 · right / (images of the class + answers of the class), percent.
+
+    Every class counts alike, however few images it has. Classes that neither occur nor are
+    answered are left out.
+    """
+    right = torch.bincount(targets[targets == answers], minlength=num_classes)
+    both = sum(torch.bincount(found, minlength=num_classes) for found in (targets, answers))
+    there = torch.as_tensor(both) > 0
+    return 100.0 * float((2 * right.double() / both)[there].mean())
 
 
 def run_batches(
-    loader: DataLoader,
+    loader: Iterable[Any],
     call: Callable[[Tensor], tuple[Tensor, ...]],
     accelerator: Accelerator,
 ) -> Iterator[tuple[Tensor, ...]]:
@@ -187,6 +217,7 @@ def compare_answers(one: Tensor, other: Tensor) -> Change:
     )
 
 
+@check_types
 def evaluate(
     models: list[str],
     data: str,
@@ -195,9 +226,12 @@ def evaluate(
     batch_size: int = 64,
     workers: int = 2,
     crop_pct: float | None = None,
-    precision: str = "no",
+    precision: str = "float32",
     skip_unreadable: bool = False,
     output: str | None = None,
+    weights: str | None = None,
+    device: str | None = None,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Evaluate dense and sparse models on a data set: a table, and JSON.
 
@@ -209,25 +243,34 @@ def evaluate(
         batch_size: images a batch.
         workers: data loading processes.
         crop_pct: the share of the image's side that is kept; by default each model's own.
-        precision: "no" for float32, or "bf16".
+        precision: float32 or bfloat16.
         skip_unreadable: leave out and count images that cannot be read, instead of stopping.
         output: JSON file to write.
+        weights: file with a state dict of your own, for the timm names among the models:
+            safetensors or torch, also of Lightning.
+        device: such as cpu or cuda:1; by default a GPU if there is one.
+        quiet: print nothing, neither tables nor progress.
 
     Returns:
-        For each model its figures, and the images skipped.
+        For each model its figures, macro_f1 (percent), classes (their names), confusion (a row a
+        class: how many of its images are taken for each class; None for more than 1,000 classes),
+        and the images skipped.
 
     Raises:
         ValueError, FileNotFoundError: naming what is wrong with models or data.
     """
-    if not models:
-        raise ValueError("models must name at least one model, got none")
+    if isinstance(models, str) or not models:
+        raise ValueError(f"models must be a list of at least one model, got {models!r}")
     check_loading(batch_size, workers, crop_pct)
     if output:
         check_file("output", output)
-    accelerator = start_evaluation(precision)
+    takers = [name for name in models if weights is not None and is_timm_name(name)]
+    if weights is not None and not takers:
+        raise ValueError(f"weights go with a timm name among the models, got {', '.join(models)}")
+    accelerator = start_processes(precision, device)
     results: dict[str, Any] = {}
     for name in models:
-        model = load_model(name)
+        model = load_model(name, weights=weights if name in takers else None)
         images, loader = open_images(
             model,
             name,
@@ -240,168 +283,66 @@ def evaluate(
             crop_pct,
             skip_unreadable,
         )
+        silent = quiet or not accelerator.is_main_process
         with seeded(accelerator):
-            results[name] = asdict(evaluate_model(model, loader, accelerator))
+            evaluation, targets, answers = evaluate_answers(
+                model, track(loader, f"evaluating {name}", silent), accelerator
+            )
+        count = model.num_classes
+        results[name] = asdict(evaluation) | {
+            "macro_f1": macro_f1(targets, answers, count),
+            "classes": names_of_classes(images, model),
+            "confusion": count_confusion(targets, answers, count).tolist()
+            if count <= _CLASSES_WRITTEN
+            else None,
+        }
         if images.unreadable is not None:
             results[name]["unreadable"] = images.unreadable
     if accelerator.is_main_process:
-        print_evaluations(results)
         if output:
-            write_text(Path(output), json.dumps(results, indent=2) + "\n")
+            text = json.dumps(results, indent=2)
+            # A matrix has a line a row, not a line a number.
+            text = re.sub(r"\[\s+([\d\s,]+?)\s+\]", _on_one_line, text)
+            write_text(Path(output), text + "\n")
+        if not quiet:
+            print_evaluations(results)
+            for name, row in results.items():
+                if len(row["classes"]) <= _CLASSES_PRINTED:
+                    _print_confusion(name, row["classes"], row["confusion"])
     return results
 
 
-def start_evaluation(precision: str) -> Accelerator:
-    """accelerate's Accelerator, for whatever launched this process.
-
-    Raises:
-        ValueError: if the precision, or what the launcher asks for, is not supported.
-    """
-    check_precision(precision)
-    return start_processes(precision)
-
-
-@contextmanager
-def seeded(accelerator: Accelerator) -> Iterator[None]:
-    """The same random numbers each time, since random selection draws; the generators' states are
-    restored."""
-    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(0)
-        yield
-
-
-def open_images(
-    model: nn.Module,
-    model_name: str,
-    accelerator: Accelerator,
-    data: str,
-    data_dir: str | None,
-    split: str,
-    batch_size: int,
-    workers: int,
-    crop_pct: float | None,
-    skip_unreadable: bool,
-) -> tuple[ImageData, DataLoader]:
-    """A split as a model takes it: opened, checked against its classes, and a loader of it.
-
-    Arguments and errors as for `evaluate`, which has `check_loading` look at them first.
-    """
-    options: dict[str, Any] = {
-        "data_dir": data_dir,
-        "in_chans": input_size(model)[0],
-        "skip_unreadable": skip_unreadable,
-        "batch_size": batch_size,
-    }
-    images = open_data(data, split, **options)
-    known = cast(Any, backbone_of(model)).pretrained_cfg.get("label_names") or ()
-    if images.class_names is not None and set(images.class_names) < set(known):
-        images = open_data(data, split, class_names=known, **options)
-    check_classes(images.class_names, model, model_name)
-    config = resolve_input_data_config(backbone_of(model))
-    loader = create_image_loader(
-        images,
-        batch_size,
-        config if crop_pct is None else config | {"crop_pct": crop_pct},
-        training=False,
-        workers=workers,
-        device=accelerator.device,
-    )
-    return images, accelerator.prepare(loader)
-
-
-def load_pair(model: str, dense: str | None = None) -> tuple[SparseViT, nn.Module]:
-    """A sparse model, and the dense one that it is compared with.
-
-    Args:
-        model: model folder or hub id of a sparse model.
-        dense: that of a dense model, or a timm name. By default the sparse model's own backbone,
-            all tokens present.
-
-    Raises:
-        ValueError, FileNotFoundError: if there is no such model, it is not sparse (dense), or the
-            two do not take the same images or do not have the same classes.
-    """
-    sparse = load_model(model)
-    if not isinstance(sparse, SparseViT):
-        raise ValueError(f"model must be sparse, got the dense model {model}")
-    if dense is None:
-        return sparse, cast(nn.Module, sparse.backbone)
-    other = load_model(dense)
-    if isinstance(other, SparseViT):
-        raise ValueError(f"dense must be a dense model, got the sparse model {dense}")
-    configs = [resolve_input_data_config(backbone_of(item)) for item in (sparse, other)]
-    for key in ("input_size", "mean", "std"):
-        ours, theirs = (config[key] for config in configs)
-        if tuple(ours) != tuple(theirs):
-            raise ValueError(f"dense must have the {key} of {model}, {ours}, got {theirs}")
-    if sparse.num_classes != other.num_classes:
-        raise ValueError(
-            f"dense must have the {sparse.num_classes} classes of {model}, got {other.num_classes}"
-        )
-    ours, theirs = (
-        cast(Any, backbone_of(item)).pretrained_cfg.get("label_names") for item in (sparse, other)
-    )
-    if ours and theirs and list(ours) != list(theirs) and sorted(ours) == sorted(theirs):
-        raise ValueError(f"dense must have its classes in the order {ours}, got {theirs}")
-    return sparse, other
+def _on_one_line(match: re.Match[str]) -> str:
+    return "[" + " ".join(match[1].split()) + "]"
 
 
 def print_evaluations(results: dict[str, dict[str, Any]]) -> None:
     """Print a table of evaluations, one row a model."""
-    table = Table("model", "top-1 %", "top-5 %", "loss", "tokens", "GMACs", "images/s")
+    titles = {"top1": "top-1 %", "top5": "top-5 %", "macro_f1": "macro F1", "loss": "loss"}
+    given = [key for key in titles if all(key in row for row in results.values())]
+    table = make_table("model", *(titles[key] for key in given), "GMACs", "images/s")
     for name, row in results.items():
+        tokens = " → ".join(map(str, row["tokens"]))
         table.add_row(
-            name,
-            f"{row['top1']:.2f}",
-            f"{row['top5']:.2f}",
-            f"{row['loss']:.4f}",
-            " → ".join(str(count) for count in row["tokens"]),
+            cell(name) + (f"\n[dim]{tokens} tokens[/]" if tokens else ""),
+            *(f"{row[key]:.{4 if key == 'loss' else 2}f}" for key in given),
             f"{row['gmacs']:.3f}",
             f"{row['images_per_second']:.0f}",
         )
     Console().print(table)
 
 
-def check_classes(names: Sequence[str] | None, model: nn.Module, model_name: str) -> None:
-    """Raise DataError unless the data has as many classes as the model."""
-    if names is not None and len(names) != model.num_classes:
-        raise DataError(f"the data has {len(names)} classes, {model_name} has {model.num_classes}")
-
-
-def check_loading(batch_size: int, workers: int, crop_pct: float | None) -> None:
-    """Raise ValueError, which names the argument, unless images can be loaded so."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
-    if workers < 0:
-        raise ValueError(f"workers must be 0 or more, got {workers}")
-    if crop_pct is not None and not 0 < crop_pct <= 1:
-        raise ValueError(f"crop_pct must lie in (0, 1], got {crop_pct}")
-
-
-def check_precision(precision: str) -> None:
-    """Raise ValueError unless precision is one that is supported."""
-    if precision not in ("no", "bf16"):
-        raise ValueError(f"precision must be 'no' (float32) or 'bf16', got {precision!r}")
-
-
-def backbone_of(model: nn.Module) -> Backbone:
-    """The timm model inside a SparseViT, or the model itself."""
-    return cast(Backbone, model.backbone if isinstance(model, SparseViT) else model)
-
-
-def input_size(model: nn.Module) -> tuple[int, int, int]:
-    """(channels, height, width) that a model is evaluated at."""
-    channels, height, width = resolve_input_data_config(backbone_of(model))["input_size"]
-    return channels, height, width
-
-
-def token_counts(model: nn.Module) -> tuple[int, ...]:
-    """Patch tokens present at the start and after each stage; none for a model without patches."""
-    patches = getattr(getattr(backbone_of(model), "patch_embed", None), "num_patches", None)
-    if patches is None:
-        return ()
-    return (patches, *(model.schedule.counts(patches) if isinstance(model, SparseViT) else ()))
+def _print_confusion(name: str, classes: Sequence[str], confusion: list[list[int]]) -> None:
+    table = make_table("class", *map(str, range(1, len(classes) + 1)))
+    for index, (label, row) in enumerate(zip(classes, confusion, strict=True)):
+        # What is right, on the diagonal, stands out.
+        cells = [f"[bold]{n}[/]" if at == index else str(n) for at, n in enumerate(row)]
+        table.add_row(f"{index + 1} {cell(label)}", *cells)
+    console = Console()
+    console.print(
+        f"{plain(name)}: images of each class (row), by the class they are taken for", markup=False
+    )
+    console.print(table)
 
 
 def _wait(device: torch.device) -> None:

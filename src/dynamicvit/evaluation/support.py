@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import difflib
+import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from huggingface_hub import hf_hub_download
+from rich.console import Console
 from timm.models import is_model_in_modules
+from torch import nn
 
-from dynamicvit.core.backbone import UnsupportedBackbone, check_backbone
+from dynamicvit.core.backbones import UnsupportedBackbone, adapter_of
 from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.schedule import KeepSchedule
-from dynamicvit.io.files import write_text
+from dynamicvit.evaluation.console import cell, make_table, track
+from dynamicvit.io.arguments import check_types
+from dynamicvit.io.files import check_file, write_text
+from dynamicvit.io.folder import CONFIG
+from dynamicvit.io.hub import offline_if_unreachable, one_line
+from dynamicvit.io.load import is_hub_id
+from dynamicvit.models.names import BACKBONES
 
 # timm's modules that build on VisionTransformer or Eva, or on something near; and ours.
 MODULES = (
@@ -76,7 +88,7 @@ def check(name: str, keep_ratio: float = 0.7) -> Support:
     model = build_on_meta(name)
     family = type(model).__name__
     try:
-        check_backbone(model)
+        adapter_of(model)
     except UnsupportedBackbone as error:
         return Support(name, family, str(error).partition(" is not supported: ")[2])
     config = timm.data.resolve_input_data_config(model)
@@ -93,62 +105,115 @@ def check(name: str, keep_ratio: float = 0.7) -> Support:
         None,
         size,
         (patches, *schedule.counts(patches)),
-        sum(parameter.numel() for parameter in model.parameters()) / 1e6,
+        _count_parameters(model) / 1e6,
         count_gmacs(model, size),
         count_gmacs(sparse, size),
     )
 
 
+@check_types
 def models(
-    filter: str = "*", /, keep_ratio: float = 0.7, output: str | None = None
+    filter: str = "*", /, keep_ratio: float = 0.7, output: str | None = None, quiet: bool = False
 ) -> list[Support]:
     """List the timm models that can be made sparse: parameters, and GMACs dense and pruned.
 
     Args:
-        filter: a wildcard on timm's names, such as "deit*".
+        filter: a wildcard on timm's names, such as "deit*", or the hub id of a timm model. If it
+            is no plain transformer, an error says why and what is near.
         keep_ratio: for which to count; of three evenly spaced stages.
         output: Markdown file to write the table to, with what is not supported and why.
+        quiet: print nothing, neither table nor progress.
 
     Returns:
         What was found, in the order of names.
 
     Raises:
-        ValueError: if no name matches, or keep_ratio is not in (0, 1].
+        ValueError: if no name matches, saying why, or keep_ratio is not in (0, 1].
     """
-    from rich.console import Console  # importing the package stays cheap
-    from rich.progress import track
-    from rich.table import Table
-
-    matching = names(filter)
-    if not matching:
-        raise ValueError(f"filter must match a plain transformer of timm's, got {filter!r}")
-    found = [
-        check(name, keep_ratio)
-        for name in track(matching, "counting", console=Console(stderr=True), transient=True)
-    ]
-    header = (
-        "model",
-        "image",
-        "tokens",
-        "M parameters",
-        "GMACs",
-        f"GMACs at {keep_ratio}",
-        "saved",
-    )
-    table = Table(*header)
+    if not 0 < keep_ratio <= 1:
+        raise ValueError(f"keep_ratio must lie in (0, 1], got {keep_ratio}")
+    if output:
+        check_file("output", output)
+    matching = _find(filter)
+    found = [check(name, keep_ratio) for name in track(matching, "counting", quiet)]
+    if output:
+        write_text(Path(output), _markdown(filter, keep_ratio, found))
+    if quiet:
+        return found
+    # Names stay whole, so that they can be copied; --output has images and tokens too.
+    table = make_table("model", "million", "GMACs", f"at {keep_ratio}", "saved")
     for item in found:
         if item.reason is None:
-            table.add_row(*_row(item))
-    # Names stay whole, so that they can be copied: a narrow screen wraps lines by itself.
-    console = Console(width=max(Console().width, 140))
+            table.add_row(cell(item.name), *_row(item)[3:])
+    console = Console()
     console.print(table)
     refused = [item for item in found if item.reason is not None]
     console.print(f"{len(found) - len(refused)} models; not supported: {len(refused)}")
     for item in refused:
-        console.print(f"  {item.name}: {item.reason}")
-    if output:
-        write_text(Path(output), _markdown(filter, header, found))
+        console.print(f"  {item.name}: {item.reason}", markup=False, highlight=False)
     return found
+
+
+def _find(filter: str) -> list[str]:
+    """The names that are meant: those that match, or the architecture of a hub id, or of one of
+    timm's names of weights ("vit_small_patch16_224.augreg_in1k").
+
+    Raises:
+        ValueError: if there is none, saying why and what is near.
+    """
+    name = _architecture(filter) if is_hub_id(filter) else filter
+    base = name.partition(".")[0]
+    matching = names(filter) or names(base)
+    if matching:
+        return matching
+    start = f"filter must match a plain transformer of timm's, got {filter!r}"
+    if timm.is_model(base):
+        model = build_on_meta(base)
+        try:
+            adapter_of(model)
+        except UnsupportedBackbone as error:
+            raise ValueError(f"{start}: {error}; near in size: {_near_in_size(model)}") from error
+    others = timm.list_models(name)
+    if others:
+        some = ", ".join(others[:3])
+        raise ValueError(f"{start}: {len(others)} models of other kinds do, such as {some}")
+    near = [item for item in names() if base in item][:3]
+    near = near or difflib.get_close_matches(base, names(), n=3, cutoff=0.5)
+    raise ValueError(f"{start}; near: {', '.join(near) or 'none, `dynamicvit models` lists all'}")
+
+
+def _architecture(hub_id: str) -> str:
+    """timm's name of the model that a hub id holds.
+
+    Raises:
+        ValueError: if it is none of timm's, or not reached.
+    """
+    start = f"filter must be timm's name or the hub id of a timm model, got {hub_id!r}"
+    try:
+        with offline_if_unreachable():
+            config = json.loads(Path(hf_hub_download(hub_id, CONFIG)).read_text(encoding="utf-8"))
+        found = config.get("architecture")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{start}: {one_line(error)}") from error
+    if not isinstance(found, str):
+        kind = config.get("model_type")
+        near = [name for name in names() if hub_id.split("/")[1].replace("-", "_") in name][:3]
+        raise ValueError(
+            f"{start}, whose {CONFIG} is of another library (model type {kind!r}); near: "
+            + (", ".join(near) or "timm's own on the hub, which are called timm/…")
+        )
+    return found
+
+
+def _near_in_size(model: nn.Module) -> str:
+    """The names of the two models of `BACKBONES` with most nearly as many parameters."""
+    size = _count_parameters(model)
+    sizes = {name: _count_parameters(build_on_meta(name)) for name in BACKBONES}
+    return ", ".join(sorted(sizes, key=lambda name: abs(math.log(sizes[name] / size)))[:2])
+
+
+def _count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _row(item: Support) -> tuple[str, ...]:
@@ -163,7 +228,16 @@ def _row(item: Support) -> tuple[str, ...]:
     )
 
 
-def _markdown(filter: str, header: tuple[str, ...], found: list[Support]) -> str:
+def _markdown(filter: str, keep_ratio: float, found: list[Support]) -> str:
+    header = (
+        "model",
+        "image",
+        "tokens",
+        "M parameters",
+        "GMACs",
+        f"GMACs at {keep_ratio}",
+        "saved",
+    )
     supported = [item for item in found if item.reason is None]
     refused = [item for item in found if item.reason is not None]
     lines = [

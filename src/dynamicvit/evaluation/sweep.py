@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,27 +12,25 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.schedule import KeepSchedule
+from dynamicvit.evaluation.console import make_table, track
+from dynamicvit.evaluation.data import check_labels
 from dynamicvit.evaluation.environment import environment
-from dynamicvit.evaluation.evaluate import (
-    Change,
-    check_labels,
+from dynamicvit.evaluation.evaluate import Change, compare_answers, run_batches
+from dynamicvit.evaluation.launch import start_processes
+from dynamicvit.evaluation.setup import (
     check_loading,
-    compare_answers,
     input_size,
     load_pair,
     open_images,
-    run_batches,
     seeded,
-    start_evaluation,
 )
 from dynamicvit.evaluation.timing import Speed, compare_speed
+from dynamicvit.io.arguments import check_types
 from dynamicvit.io.files import check_file, check_folder, write_text
 from dynamicvit.io.folder import save_folder
 
@@ -62,6 +60,7 @@ class Point:
     speed: Speed | None = None
 
 
+@check_types
 def sweep(
     model: str,
     /,
@@ -79,12 +78,14 @@ def sweep(
     batch_size: int = 64,
     workers: int = 2,
     crop_pct: float | None = None,
-    precision: str = "no",
+    precision: str = "float32",
     skip_unreadable: bool = False,
     output: str | None = None,
     save: str | None = None,
+    device: str | None = None,
+    quiet: bool = False,
 ) -> dict[str, Any]:
-    """Find the keep ratio to use: a trained sparse model's accuracy and cost at several of them.
+    """Find the keep ratio to use: accuracy and cost of a trained sparse model at several.
 
     Nothing is trained: the weights stay, the schedule changes. Each accuracy is compared with the
     dense model's on the same images, and how sure the difference is stands beside it.
@@ -115,10 +116,12 @@ def sweep(
         batch_size: images a batch.
         workers: data loading processes.
         crop_pct: the share of the image's side that is kept; by default the model's own.
-        precision: "no" for float32, or "bf16".
+        precision: float32 or bfloat16.
         skip_unreadable: leave out and count images that cannot be read, instead of stopping.
         output: JSON file to write.
         save: folder to write the recommended model to, ready for use.
+        device: such as cpu or cuda:1; by default a GPU if there is one.
+        quiet: print nothing, neither tables nor progress.
 
     Returns:
         What the JSON file holds: dense, points (one a schedule), the recommended one, or None.
@@ -143,7 +146,7 @@ def sweep(
         check_file("output", output)
     if save:
         check_folder("save", save)
-    accelerator = start_evaluation(precision)
+    accelerator = start_processes(precision, device)
     sparse, reference = load_pair(model, dense)
     schedules = list_schedules(sparse, keep_ratios, blocks, ratios)
     images, loader = open_images(
@@ -158,13 +161,15 @@ def sweep(
         crop_pct,
         skip_unreadable,
     )
+    silent = quiet or not accelerator.is_main_process
     with seeded(accelerator):
-        found = evaluate_schedules(sparse, reference, schedules, loader, accelerator)
+        batches = track(loader, f"evaluating {len(schedules)} schedules", silent)
+        found = evaluate_schedules(sparse, reference, schedules, batches, accelerator)
     count, top1, points = found
     if not accelerator.is_main_process:
         seconds = 0.0
     if seconds:
-        points = _time(sparse, reference, points, batch_size, seconds, precision)
+        points = _time(sparse, reference, points, batch_size, seconds, precision, silent)
     chosen = choose(points, max_loss, max_gmacs, sure)
     result = {
         "model": model,
@@ -186,38 +191,15 @@ def sweep(
     if images.unreadable is not None:
         result["unreadable"] = images.unreadable
     if accelerator.is_main_process:
-        _print(Console(), result, points, chosen)
+        if not quiet:
+            _print(Console(), result, points, chosen)
         if output:
             write_text(Path(output), json.dumps(result, indent=2) + "\n")
         if save and chosen is not None:
-            save_folder(reschedule(sparse, chosen.schedule), save)
+            save_folder(sparse.at(schedule=chosen.schedule), save)
     if save and chosen is None:
         raise ValueError(f"save needs a schedule within the budget, and none is, got {save!r}")
     return result
-
-
-def reschedule(model: SparseViT, schedule: KeepSchedule) -> SparseViT:
-    """The same weights, not copied, with another schedule.
-
-    Args:
-        model: whose scorers serve.
-        schedule: at blocks that the model prunes before, each with its scorer; or at as many other
-            blocks, which take the scorers in order.
-
-    Raises:
-        ValueError: if the schedule's blocks are neither, or do not fit the backbone.
-    """
-    own = model.schedule.blocks
-    if set(schedule.blocks) <= set(own):
-        scorers = [model.scorers[own.index(block)] for block in schedule.blocks]
-    elif len(schedule.blocks) == len(own):
-        scorers = list(model.scorers)
-    else:
-        raise ValueError(
-            f"blocks must be some of {own}, where the model has scorers, or {len(own)} others, "
-            f"got {schedule.blocks}"
-        )
-    return SparseViT(model.backbone, schedule, scorers)
 
 
 def list_schedules(
@@ -250,7 +232,7 @@ def list_schedules(
             *(shares for shares in ratios or () if len(shares) == len(place)),
         ):
             schedule = KeepSchedule(place, tuple(shares))
-            reschedule(model, schedule)  # refuses what does not fit
+            model.at(schedule=schedule)  # refuses what does not fit
             found.setdefault(_key(schedule, num_tokens), schedule)
     return list(found.values())
 
@@ -260,14 +242,14 @@ def evaluate_schedules(
     model: SparseViT,
     dense: nn.Module,
     schedules: Sequence[KeepSchedule],
-    loader: DataLoader,
+    loader: Iterable[Any],
     accelerator: Accelerator | None = None,
 ) -> tuple[int, float, list[Point]]:
     """Run a dense model and schedules of a sparse one over the same images, read once.
 
     Args:
         model, dense: moved to the accelerator's device, in eval mode.
-        schedules: each as `reschedule` takes it.
+        schedules: each as `SparseViT.at` takes it.
         loader: of normalised images and class indices.
         accelerator: device, precision and processes; by default accelerate's choice of device.
 
@@ -281,7 +263,7 @@ def evaluate_schedules(
     accelerator = accelerator or Accelerator()
     model = model.to(accelerator.device).eval()
     dense = dense.to(accelerator.device).eval()
-    candidates = [dense, *(reschedule(model, schedule) for schedule in schedules)]
+    candidates = [dense, *(model.at(schedule=schedule) for schedule in schedules)]
 
     def classify(inputs: Tensor) -> tuple[Tensor, ...]:
         return (torch.stack([item(inputs).argmax(dim=-1) for item in candidates], dim=1),)
@@ -343,11 +325,12 @@ def _time(
     batch_size: int,
     seconds: float,
     precision: str,
+    quiet: bool,
 ) -> list[Point]:
     fused = model.fuse()
     timed = []
-    for point in points:
-        pruned = reschedule(fused, point.schedule)
+    for point in track(points, "timing schedules", quiet):
+        pruned = fused.at(schedule=point.schedule)
         [speed] = compare_speed(dense, pruned, input_size(model), (batch_size,), seconds, precision)
         timed.append(replace(point, speed=speed))
     return timed
@@ -383,32 +366,28 @@ def _print(
     dense, images = result["dense"], result["images"]
     places = len({point.schedule.blocks for point in points}) > 1
     timed = points[0].speed is not None
-    # Narrow enough for a terminal of 80 characters; the JSON file has the rest.
-    table = Table("keep")
-    titles = ["top-1", "points", "95%", "lost, won", "GMACs", "fewer", "images/s"]
-    for title in titles if timed else titles[:-1]:
-        table.add_column(title, no_wrap=True)
+    table = make_table(
+        "keep", "top-1 %", "points lost (95%)", "GMACs", "fewer", *(["speed-up"] if timed else ())
+    )
     for point in points:
-        change, speed = point.change, point.speed
-        low, high = change.interval
+        low, high = point.change.interval
         row = [
             ("• " if point.frontier else "  ") + _describe(point.schedule, places),
             f"{point.top1:.2f}",
-            f"{-change.points_lost + 0.0:+.2f}",
-            f"{-high:+.1f} to {-low:+.1f}",
-            f"{change.right_to_wrong}, {change.wrong_to_right}",
+            f"{point.change.points_lost:.2f} ({low:.1f} to {high:.1f})",
             f"{point.gmacs:.3f}",
             f"{_fewer(point, result):.1f}%",
         ]
-        if speed is not None:
-            row.append(f"{speed.sparse:.0f}, {speed.speed_up:.2f}×")
+        if point.speed is not None:
+            row.append(f"{point.speed.speed_up:.2f}×")
         table.add_row(*row, style="bold" if point == chosen else None)
     console.print(table)
     of = "" if dense["model"] else " (the model's own backbone with all tokens; --dense: another)"
     console.print(
-        f"dense{of}: top-1 {dense['top1']:.2f}% of {images} images, {dense['gmacs']:.3f} GMACs; "
-        "points: against dense, and what is likely for other images; lost, won: images that dense "
-        "alone, or pruned alone, gets right; •: no other is as accurate for less"
+        f"dense{of}: top-1 {dense['top1']:.2f}% of {images} images, {dense['gmacs']:.3f} GMACs\n"
+        "points lost: against dense, below 0 where pruned is better; in brackets, what is likely "
+        "for other images\n"
+        "•: no other is as accurate for less"
     )
     console.print(_recommendation(result, points, chosen), style="bold")
 

@@ -40,7 +40,7 @@ def compare_speed(
     input_size: tuple[int, int, int],
     batch_sizes: Sequence[int] = (1, 8, 32),
     seconds: float = 4.0,
-    precision: str = "no",
+    precision: str = "float32",
 ) -> list[Speed]:
     """Time two models in turn, A B B A …, so that a drifting machine cannot favour one.
 
@@ -49,14 +49,16 @@ def compare_speed(
         input_size: (channels, height, width).
         batch_sizes: images a call, one result each.
         seconds: spent on each batch size, at least; at least 7 rounds are run.
-        precision: "no" for float32, "bf16" for autocast to bfloat16; the same for both.
+        precision: "float32", or "bfloat16" for autocast; the same for both.
     """
     models = (dense, sparse)
     modes = [model.training for model in models]
     for model in models:
         model.eval()
     device = next(dense.parameters()).device
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
+    autocast = partial(
+        torch.autocast, device.type, torch.bfloat16, enabled=precision in ("bf16", "bfloat16")
+    )
 
     def repeat(model: nn.Module, calls: int) -> Engine:
         def run(images: Tensor) -> None:

@@ -1,14 +1,16 @@
-"""Files that are whole or not there."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 
 def check_folder(name: str, folder: str | Path) -> None:
@@ -30,8 +32,11 @@ def check_file(name: str, file: str | Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path`: to a temporary name first, then renamed."""
-    write_bytes(path, text.encode())
+    """Write `text` to `path` as UTF-8: to a temporary name first, then renamed.
+
+    File names that are not UTF-8, which Python holds with surrogates, are written as their bytes.
+    """
+    write_bytes(path, text.encode(errors="surrogateescape"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -53,14 +58,38 @@ def written_whole(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, to write to; moved there at the end, or removed on an error.
 
     Folders that are absent are made.
+
+    Raises:
+        OSError: naming `path`, if it cannot be written (no space left, no permission).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with name_in_errors(path, temporary):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def name_in_errors(path: Path, *temporary: Path) -> Iterator[None]:
+    """Make errors of writing name `path`: a full disk's name no file, others a temporary one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None and Path(error.filename) not in temporary:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    except (SafetensorError, RuntimeError) as error:
+        # What safetensors and torch make of an error of the system.
+        if isinstance(error.__context__, OSError):
+            code, text = error.__context__.errno, error.__context__.strerror
+        elif match := re.search(r"I/O error: (.*) \(os error (\d+)\)", str(error)):
+            code, text = int(match[2]), match[1]
+        else:
+            raise
+        raise OSError(code, text, str(path)) from error
 
 
 def read_checkpoint(path: Path, format_name: str) -> dict[str, Any]:

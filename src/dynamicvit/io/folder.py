@@ -1,7 +1,4 @@
-"""Writing a model as a folder: `config.json` (timm's own format) and `model.safetensors`.
-
-`dynamicvit.io.released` reads it.
-"""
+"""A model as a folder: `config.json` (timm's own format) and `model.safetensors`."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +15,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
-from torch import Tensor, nn
+from torch import nn
 
-from dynamicvit.core.baselines import check_scorer, scorer_name
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.schedule import KeepSchedule
+from dynamicvit.core.selectors import check_name, name_of
+from dynamicvit.io.files import name_in_errors
+from dynamicvit.io.weights import load_strictly
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -36,7 +35,7 @@ def save_folder(
     """Write a dense timm model or a SparseViT to `folder`, whole or not at all.
 
     `config.json` holds architecture, preprocessing, class names and, for a SparseViT, the schedule
-    and what decides (`dynamicvit.core.baselines.SCORERS`).
+    and what decides (`dynamicvit.core.selectors.SELECTORS`).
     A dense folder is one that `timm.create_model("local-dir:…", pretrained=True)` reads too.
 
     Args:
@@ -49,6 +48,8 @@ def save_folder(
     Raises:
         TypeError, ValueError: if the model cannot be described, or the names do not fit it.
     """
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"folder must be a path, got {folder!r}")
     schedule = getattr(model, "schedule", None)
     backbone: Any = model if schedule is None else model.backbone
     cfg = getattr(backbone, "pretrained_cfg", None)
@@ -58,7 +59,7 @@ def save_folder(
             f"got {type(backbone).__name__} without an architecture name"
         )
     scorers: Any = getattr(model, "scorers", ())
-    scorer = scorer_name(scorers)
+    scorer = name_of(scorers)
     if schedule is not None and scorer is None:
         kinds = ", ".join(dict.fromkeys(type(module).__name__ for module in scorers))
         raise TypeError(
@@ -87,14 +88,16 @@ def save_folder(
     # Written beside the target, then moved: an interrupted or failed save leaves no half model.
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        save_config_for_hf(backbone, str(temporary / CONFIG), model_config=extra)
+        with name_in_errors(target / CONFIG, temporary / CONFIG):
+            save_config_for_hf(backbone, str(temporary / CONFIG), model_config=extra)
         tensors = {
             key: (value.to(dtype) if dtype and value.is_floating_point() else value)
             .contiguous()
             .cpu()
             for key, value in model.state_dict().items()
         }
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        with name_in_errors(target / WEIGHTS, temporary / WEIGHTS):
+            save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         target.mkdir(exist_ok=True)
         # Without its config a folder is refused, so a kill in between leaves no mixed model.
         (target / CONFIG).unlink(missing_ok=True)
@@ -112,10 +115,17 @@ def load_folder(folder: str | os.PathLike[str]) -> nn.Module:
 
     Raises:
         FileNotFoundError: if the folder or one of its two files is missing.
-        ValueError: if a file is damaged or the two do not fit, saying what is wrong where.
+        ValueError: if a file is damaged or the two do not fit, saying what is wrong where; or if
+            torch's default device is "meta".
     """
+    if torch.get_default_device().type == "meta":
+        raise ValueError("the default device must hold values to load weights, got 'meta'")
     folder = Path(folder)
-    if not folder.is_dir():
+    try:
+        exists = folder.is_dir()
+    except (OSError, ValueError):  # such as a name that is too long
+        exists = False
+    if not exists:
         raise FileNotFoundError(f"no model folder at {folder}")
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -139,7 +149,7 @@ def load_folder(folder: str | os.PathLike[str]) -> nn.Module:
             raise ValueError(f"{where}: 'dynamicvit' must hold blocks and ratios, got {sparse!r}")
         try:
             scorer = sparse.get("scorer", "learned")  # older folders do not name it
-            check_scorer(scorer)
+            check_name(scorer)
             model = SparseViT(model, KeepSchedule(sparse["blocks"], sparse["ratios"]), scorer)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from error
@@ -149,33 +159,3 @@ def load_folder(folder: str | os.PathLike[str]) -> nn.Module:
         raise ValueError(f"{folder / WEIGHTS} is damaged or not safetensors: {error}") from error
     load_strictly(model, tensors, str(folder / WEIGHTS))
     return model.eval()
-
-
-def load_strictly(
-    model: nn.Module,
-    tensors: dict[str, Tensor],
-    source: str,
-    name: Callable[[str], str] = str,
-) -> None:
-    """Load weights, or raise ValueError listing every key that does not match, named by `name`."""
-    check_weights(model, tensors, source, name)
-    model.load_state_dict(tensors)
-
-
-def check_weights(
-    model: nn.Module,
-    tensors: dict[str, Tensor],
-    source: str,
-    name: Callable[[str], str] = str,
-) -> None:
-    """Raise ValueError listing every key of `tensors` that does not match the model's."""
-    expected = model.state_dict()
-    problems = [f"missing {name(key)}" for key in expected if key not in tensors]
-    problems += [f"unexpected {name(key)}" for key in tensors if key not in expected]
-    problems += [
-        f"{name(key)} has shape {tuple(tensors[key].shape)}, expected {tuple(value.shape)}"
-        for key, value in expected.items()
-        if key in tensors and tensors[key].shape != value.shape
-    ]
-    if problems:
-        raise ValueError(f"{source} does not fit the model: " + "; ".join(problems))

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import socket
 import tempfile
-from collections.abc import Sequence
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 # timm imports the hub's client by itself, so here it is no further dependency and costs nothing.
-from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub import HfApi, ModelCardData, constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from timm.data import resolve_input_data_config
 
@@ -59,8 +64,7 @@ def push_to_hub(
     Raises:
         TypeError, ValueError: if `repo_id` is malformed, the model cannot be saved, or the names do
             not fit it; nothing has been created on the hub then.
-        huggingface_hub.errors.HfHubHTTPError, OSError: the hub's own, if it refuses or is not
-            reached.
+        OSError: on one line, if the hub refuses or is not reached; from the hub's own error.
     """
     if not isinstance(repo_id, str):
         raise TypeError(f"repo_id must be a string 'owner/name', got {repo_id!r}")
@@ -75,15 +79,60 @@ def push_to_hub(
         save_folder(model, folder, class_names)
         card = _model_card(model, repo_id)
         api = HfApi(token=token, library_name="dynamicvit")
-        repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        if not api.file_exists(repo_id, _CARD):  # its owner may have written in the one there is
-            (folder / _CARD).write_text(card, encoding="utf-8")
-        api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=commit_message or "Upload a model made with dynamicvit",
-        )
+        try:
+            with offline_if_unreachable():
+                repo = api.create_repo(repo_id, private=private, exist_ok=True)
+                if not api.file_exists(repo_id, _CARD):  # its owner may have written in it
+                    (folder / _CARD).write_text(card, encoding="utf-8")
+                api.upload_folder(
+                    repo_id=repo_id,
+                    folder_path=folder,
+                    commit_message=commit_message or "Upload a model made with dynamicvit",
+                )
+        except Exception as error:  # the client's HTTP library has its own, another from 1 to 2
+            raise OSError(f"cannot upload to {repo_id}: {one_line(error)}") from error
     return str(repo)
+
+
+@contextmanager
+def offline_if_unreachable(asked: bool = True) -> Iterator[None]:
+    """Have the hub's client take its cache alone while the hub cannot be reached.
+
+    By itself it tries again for a minute.
+
+    Args:
+        asked: whether the hub will be asked at all.
+    """
+    before = constants.HF_HUB_OFFLINE
+    if asked and not before and not _reachable():
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _reachable() -> bool:
+    if urllib.request.getproxies():  # a proxy knows names that this machine does not
+        return True
+    address = urlsplit(constants.ENDPOINT)
+    port = address.port or (80 if address.scheme == "http" else 443)
+    try:
+        socket.create_connection((address.hostname or "", port), timeout=5.0).close()
+    except OSError:
+        return False
+    return True
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message on one line; that the hub cannot be reached, in few words."""
+    texts = [str(item) for item in (error, error.__cause__, error.__context__) if item is not None]
+    offline = ("offline mode is enabled", "outgoing traffic has been disabled")
+    if isinstance(error, LocalEntryNotFoundError) or any(
+        phrase in text for text in texts for phrase in offline
+    ):
+        return "the Hugging Face Hub cannot be reached (or HF_HUB_OFFLINE is set)"
+    return " ".join(texts[0].split()) or type(error).__name__
 
 
 def _model_card(model: SparseViT, repo_id: str) -> str:

@@ -1,6 +1,11 @@
-"""Opened pictures, in the form that a model of so many channels takes."""
+"""Image files: finding them, and opened pictures in the form that a model takes."""
 
 from __future__ import annotations
+
+import glob
+import os
+import stat
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -27,3 +32,44 @@ def convert_image(image: Image.Image, mode: str) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert(mode)
+
+
+def find_images(names: Sequence[str]) -> list[str]:
+    """The image files that are meant, in order, each once.
+
+    Args:
+        names: files, folders (their images and those of folders in them, as told by
+            `IMAGE_SUFFIXES`) and patterns such as "photos/*.jpg".
+
+    Raises:
+        TypeError: if `names` is no sequence of strings.
+        ValueError: if a folder or a pattern has no image.
+    """
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"images must be a list of names, got {names!r}")
+    found: list[str] = []
+    for name in names:
+        if os.path.isdir(name):
+            files = [
+                os.path.join(folder, file) for folder, _, some in os.walk(name) for file in some
+            ]
+            files = sorted(file for file in files if file.lower().endswith(IMAGE_SUFFIXES))
+        elif glob.has_magic(name) and not os.path.exists(name):
+            files = sorted(file for file in glob.glob(name, recursive=True) if os.path.isfile(file))
+        else:
+            files = [name]
+        if not files:
+            raise ValueError(f"images must be files, folders or patterns, got none in {name!r}")
+        found += files
+    return list(dict.fromkeys(found))
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError if a path is a pipe, a socket or a device, which would be waited for.
+
+    Raises:
+        FileNotFoundError: if there is nothing of this name.
+    """
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise ValueError("it is not a regular file")

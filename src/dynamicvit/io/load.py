@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
 
+from dynamicvit.core.model import SparseViT
 from dynamicvit.io.folder import CONFIG, WEIGHTS, load_folder
+from dynamicvit.io.hub import offline_if_unreachable, one_line
+from dynamicvit.io.weights import find_weights, load_strictly
 
 
-def load(folder_or_hub_id: str | os.PathLike[str]) -> nn.Module:
+def load(folder_or_hub_id: str | os.PathLike[str]) -> SparseViT:
     """Load a saved model, ready to classify: `dynamicvit.load(...)(images)`.
 
     Args:
@@ -23,51 +26,110 @@ def load(folder_or_hub_id: str | os.PathLike[str]) -> nn.Module:
             ("owner/name") holding the same two files.
 
     Returns:
-        A SparseViT, or the dense timm model if the folder holds one; float32, in eval mode.
+        The model; float32, in eval mode. A folder that holds a dense model gives that timm model,
+        whatever the annotation says; typed code uses `dynamicvit.io.load.load_model` for it.
 
     Raises:
-        FileNotFoundError: if there is no such folder, or it lacks a file.
+        FileNotFoundError: if there is no such folder, it lacks a file, or the hub has no such model
+            or is not reached.
+        TypeError: if the argument is no path.
         ValueError: if a file is damaged or does not fit, saying what is wrong where.
     """
-    path = Path(folder_or_hub_id)
-    hub_id = str(folder_or_hub_id)
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id) or hub_id.startswith("."):
+    return cast(SparseViT, _load(folder_or_hub_id))
+
+
+def _load(folder_or_hub_id: str | os.PathLike[str]) -> nn.Module:
+    if not isinstance(folder_or_hub_id, str | os.PathLike):
+        raise TypeError(f"folder_or_hub_id must be a path or a hub id, got {folder_or_hub_id!r}")
+    path, hub_id = Path(folder_or_hub_id), str(folder_or_hub_id)
+    if _exists(path) or not is_hub_id(hub_id):
         return load_folder(path)
     try:
-        return load_folder(snapshot_download(hub_id, allow_patterns=[CONFIG, WEIGHTS]))
+        with offline_if_unreachable():
+            return load_folder(snapshot_download(hub_id, allow_patterns=[CONFIG, WEIGHTS]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
-            f"no folder {hub_id!r} here, and the hub has no such model or cannot be reached: "
-            f"{error}"
+            f"no folder {hub_id!r} here, and nothing from the hub: {one_line(error)}"
         ) from error
 
 
-def load_model(name: str, pretrained: bool = True, **model_kwargs: Any) -> Any:
+def is_timm_name(name: str) -> bool:
+    """Whether a model's name is one of timm's, and no folder here has it."""
+    return timm.is_model(name) and not _exists(Path(name))
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form "owner/name"."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".")
+
+
+def load_model(
+    name: str, pretrained: bool = True, weights: str | None = None, **model_kwargs: Any
+) -> Any:
     """A model folder, a hub id "owner/name", or a timm model.
 
     Args:
         name: what to load.
         pretrained: for a timm name: load timm's pretrained weights.
+        weights: for a timm name: file with a state dict to load instead (safetensors or torch; of
+            timm, Lightning and others, see `find_weights`). The model gets as many classes as the
+            file's head has; if `model_kwargs` say another `num_classes`, a new head of so many.
         model_kwargs: for a timm name: passed to `timm.create_model`.
 
     Raises:
         FileNotFoundError, ValueError: if nothing of that name exists, or it cannot be loaded.
     """
-    if not timm.is_model(name) or Path(name).exists():
-        if "/" not in name and not Path(name).exists():
-            close = timm.list_models(f"*{name}*")[:3]
+    if not isinstance(name, str):
+        raise TypeError(f"model must be a folder, a hub id or a timm name, got {name!r}")
+    if not is_timm_name(name):
+        if "/" not in name and not _exists(Path(name)):
+            close = timm.list_models(f"*{name}*")[:3] if name else ()
             hint = f"; did you mean {', '.join(close)}?" if close else ""
             raise ValueError(f"model must be a folder, a hub id or a timm name, got {name!r}{hint}")
+        if weights is not None:
+            raise ValueError(f"weights go with a timm name, not with {name}, got {weights}")
         if model_kwargs:
             raise ValueError(f"model_kwargs are for timm names, not for {name}: got {model_kwargs}")
-        return load(name)
+        return _load(name)
+    if weights is not None:
+        return _load_weights(name, weights, model_kwargs)
+    return _create(name, pretrained, model_kwargs)
+
+
+def _create(name: str, pretrained: bool, model_kwargs: dict[str, Any]) -> Any:
     try:
-        model: Any = timm.create_model(name, pretrained=pretrained, **model_kwargs)
+        with offline_if_unreachable(pretrained):
+            model: Any = timm.create_model(name, pretrained=pretrained, **model_kwargs)
     except (TypeError, AssertionError, RuntimeError, OSError) as error:
         raise ValueError(
-            f"timm cannot create {name!r} (pretrained={pretrained}): {error}"
+            f"timm cannot create {name!r} (pretrained={pretrained}): {one_line(error)}"
         ) from error
     if not pretrained:  # these describe timm's weights, which this model does not have
         for key in ("tag", "license", "origin_url", "paper_ids", "paper_name", "notes"):
             model.pretrained_cfg.pop(key, None)
     return model
+
+
+def _load_weights(name: str, weights: str, model_kwargs: dict[str, Any]) -> Any:
+    model = _create(name, False, model_kwargs)
+    tensors = find_weights(weights, model.state_dict())
+    asked = model_kwargs.get("num_classes")
+    classifier = model.pretrained_cfg.get("classifier") or "head"
+    head = classifier if isinstance(classifier, str) else classifier[0]
+    if f"{head}.weight" in tensors:
+        found = len(tensors[f"{head}.weight"])
+    else:  # a backbone alone serves whoever asks for a new head
+        found = model.num_classes if asked is None else 0
+    if found != model.num_classes:
+        model = _create(name, False, model_kwargs | {"num_classes": found})
+    load_strictly(model, tensors, str(weights))
+    if asked is not None and asked != found:
+        model.reset_classifier(asked)
+    return model.eval()
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # such as a name that is too long, or with a null in it
+        return False

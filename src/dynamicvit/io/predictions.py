@@ -18,7 +18,7 @@ from timm.data import (
 )
 from torch import Tensor, nn
 
-from dynamicvit.io.images import MODES, convert_image
+from dynamicvit.io.images import MODES, check_regular, convert_image
 
 ImageSource = str | os.PathLike[str] | Image.Image
 
@@ -72,10 +72,7 @@ def predict(
         ValueError: if an image cannot be read, `top_k` is below 1, or the model gives no classes.
         TypeError: naming the argument of a wrong type.
     """
-    if isinstance(top_k, bool) or not isinstance(top_k, int):
-        raise TypeError(f"top_k must be an integer, got {top_k!r}")
-    if top_k < 1:
-        raise ValueError(f"top_k must be 1 or more, got {top_k}")
+    check_top_k(top_k)
     sources = check_sources(image)
     names = class_names(model)
     found: list[list[Prediction]] = []
@@ -84,19 +81,27 @@ def predict(
     return found[0] if _is_source(image) else found
 
 
-def check_sources(image: Any) -> dict[str, ImageSource]:
-    """What to call each picture in an error → the picture.
+def check_top_k(top_k: Any) -> None:
+    """Raise TypeError or ValueError unless so many classes can be given."""
+    if isinstance(top_k, bool) or not isinstance(top_k, int):
+        raise TypeError(f"top_k must be an integer, got {top_k!r}")
+    if top_k < 1:
+        raise ValueError(f"top_k must be 1 or more, got {top_k}")
+
+
+def check_sources(image: Any, name: str = "image") -> dict[str, ImageSource]:
+    """What to call each picture in an error, after the argument's name → the picture.
 
     Raises:
         TypeError: if `image` is neither a picture nor a sequence of pictures.
     """
     if _is_source(image):
-        return {"image": image}
+        return {name: image}
     if not isinstance(image, Sequence) or isinstance(image, bytes | bytearray):
         raise TypeError(
-            f"image must be a path, a PIL image or a sequence of these, got {_type(image)}"
+            f"{name} must be a path, a PIL image or a sequence of these, got {_type(image)}"
         )
-    sources = {f"image[{index}]": item for index, item in enumerate(image)}
+    sources = {f"{name}[{index}]": item for index, item in enumerate(image)}
     for label, item in sources.items():
         if not _is_source(item):
             raise TypeError(f"{label} must be a path or a PIL image, got {_type(item)}")
@@ -186,6 +191,7 @@ def read_image(source: ImageSource, mode: str, label: str) -> Image.Image:
         if isinstance(source, Image.Image):
             picture = _upright(source, mode)
         else:
+            check_regular(source)
             with Image.open(source) as opened:
                 picture = _upright(opened, mode)
     except FileNotFoundError as error:

@@ -1,68 +1,24 @@
-"""Weights from elsewhere: model folders and hub ids, and the released DynamicViT files."""
+"""Released weights: DynamicViT's, official DeiT's and LV-ViT's, and timm's, as our models."""
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import re
-from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dynamicvit.core import backbone as adapter
-from dynamicvit.core.backbone import Backbone, UnsupportedBackbone
+from dynamicvit.core.backbones import Backbone, UnsupportedBackbone, adapter_of
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.schedule import KeepSchedule
-from dynamicvit.io.folder import load_strictly, save_folder
+from dynamicvit.io.arguments import check_types
+from dynamicvit.io.files import check_folder
+from dynamicvit.io.folder import save_folder
+from dynamicvit.io.weights import load_strictly, read_weights, unwrap
 from dynamicvit.models.lvvit import from_official
-
-
-def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read a state dict from a safetensors or torch file, without running code from it.
-
-    The weights may lie under one of the names in `_WRAPPERS`.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, holds pickled objects other than tensors, or no weights.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights file at {path}")
-    try:
-        weights: Any = load_file(path) if path.suffix == ".safetensors" else _load_torch(path)
-    except Exception as error:  # foreign bytes make the readers raise nearly anything
-        raise ValueError(
-            f"{path} is damaged, not a weights file, or holds other objects than tensors, "
-            f"which could run code and are refused"
-        ) from error
-    weights = _unwrap(weights)
-    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise ValueError(f"{path} holds no state dict")
-    return weights
-
-
-# Where files hold their weights, by precedence: what the DynamicViT authors evaluate, then timm's.
-_WRAPPERS = ("model", "state_dict_ema", "model_ema", "state_dict")
-
-
-def _unwrap(weights: Any) -> Any:
-    if isinstance(weights, dict):
-        for key in _WRAPPERS:
-            if isinstance(weights.get(key), dict):
-                return weights[key]
-    return weights
-
-
-def _load_torch(path: Path) -> Any:
-    # Training scripts put their options beside the weights; a Namespace only holds values.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def from_released(
@@ -114,6 +70,7 @@ def from_released(
     return sparse.eval()
 
 
+@check_types
 def convert(
     file: str,
     output: str,
@@ -122,6 +79,7 @@ def convert(
     architecture: str | None = None,
     img_size: int | None = None,
     num_heads: int | None = None,
+    quiet: bool = False,
 ) -> nn.Module:
     """Write released weights as a model folder: a DynamicViT file, or an official or timm one.
 
@@ -134,6 +92,7 @@ def convert(
         architecture: the timm model that the weights belong to, where sizes alone do not tell.
         img_size: input height and width in pixels, if other than that of the weights.
         num_heads: attention heads, if not width // 64.
+        quiet: print nothing.
 
     Returns:
         The model written.
@@ -141,6 +100,7 @@ def convert(
     Raises:
         FileNotFoundError, TypeError, ValueError: naming what is wrong with the file, each key.
     """
+    check_folder("output", output)
     source, dense, scorers = _read_released(file)
     backbone: Any = _build(dense, source, num_heads, img_size, architecture)
     load_strictly(backbone, dense, source)
@@ -154,16 +114,21 @@ def convert(
             load_strictly(model, weights, source, _released_name)
     _resize(backbone, img_size)
     save_folder(model, output)
-    kind = "dense" if model is backbone else "sparse" if scorers else "sparse, scorers untrained"
-    config = timm.data.resolve_input_data_config(backbone)
-    print(
-        f"{output}: {kind}, {backbone.num_classes} classes, {len(backbone.blocks)} blocks of width "
-        f"{backbone.embed_dim}. Weights do not tell these, taken from "
-        f"{backbone.pretrained_cfg['architecture']}: {_num_heads(backbone)} heads, "
-        f"{config['input_size'][1]}×{config['input_size'][2]} pixels, mean {config['mean']}, "
-        f"std {config['std']}, crop {config['crop_pct']}, {config['interpolation']}. If they are "
-        "others, give --num_heads, --img_size or --architecture."
-    )
+    if not quiet:
+        kind = "dense" if model is backbone else "sparse"
+        if kind == "sparse" and not scorers:
+            kind += ", scorers untrained"
+        config = timm.data.resolve_input_data_config(backbone)
+        _, height, width = config["input_size"]
+        print(
+            f"{output}: {kind}, {backbone.num_classes} classes, {len(backbone.blocks)} blocks of "
+            f"width {backbone.embed_dim}\n"
+            f"Weights do not tell these, taken from {backbone.pretrained_cfg['architecture']}:\n"
+            f"  {_num_heads(backbone)} heads, {height}×{width} pixels\n"
+            f"  mean {config['mean']}, std {config['std']}\n"
+            f"  crop {config['crop_pct']}, {config['interpolation']}\n"
+            "If they are others, give --num_heads, --img_size or --architecture."
+        )
     return model
 
 
@@ -178,7 +143,7 @@ def _read_released(released: Any) -> tuple[str, dict[str, Tensor], dict[str, Ten
         source, released = str(released), read_weights(released)
     if not isinstance(released, dict):
         raise TypeError(f"state_dict must be a dict or a path, got {type(released).__name__}")
-    released = _unwrap(released)
+    released = unwrap(released)
     if released and all(str(key).startswith("module.") for key in released):  # saved under DDP
         released = {key.removeprefix("module."): value for key, value in released.items()}
     not_tensors = [
@@ -246,7 +211,7 @@ def _build(
     try:
         with torch.device("meta"):
             model: Any = timm.create_model(architecture, **sizes)
-        adapter.check_backbone(model)
+        adapter_of(model)
         sizes["img_size"] = _image_size(weights, model, source, img_size)
         return timm.create_model(architecture, **sizes)
     except UnsupportedBackbone:

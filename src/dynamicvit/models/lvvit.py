@@ -19,7 +19,8 @@ from timm.models.vision_transformer import (
 )
 from torch import Tensor, nn
 
-from dynamicvit.core.backbone import register_head
+from dynamicvit.core.backbones import register
+from dynamicvit.core.backbones.vit import ViTAdapter
 
 # What the published models divide their residual branches by, by their depth.
 RESIDUAL_SCALE = {12: 1, 16: 2, 20: 2, 24: 3}
@@ -102,13 +103,21 @@ class LVViT(VisionTransformer):
             nn.init.zeros_(self.aux_head.bias)
 
 
-def _masked_head(model: LVViT, x: Tensor, keep_BN: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Class logits, and auxiliary logits of every token: the losses look at kept ones alone."""
-    features = VisionTransformer.forward_head(model, x, pre_logits=True)
-    return model.head(features), model.aux_head(x[:, model.num_prefix_tokens :])
+class LVViTAdapter(ViTAdapter):
+    """The losses see class logits and, as tokens, every token's auxiliary logits."""
+
+    family = LVViT
+    heads = (LVViT.forward_head,)
+    token_logits = True
+
+    def masked_head(
+        self, model: Any, x: Tensor, keep_BN: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        features = VisionTransformer.forward_head(model, x, pre_logits=True)
+        return model.head(features), model.aux_head(x[:, model.num_prefix_tokens :])
 
 
-register_head(LVViT.forward_head, _masked_head)
+register(LVViTAdapter())
 
 
 def from_official(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole, kept to a number, verified when read, for any processes."""
+"""Checkpoints of a run: atomic writes, a limited number, verified when read, any processes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,15 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from dynamicvit.io.files import read_checkpoint, write_checkpoint
-from dynamicvit.io.folder import check_weights
+from dynamicvit.io.weights import check_weights
+from dynamicvit.training.distributed import on_first_process
+from dynamicvit.training.run_folder import write_errors_named
 
 FORMAT = "dynamicvit training checkpoint 3"
 CHECKPOINTS = "checkpoints"
+
+# Its path, the place in the run, and the tensors (in the first process).
+Checkpoint = tuple[Path, dict[str, Any], dict[str, Any]]
 
 
 def find_checkpoints(output: Path) -> list[Path]:
@@ -37,7 +42,8 @@ def save_checkpoint(output: Path, place: dict[str, Any], parts: dict[str, Any], 
 
     Args:
         output: folder of the run.
-        place: plain values; `epoch` and `seen` (images of it) name the file.
+        place: where the run is: plain values, of which `epoch` and `seen` (images of it) name the
+            file.
         parts: modules, and optimizers as (the module they train, optimizer); None is kept as None.
         keep: how many checkpoints stay.
     """
@@ -47,12 +53,13 @@ def save_checkpoint(output: Path, place: dict[str, Any], parts: dict[str, Any], 
     for left in (output / CHECKPOINTS).glob(".epoch-*.tmp"):  # of a process that was killed
         left.unlink()
     path = output / CHECKPOINTS / f"epoch-{place['epoch']:04}-image-{place['seen']:010}.pt"
-    write_checkpoint(path, {"format": FORMAT, "place": place, **state})
+    with write_errors_named(path):
+        write_checkpoint(path, {"format": FORMAT, "place": place, **state})
     for old in find_checkpoints(output)[:-keep]:
         old.unlink()
 
 
-def load_place(output: Path) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
+def load_place(output: Path) -> Checkpoint | None:
     """Read the last whole checkpoint. Call in every process: the first one reads.
 
     Returns:
@@ -62,20 +69,17 @@ def load_place(output: Path) -> tuple[Path, dict[str, Any], dict[str, Any]] | No
     Raises:
         ValueError: if none is whole.
     """
-    found: list[Any] = [None]
     state: dict[str, Any] = {}
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            if find_checkpoints(output):
-                path, state = _last_whole(output)
-                found = [(path, state.pop("place"))]
-        except ValueError as error:
-            found = [error]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found)
-    if isinstance(found[0], ValueError):
-        raise found[0]
-    return None if found[0] is None else (*found[0], state)
+
+    def read() -> tuple[Path, dict[str, Any]] | None:
+        if not find_checkpoints(output):
+            return None
+        path, found = _last_whole(output)
+        state.update(found)
+        return path, state.pop("place")
+
+    found = on_first_process(read)
+    return None if found is None else (*found, state)
 
 
 def load_parts(path: Path, state: dict[str, Any], parts: dict[str, Any]) -> None:
@@ -150,12 +154,15 @@ def _last_whole(output: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Read one, each of its parts held to the checksum that torch's writer put beside it."""
+    """Read one, and compare each of its parts with the checksum that torch's writer put beside."""
     try:
         with zipfile.ZipFile(path) as archive:
             part = archive.testzip()
-    except (zipfile.BadZipFile, OSError) as error:
+    except Exception as error:  # a wrong header makes zipfile raise nearly anything
         raise ValueError(f"{path} is damaged or not a checkpoint: {error}") from error
     if part is not None:
         raise ValueError(f"{path} is damaged: the checksum of {part} is wrong")
-    return read_checkpoint(path, FORMAT)
+    state = read_checkpoint(path, FORMAT)
+    if not isinstance(state.get("place"), dict):
+        raise ValueError(f"{path} is damaged: it does not say where the run was")
+    return state

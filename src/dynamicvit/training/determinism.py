@@ -1,8 +1,8 @@
-"""Randomness that follows from the seed and a place in the run, whatever computes it.
+"""Random numbers keyed by seed and place in the run, independent of process layout.
 
-A place is an epoch, a number of images into it, and for a sample its row of the global batch: that
-of all processes and accumulated micro-batches together. So no generator's state has to be saved,
-and runs of one and of many processes draw the same.
+A place is an epoch, a number of images into it, and for a sample its row of the global batch (the
+batch of all processes and accumulated micro-batches together). So no generator's state has to be
+saved, and runs of one and of many processes draw the same numbers.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class EpochOrder(Sampler[int]):
 
 @dataclass(frozen=True)
 class Layout:
-    """How a global batch is divided: micro-batch by micro-batch, in each process by process.
+    """How a global batch is divided: into micro-batches, and each of these over the processes.
 
     Attributes:
         batch: images of one process in a micro-batch.
@@ -79,7 +79,7 @@ class Layout:
 
 @dataclass
 class Feed:
-    """The training images, in the order of the seed, as they are dealt out to this process.
+    """The training images that this process gets, in the order that follows from the seed.
 
     Attributes:
         data: where they come from.
@@ -113,8 +113,8 @@ class Feed:
         return iter(skip_first_batches(self.loader, skip) if skip else self.loader)
 
 
-class PlacedDropPath(DropPath):
-    """Stochastic depth whose draws are given as `noise`, [B] uniform in [0, 1); else fresh ones."""
+class KeyedDropPath(DropPath):
+    """Stochastic depth that draws from `noise`, [B] uniform in [0, 1), where it is given."""
 
     noise: Tensor | None = None
 
@@ -129,15 +129,15 @@ class PlacedDropPath(DropPath):
         return x * kept.view(-1, *[1] * (x.ndim - 1))
 
 
-def place_drop_paths(model: nn.Module) -> list[PlacedDropPath]:
-    """Replace a model's `DropPath`s that drop anything by placed ones; returns these, in order."""
+def key_drop_paths(model: nn.Module) -> list[KeyedDropPath]:
+    """Replace a model's `DropPath`s that drop anything by keyed ones; returns these, in order."""
     found = []
     for module in model.modules():
         for name, child in module.named_children():
             if type(child) is DropPath and child.drop_prob > 0.0:
-                placed = PlacedDropPath(child.drop_prob, child.scale_by_keep)
-                setattr(module, name, placed.train(child.training))
-                found.append(placed)
+                keyed = KeyedDropPath(child.drop_prob, child.scale_by_keep)
+                setattr(module, name, keyed.train(child.training))
+                found.append(keyed)
     return found
 
 
@@ -169,7 +169,7 @@ class Draws:
         )
         return cls(layout, seed, keep, path)
 
-    def apply(self, micro: int, drop_paths: list[PlacedDropPath]) -> dict[str, Any]:
+    def apply(self, micro: int, drop_paths: list[KeyedDropPath]) -> dict[str, Any]:
         """Give a micro-batch's draws to `drop_paths`; returns those for the task.
 
         What draws from torch's own generators (dropout) is seeded by process.

@@ -1,33 +1,29 @@
-"""What a run of several processes needs: accelerate's setup, sums, shards, and their ends."""
+"""What a run of several processes needs beside accelerate: shards, agreement, and how it ends."""
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, cast
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-
-def mean_over_processes(values: Tensor) -> Tensor:
-    """The mean of a tensor without gradient over all processes, in each."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return values
-    values = values.clone()
-    dist.all_reduce(values)
-    return values / dist.get_world_size()
+T = TypeVar("T")
 
 
 def divide(module: nn.Module, units: list[nn.Module]) -> None:
     """Divide a module's weights over the processes (FSDP2), gathered unit by unit when used.
 
-    torch's own function, which accelerate's plugin wraps: that works on GPUs alone, casts inputs
-    and all weights where precision is mixed, and has to be told the names of the units.
+    torch's own function, which accelerate's plugin wraps: the plugin works on GPUs only, casts
+    inputs and all weights where precision is mixed, and needs the names of the units.
     """
     for unit in units:
         fully_shard(unit)
@@ -35,31 +31,44 @@ def divide(module: nn.Module, units: list[nn.Module]) -> None:
 
 
 @contextmanager
-def gradients_summed(model: nn.Module, now: bool) -> Iterator[None]:
+def gradients_summed(accelerator: Accelerator, model: nn.Module, now: bool) -> Iterator[None]:
     """Inside, a backward pass sums gradients over processes only if `now`."""
     if isinstance(model, FSDPModule):
         cast(Any, model).set_requires_gradient_sync(now)
         yield
-    elif not now and hasattr(model, "no_sync"):  # DDP
-        with cast(Any, model).no_sync():
-            yield
-    else:
+        return
+    with nullcontext() if now else accelerator.no_sync(model):
         yield
 
 
 def clip_gradients(model: nn.Module, limit: float | None) -> Tensor:
     """The norm of the whole gradient, a scalar, the same in every process; if a limit is given, the
     gradient is scaled down to it."""
-    learnt = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in learnt])
-    if limit is not None:
-        nn.utils.clip_grads_with_norm_(learnt, limit, norm)
+    norm = nn.utils.clip_grad_norm_(list(model.parameters()), math.inf if limit is None else limit)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def on_first_process(function: Callable[[], T]) -> T:
+    """What a function gives in the first process, or raises there, in each process.
+
+    To be called in all processes together. Only what a user can cause crosses to the others:
+    ValueError and OSError.
+    """
+    found: list[Any] = [None, None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            found[0] = function()
+        except (ValueError, OSError) as error:
+            found[1] = error
+    broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    return cast(T, found[0])
 
 
 @contextmanager
 def sigterm_noted() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM does not end the process: the function given tells whether it came."""
+    """Inside, SIGTERM does not end the process: the given function says whether it came."""
     noted = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # no other may ask for signals
         yield noted.is_set

@@ -34,6 +34,26 @@ def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0)
     return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
 
 
+def weigh_targets(targets: Tensor, class_weights: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Targets whose cross-entropy is the one that weighs each class.
+
+    The weighted loss is then a mean over images, whatever their classes are: so the mean of the
+    losses of micro-batches is the loss of the whole batch.
+
+    Args:
+        targets: class indices [B], or probabilities [B, K].
+        class_weights: [K].
+        label_smoothing: for class indices.
+
+    Returns:
+        [B, K], not summing to 1.
+    """
+    if not targets.is_floating_point():
+        classes = len(class_weights)
+        targets = F.one_hot(targets, classes) * (1 - label_smoothing) + label_smoothing / classes
+    return targets * class_weights
+
+
 def ratio_loss(keep: Sequence[Tensor], ratios: Sequence[float]) -> Tensor:
     """Squared distance between kept share and target ratio, mean over images, sum over stages.
 
@@ -119,7 +139,7 @@ def distillation_loss(
             `keep`, where tokens are merged: none of the student's then is one of the teacher's, and
             `ratio` and `token` are left out.
         teacher_logits, teacher_tokens: [B, K] and [B, N, C] of the dense teacher, from
-            `dynamicvit.core.backbone.masked_head`.
+            `Adapter.masked_head`.
         targets: class indices [B], or probabilities [B, K].
         ratios: the schedule's ratios.
         weights: of the terms. A term of weight 0 is still computed, to be looked at.

@@ -1,4 +1,4 @@
-"""What a run tells of itself: metrics.jsonl, trackers, and warnings."""
+"""The records of a run: metrics.jsonl, trackers, and warnings."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from rich.console import Console
 
-from dynamicvit.io.files import write_text
+from dynamicvit.io.files import write_bytes
 from dynamicvit.training.config import TrainConfig
+from dynamicvit.training.run_folder import write_errors_named
 
 METRICS = "metrics.jsonl"
 
@@ -45,19 +46,25 @@ class Records:
     Args:
         config: of the run.
         accelerator: made with the trackers as `log_with`.
+        console: to print warnings to.
         place: of the checkpoint that the run goes on from; None if it starts. Lines written after
             it are dropped: they will come again.
     """
 
     def __init__(
-        self, config: TrainConfig, accelerator: Accelerator, place: dict[str, Any] | None
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        console: Console,
+        place: dict[str, Any] | None,
     ) -> None:
         self.path = Path(config.output) / METRICS
         self.accelerator = accelerator
-        self.console = Console(quiet=not accelerator.is_main_process)
+        self.console = console
         if accelerator.is_main_process:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._drop_after(place)
+        accelerator.project_configuration.set_directories(config.output)
         # What TensorBoard shows of later steps is hidden, as they will come again.
         options = {"tensorboard": {"purge_step": (place["step"] if place else 0) + 1}}
         accelerator.init_trackers("dynamicvit", init_kwargs=options)
@@ -70,7 +77,7 @@ class Records:
         if not self.accelerator.is_main_process:
             return
         line = {key: _without_nan(value) for key, value in line.items()}
-        with self.path.open("a", encoding="utf-8") as file:
+        with write_errors_named(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
         numbers = {}
         for key, value in line.items():
@@ -98,15 +105,30 @@ class Records:
     def _drop_after(self, place: dict[str, Any] | None) -> None:
         if not self.path.exists():
             return
-        kept = []
-        for text in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:  # cut off by the kill
-                continue
-            if place is not None and _before(line, place):
-                kept.append(text + "\n")
-        write_text(self.path, "".join(kept))
+        kept, damaged = [], 0
+        texts = self.path.read_bytes().splitlines()
+        for number, text in enumerate(texts, start=1):
+            line = _read_line(text)
+            if line is None:
+                damaged += number < len(texts)  # the last one may be cut off by a kill
+            elif place is not None and _before(line, place):
+                kept.append(text + b"\n")
+        if damaged:
+            self.console.print(
+                f"warning: {self.path} has damaged lines, which are removed: {damaged}",
+                soft_wrap=True,
+            )
+        write_bytes(self.path, b"".join(kept))
+
+
+def _read_line(text: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None if it is damaged."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    named = isinstance(line, dict) and isinstance(line.get("kind"), str)
+    return line if named and isinstance(line.get("step"), int) else None
 
 
 def _before(line: dict[str, Any], place: dict[str, Any]) -> bool:

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dynamicvit.core.backbone import Backbone, UnsupportedBackbone, masked_head
+from dynamicvit.core.backbones import Backbone, UnsupportedBackbone, adapter_of
 from dynamicvit.core.model import SparseOutput, SparseViT
-from dynamicvit.core.tokens import keep_mask, topk_keep
-from dynamicvit.models.lvvit import LVViT
-from dynamicvit.training.kept_gradients import KeptGradients
+from dynamicvit.core.paths import Masked
+from dynamicvit.core.tokens import best_keep
+from dynamicvit.training.kept_gradients import KeptGradients, KeptMasked
 from dynamicvit.training.losses import (
     LossWeights,
     cross_entropy,
@@ -49,9 +49,10 @@ class DenseTask(nn.Module):
 class _WithTeacher(nn.Module):
     """A student and a frozen teacher, which stays in eval mode whatever the task's mode."""
 
-    def __init__(self, student: SparseViT, teacher: Backbone) -> None:
+    def __init__(self, student: SparseViT, teacher: Backbone, kept_gradients: bool) -> None:
         super().__init__()
-        if isinstance(student.backbone, LVViT) != isinstance(teacher, LVViT):
+        self.adapter = adapter_of(teacher)
+        if student.adapter.token_logits != self.adapter.token_logits:
             kinds = type(student.backbone).__name__, type(teacher).__name__
             raise TypeError(f"teacher must be of the student's kind, {kinds[0]}, got {kinds[1]}")
         if student.num_classes != teacher.num_classes:
@@ -61,6 +62,13 @@ class _WithTeacher(nn.Module):
             )
         self.student = student
         self.teacher = teacher.requires_grad_(False).eval()
+        self.kept_gradients = kept_gradients
+
+    @property
+    def _saves(self) -> bool:
+        """Whether this forward pass leaves dropped tokens out of its backward pass."""
+        checkpointing = self.student.backbone.grad_checkpointing
+        return self.kept_gradients and not (checkpointing or torch.compiler.is_compiling())
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -83,6 +91,8 @@ class SparseTask(_WithTeacher):
         label_smoothing: for class-index targets.
         mean_over_processes: gives a scalar's mean over the processes that share a batch, so that
             the token loss is the mean over the tokens that all of them keep.
+        kept_gradients: leave out of the backward pass what dropped tokens receive (`KeptMasked`).
+            It has no effect with torch.compile or gradient checkpointing.
     """
 
     def __init__(
@@ -92,10 +102,11 @@ class SparseTask(_WithTeacher):
         weights: LossWeights = LossWeights(),
         label_smoothing: float = 0.0,
         mean_over_processes: Callable[[Tensor], Tensor] | None = None,
+        kept_gradients: bool = False,
     ) -> None:
-        super().__init__(student, teacher)
+        super().__init__(student, teacher, kept_gradients)
         self.weights = weights
-        self.token_loss = token_kl if isinstance(teacher, LVViT) else token_mse
+        self.token_loss = token_kl if self.adapter.token_logits else token_mse
         self.label_smoothing = label_smoothing
         self.mean_over_processes = mean_over_processes
 
@@ -111,17 +122,17 @@ class SparseTask(_WithTeacher):
         `SparseViT.masked`.
 
         A student that merges tokens runs as it will be used. It has the two losses on logits."""
-        save = self.student.kept_gradients and not torch.compiler.is_compiling()
         # Not inference_mode: torch.compile fails on a step that has it inside.
-        with torch.no_grad(), KeptGradients() if save else nullcontext():
-            teacher_logits, teacher_tokens = masked_head(
-                self.teacher, self.teacher.forward_features(images)
-            )
+        with torch.no_grad(), KeptGradients() if self._saves else nullcontext():
+            features = self.teacher.forward_features(images)
+            teacher_logits, teacher_tokens = self.adapter.masked_head(self.teacher, features)
         if self.student.merges:
             final = self.student.forward_features(images)
-            student = SparseOutput(*masked_head(self.student.backbone, final), (), ())
+            head = self.student.adapter.masked_head(self.student.backbone, final)
+            student = SparseOutput(*head, (), ())
         else:
-            student = self.student.masked(images, noise=noise, temperature=temperature)
+            path = KeptMasked if self._saves else Masked
+            student = self.student.masked(images, noise=noise, temperature=temperature, path=path)
         count = None
         if student.keep and self.mean_over_processes is not None:
             count = self.mean_over_processes(kept_count(student.keep[-1]))
@@ -159,7 +170,7 @@ class WarmStartTask(_WithTeacher):
     """
 
     def __init__(self, student: SparseViT, teacher: Backbone) -> None:
-        super().__init__(student, teacher)
+        super().__init__(student, teacher, kept_gradients=False)
         for block in teacher.blocks:
             _attention(block)
 
@@ -168,13 +179,13 @@ class WarmStartTask(_WithTeacher):
         schedule = self.student.schedule
         with torch.no_grad():
             received = self._teacher_attention(images)  # [depth, B, N]
-            num_tokens = received.shape[-1]
             present = torch.ones_like(received[0])
             decisions = []
-            for block, count in zip(schedule.blocks, schedule.counts(num_tokens), strict=True):
+            for block, count in zip(
+                schedule.blocks, schedule.counts(received.shape[-1]), strict=True
+            ):
                 # A token that has left must not be wanted again by a later stage.
-                wanted = received[block:].mean(dim=0).masked_fill(present == 0, float("-inf"))
-                present = keep_mask(topk_keep(wanted, count), num_tokens)
+                present = best_keep(received[block:].mean(dim=0), count, present)
                 decisions.append(present)
         student = self.student.masked(images, decisions)
         losses = []

@@ -1,32 +1,61 @@
-"""Diagrams of a report: drawn by matplotlib, as SVG in the page's own colours, light and dark."""
+"""Diagrams of a report: drawn by matplotlib as SVG, once in light and once in dark colours."""
 
 from __future__ import annotations
 
 import io
 import math
-import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup, escape
-
 from dynamicvit.core.schedule import KeepSchedule
-from dynamicvit.views.plot import COLOURS, Panel, draw_panel, read_panels, step_limits
+from dynamicvit.views.plot import Panel, draw_panel, read_panels, step_limits
 
 _WIDTH, _HEIGHT, _LINE = 5.0, 2.7, 0.2  # inches: of a diagram, and a line of its legend
-# What matplotlib writes, and the page's variables for it. It leaves black fills out; they are the
-# page's own ink, and so is what is drawn black.
-_INKS = {
-    **{colour.lower(): f"var(--c{index})" for index, colour in enumerate(COLOURS)},
-    "#808080": "var(--pale)",  # grey
-    "#b0b0b0": "var(--pale)",  # of grids
-}
 
 
-def draw_schedule(schedule: KeepSchedule, num_tokens: int, depth: int) -> Markup:
+@dataclass(frozen=True)
+class _Colours:
+    """Of text, of axes, and of lines, in an order that colour-blind people tell apart."""
+
+    ink: str
+    pale: str
+    lines: tuple[str, ...]
+
+
+# Those of the page, in assets/report.html.
+LIGHT = _Colours(
+    "#1c1e26",
+    "#565b6b",
+    ("#1c1e26", "#0b62a8", "#b34700", "#00704f", "#8f3c73", "#5c6b00", "#555b70"),
+)
+DARK = _Colours(
+    "#e6e8ee",
+    "#a3a9b9",
+    ("#e6e8ee", "#6db3ee", "#f0965a", "#4fc49a", "#dd8fc2", "#c3cf5a", "#a3a9b9"),
+)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A diagram.
+
+    Attributes:
+        alt: what it shows, for those who do not see it.
+        light, dark: the SVG file, for light and for dark pages.
+        size: width and height, in CSS pixels.
+    """
+
+    alt: str
+    light: bytes
+    dark: bytes
+    size: tuple[int, int]
+
+
+def draw_schedule(schedule: KeepSchedule, num_tokens: int, depth: int) -> Chart:
     """A bar a block, as high as tokens are present in it; a dashed line where tokens leave."""
     counts = (num_tokens, *schedule.counts(num_tokens))
     stages = list(zip(counts, pairwise((0, *schedule.blocks, depth)), strict=True))
@@ -36,14 +65,14 @@ def draw_schedule(schedule: KeepSchedule, num_tokens: int, depth: int) -> Markup
 
     def paint(axes: Any) -> None:
         present = [count for count, (start, end) in stages for _ in range(start, end)]
-        axes.bar(range(depth), present, color=COLOURS[1], alpha=0.6)
+        axes.bar(range(depth), present, color="C1", alpha=0.6)
         for stage, (count, (start, end)) in enumerate(stages):
             room = end - start >= depth / 12  # for text
             if room:
                 axes.text((start + end - 1) / 2, count, count, ha="center", va="bottom")
             if stage:
                 left, top = start - 0.5, 1.15 * num_tokens
-                axes.vlines(left, 0, top, color=COLOURS[2], linestyle="--", linewidth=1)
+                axes.vlines(left, 0, top, color="C2", linestyle="--", linewidth=1)
                 if room:
                     axes.text(left, top, f"−{counts[stage - 1] - count}", ha="center", va="bottom")
         axes.set(xlabel="block", xticks=sorted({0, *schedule.blocks, depth - 1}), yticks=[])
@@ -53,7 +82,7 @@ def draw_schedule(schedule: KeepSchedule, num_tokens: int, depth: int) -> Markup
     return _draw("schedule", alt, paint)
 
 
-def draw_speed(measured: Sequence[dict[str, Any]], ideal: float) -> Markup:
+def draw_speed(measured: Sequence[dict[str, Any]], ideal: float) -> Chart:
     """Speed-up against batch size, a line for each engine and precision.
 
     Args:
@@ -83,7 +112,7 @@ def draw_speed(measured: Sequence[dict[str, Any]], ideal: float) -> Markup:
     return _draw("speed", f"{alt} The table below has all figures.", paint)
 
 
-def draw_sweep(result: dict[str, Any]) -> Markup:
+def draw_sweep(result: dict[str, Any]) -> Chart:
     """Top-1 against GMACs, of what `sweep` writes."""
     line = sorted((point["gmacs"], point["top1"]) for point in result["points"])
     dense = result["dense"]["gmacs"], result["dense"]["top1"]
@@ -102,7 +131,7 @@ def draw_sweep(result: dict[str, Any]) -> Markup:
     return _draw("sweep", alt, paint)
 
 
-def draw_training(run: Path) -> list[tuple[str, Markup]]:
+def draw_training(run: Path) -> list[tuple[str, Chart]]:
     """A run's curves, as `plot` draws them, each with its caption. Errors as of `plot`."""
     panels = read_panels(run)
     limits = step_limits(panels)
@@ -132,22 +161,40 @@ def _tell(panel: Panel) -> str:
     return "; ".join(told)
 
 
-def _draw(name: str, alt: str, paint: Callable[[Any], None]) -> Markup:
-    """A diagram as an element for the page.
+def _draw(name: str, alt: str, paint: Callable[[Any], None]) -> Chart:
+    """A diagram.
 
     Args:
-        name: of this diagram and no other of the page: what matplotlib refers to within it is
-            named after it.
-        alt: what it shows, for who does not see it.
+        name: of this diagram and no other of the page, so that ids in the SVG are the same each
+            time.
+        alt: as `Chart` has it.
         paint: draws into matplotlib's axes.
     """
+    light, size = _render(name, paint, LIGHT)
+    dark, _ = _render(name, paint, DARK)
+    return Chart(alt, light, dark, size)
+
+
+def _render(
+    name: str, paint: Callable[[Any], None], colours: _Colours
+) -> tuple[bytes, tuple[int, int]]:
+    from cycler import cycler
     from matplotlib import style  # an extra
     from matplotlib.figure import Figure
 
     settings = {
-        "svg.fonttype": "none",  # text stays text, in the page's font
+        "svg.fonttype": "none",  # text stays text, which is small, in a font of the reader's
         "svg.hashsalt": name,
         "font.size": 11,
+        "text.color": colours.ink,
+        "axes.labelcolor": colours.ink,
+        "axes.edgecolor": colours.pale,
+        "axes.prop_cycle": cycler(color=colours.lines),
+        "xtick.color": colours.pale,
+        "xtick.labelcolor": colours.ink,
+        "ytick.color": colours.pale,
+        "ytick.labelcolor": colours.ink,
+        "grid.color": colours.pale,
         "legend.frameon": False,
         "path.simplify_threshold": 0.5,  # pixels: a long run's curves have more points than those
     }
@@ -162,16 +209,7 @@ def _draw(name: str, alt: str, paint: Callable[[Any], None]) -> Markup:
             figure.set_figheight(_HEIGHT + _LINE * math.ceil(len(names) / columns))
             for text in legend.get_texts():
                 text.set_parse_math(False)
-        written = io.StringIO()
-        # No metadata: they are XML that HTML does not know, with the date.
-        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(written, format="svg", transparent=True, metadata=metadata)
-    svg = written.getvalue()
-    body = svg[svg.index('<g id="figure_1">') : svg.rindex("</svg>")]
-    body = re.sub(r'<g id="[^"]*">', "<g>", body)  # the same in all, and nothing refers to them
-    body = re.sub(r"<path (?!d=|id=)[^>]*/>", "", body)  # lines without a point
-    body = re.sub(r'font-family: [^;"]*;? ?', "", body).replace("xlink:href", "href")
-    body = re.sub(r"(?<=: )#[0-9a-f]{6}\b", lambda found: _INKS.get(found[0], found[0]), body)
-    box = "0 0 {:g} {:g}".format(*figure.get_size_inches() * 72)
-    # matplotlib has escaped every text.
-    return Markup(f'<svg viewBox="{box}" role="img" aria-label="{escape(alt)}">{body}</svg>')
+        written = io.BytesIO()
+        figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
+    width, height = (round(96 * inches) for inches in figure.get_size_inches())
+    return written.getvalue(), (width, height)

@@ -1,64 +1,136 @@
-"""What a model keeps of images, from the command line."""
+"""explain(): which patches of images a model keeps; and the command, which writes that to files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, overload
 
+import numpy as np
+import torch
+from PIL import Image
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Column, Table
+from timm.data import resolve_input_data_config
+from timm.data.transforms import CenterCropOrPad
+from torch import Tensor, nn
+from torchvision.transforms import CenterCrop
 
-from dynamicvit.core.model import SparseViT
-from dynamicvit.io.files import written_whole
+from dynamicvit.core.model import SparseOutput, SparseViT
+from dynamicvit.evaluation.console import cell, make_table, plain, track
+from dynamicvit.evaluation.launch import find_device
+from dynamicvit.io.files import check_folder, written_whole
 from dynamicvit.io.images import IMAGE_SUFFIXES
 from dynamicvit.io.load import load_model
-from dynamicvit.io.predictions import preprocessing, read_image
-from dynamicvit.views import explanation, video
-from dynamicvit.views.pictures import draw_sheet
+from dynamicvit.io.predictions import (
+    ImageSource,
+    Prediction,
+    as_predictions,
+    batches,
+    check_sources,
+    class_names,
+    preprocessing,
+    read_image,
+    run,
+)
+from dynamicvit.views import video
+from dynamicvit.views.explanation import SIDE, SUFFIXES, Explanation, draw_sheet
 
+_TOP_K = 5
 _BATCH = 32  # images in memory at a time
 _SHEET = 96  # images that a contact sheet holds: more are not looked at
+_CONTACT_SHEET = "contact_sheet"
 
 
+@overload  # a str is a sequence of str too, and read as a path
+def explain(  # type: ignore[overload-overlap]
+    model: SparseViT, images: ImageSource, dense: nn.Module | None = None
+) -> Explanation: ...
+@overload
 def explain(
+    model: SparseViT, images: Sequence[ImageSource] | Tensor, dense: nn.Module | None = None
+) -> list[Explanation]: ...
+def explain(
+    model: SparseViT,
+    images: ImageSource | Sequence[ImageSource] | Tensor,
+    dense: nn.Module | None = None,
+) -> Explanation | list[Explanation]:
+    """Show which patches of images a model keeps, stage by stage, and what it takes them for.
+
+    In a notebook the result shows itself; `.save("x.png")` writes it. Files are resized, cropped
+    and normalised as the model's `pretrained_cfg` says; the pictures show what the model then saw.
+    Models run in eval mode, on their own device and in their own dtype; their mode is restored.
+    The command `dynamicvit explain` does the same for files, folders and videos, and writes files.
+
+    Args:
+        model: a sparse model.
+        images: a path, a PIL image, or a sequence of these; or prepared images, a tensor
+            [B, C, H, W], normalised as `pretrained_cfg` says.
+        dense: a dense timm model, to predict beside it, prepared for as its own `pretrained_cfg`
+            says. By default the model's own backbone with all patches kept, which after fine-tuning
+            is not the dense model that it was made from.
+
+    Returns:
+        An Explanation; for a sequence or tensor, a list of them.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        TypeError, ValueError: if an image cannot be read, or naming a bad argument.
+    """
+    if not isinstance(model, SparseViT):
+        raise TypeError(f"model must be a SparseViT, got {type(model).__name__}")
+    if dense is not None and (isinstance(dense, SparseViT) or not hasattr(dense, "pretrained_cfg")):
+        raise TypeError(f"dense must be a dense timm model, got {type(dense).__name__}")
+    found: list[Explanation] = []
+    for inputs, visible, dense_inputs in _prepare(images, model, dense):
+        found += _explain(model, inputs, visible, dense, dense_inputs)
+    return found[0] if isinstance(images, str | os.PathLike | Image.Image) else found
+
+
+def explain_files(
     images: list[str],
     model: str,
     output: str = "explain",
     dense: str | None = None,
     formats: list[str] | None = None,
+    device: str | None = None,
+    quiet: bool = False,
 ) -> list[Path]:
     """Show which patches of images a model keeps, stage by stage, and what it takes them for.
 
     The picture of an image has the input as the model sees it, what is kept of it after each stage
-    (what has left is dimmed), the keep scores as heat maps, and the five likeliest classes, dense
+    (what has left is striped), the keep scores as heat maps, and the five likeliest classes, dense
     and pruned. Where there are several images there is a contact sheet besides. Of a video there is
-    a video, each frame beside what is kept of it (extra "video").
+    a video, each frame beside what is kept of it (extra "video"). In Python `dynamicvit.explain`
+    gives the same as objects.
 
     Args:
         images: image files, video files, and folders of these.
         model: folder or hub id of a sparse model.
         output: folder to write, other than those of the images; files of earlier calls in it are
             replaced. Files are named after the images.
-        dense: model folder, hub id or name of a pretrained timm model, to predict beside it; by
+        dense: model folder, hub id or name of a pretrained timm model, to predict beside it. By
             default the model's own backbone with all patches kept, which after fine-tuning is not
             the dense model that it was made from.
         formats: of png (the picture), gif and webp (animations), npz (positions kept, scores and
             classes as arrays); by default png and npz.
+        device: where models run: cpu, cuda or cuda:NUMBER; by default a GPU if there is one.
+        quiet: print nothing.
 
     Returns:
         The files written.
 
     Raises:
         ValueError, FileNotFoundError: naming what is wrong with an image, the model or an option,
-            before anything is written; a video that breaks off after its first frame is told of
+            before anything is written; a video that breaks off after its first frame is named
             when it is its turn, after the images.
     """
     kinds = ["png", "npz"] if formats is None else list(dict.fromkeys(formats))
-    known = [suffix[1:] for suffix in explanation.SUFFIXES]
+    known = [suffix[1:] for suffix in SUFFIXES]
     if not kinds or set(kinds) - set(known):
         raise ValueError(f"formats must be of {', '.join(known)}, got {formats}")
+    check_folder("output", output)
+    where = find_device(device)
     targets = _targets(_find(images, Path(output)), Path(output), kinds)
     sparse = load_model(model)
     if not isinstance(sparse, SparseViT):
@@ -69,49 +141,181 @@ def explain(
     other = None if dense is None else load_model(dense)
     if isinstance(other, SparseViT):
         raise ValueError(f"dense must be a dense model, got the sparse model {dense}")
+    sparse = sparse.to(where)
+    other = None if other is None else other.to(where)
     films = [source for source in targets if _is_video(source)]
     stills = [source for source in targets if not _is_video(source)]
-    # What cannot be read is told before anything is written.
+    # What cannot be read is named before anything is written.
     for source in films:
         video.check_video(source)
     mode, _ = preprocessing(sparse)
-    for source in stills:
-        read_image(source, mode, "image")
+    for source in track(stills, "reading images", quiet):
+        read_image(source, mode, "images")
 
+    console = Console(quiet=quiet)
     written: list[Path] = []
-    table = Table(Column("image", overflow="fold"), "dense", "pruned")
-    sheet: list[explanation.Explanation] = []
-    for start in range(0, len(stills), _BATCH):
-        batch = stills[start : start + _BATCH]
-        for source, found in zip(batch, explanation.explain(sparse, batch, other), strict=True):
-            for kind in kinds:
-                path = targets[source].with_name(f"{targets[source].name}.{kind}")
-                found.save(path)
-                written.append(path)
-            table.add_row(escape(str(source)), _best(found.dense), _best(found.pruned))
-            if len(sheet) < _SHEET:
-                sheet.append(found)
+    sheet: list[Explanation] = []
+    table = make_table("image")
+    for title in ("dense", "pruned"):
+        table.add_column(title, overflow="fold")
+
+    def explained() -> Iterator[Explanation]:
+        for start in range(0, len(stills), _BATCH):
+            yield from explain(sparse, stills[start : start + _BATCH], other)
+
+    explanations = explained()
+    for source in track(stills, "explaining images", quiet):
+        found = next(explanations)
+        for kind in kinds:
+            path = targets[source].with_name(f"{targets[source].name}.{kind}")
+            found.save(path)
+            written.append(path)
+        table.add_row(cell(source), _best(found.dense), _best(found.pruned))
+        if len(sheet) < _SHEET:
+            sheet.append(found)
     if len(stills) > 1:
         path = Path(output) / f"{_CONTACT_SHEET}.png"
         with written_whole(path) as temporary:
             draw_sheet(sheet).save(temporary, format="PNG")
         written.append(path)
+
+    def draw(frames: Sequence[Image.Image]) -> list[Image.Image]:
+        return [draw_sheet([item], side=SIDE) for item in explain(sparse, frames, other)]
+
     for source in films:
         path = targets[source].with_name(f"{targets[source].name}.mp4")
-        frames = video.explain_video(sparse, source, path, other)
-        table.add_row(escape(str(source)), f"{frames} frames", "")
+        frames = video.redraw_video(source, path, draw)
+        *_, count = track(frames, f"explaining frames of {source.name}", quiet)
+        table.add_row(cell(source), f"{count} frames", "")
         written.append(path)
-    console = Console()
     console.print(table)
     if sheet:
         console.print(f"patches: {' → '.join(map(str, sheet[0].counts))}")
+    if is_untrained(sparse):
+        console.print("the scorers are not trained: they choose patches at random", style="bold")
+    cropped = min(sheet, key=lambda item: item.visible, default=None)
+    if cropped is not None and cropped.cropped:
+        console.print(f"the pictures show the model's crop: at least {cropped.cropped}")
     if len(stills) > len(sheet):
         console.print(f"the contact sheet has the first {len(sheet)} images")
-    console.print(f"files written to {output}: {len(written)}", markup=False)
+    console.print(f"files written to {plain(output)}: {len(written)}", markup=False, soft_wrap=True)
     return written
 
 
-_CONTACT_SHEET = "contact_sheet"
+def is_untrained(model: SparseViT) -> bool:
+    """Whether learned scorers are as they were made: training changes every parameter of theirs."""
+    norms = [item for item in model.scorers.modules() if isinstance(item, nn.LayerNorm)]
+    return bool(norms) and all(
+        bool((item.weight == 1).all() and (item.bias == 0).all()) for item in norms
+    )
+
+
+def _prepare(
+    images: Any, model: SparseViT, dense: nn.Module | None
+) -> Iterator[tuple[Tensor, list[float], Tensor]]:
+    """Batches of prepared images, the share of each picture that is in them, and the same images
+    for the dense model."""
+    if isinstance(images, Tensor):
+        size = resolve_input_data_config(dense)["input_size"] if dense else images.shape[1:]
+        if tuple(size) != tuple(images.shape[1:]):
+            raise ValueError(
+                f"dense must take the prepared images {tuple(images.shape[1:])}, got {tuple(size)}"
+            )
+        yield images, [1.0] * len(images), images
+        return
+    sources = check_sources(images, "images")
+    mode, transform = preprocessing(model)
+    others = None if dense is None else batches(sources, dense)
+    labels = list(sources)
+    for start in range(0, len(labels), _BATCH):
+        prepared, visible = [], []
+        for label in labels[start : start + _BATCH]:
+            tensor, share = _transform(read_image(sources[label], mode, label), transform)
+            prepared.append(tensor)
+            visible.append(share)
+        inputs = torch.stack(prepared)
+        yield inputs, visible, inputs if others is None else next(others)
+
+
+def _transform(picture: Image.Image, transform: Any) -> tuple[Tensor, float]:
+    """A prepared image, and the share of the picture's area that no crop has cut off."""
+    value: Any = picture
+    visible = 1.0
+    for step in transform.transforms:
+        before = value
+        value = step(value)
+        if isinstance(step, CenterCrop | CenterCropOrPad):
+            for new, old in zip(value.size, before.size, strict=True):
+                visible *= min(1.0, new / old)
+    return value, visible
+
+
+def _explain(
+    model: SparseViT,
+    images: Tensor,
+    visible: Sequence[float],
+    dense: nn.Module | None,
+    dense_images: Tensor,
+) -> list[Explanation]:
+    output: SparseOutput = run(model, images, "pruned")
+    if not output.keep:
+        kind = type(model.scorers[0]).__name__
+        raise ValueError(f"model must choose tokens, got {kind}, which merges them")
+    height, width = images.shape[-2:]
+    embed: Any = model.backbone.patch_embed
+    scores = torch.stack([score.float() for score in output.scores], dim=1).cpu().numpy()
+    keep = [mask.cpu().numpy() > 0.5 for mask in output.keep]
+    pixels = _to_pixels(images, resolve_input_data_config(model.backbone))
+    pruned = _predictions(model, output.logits)
+    if dense is None:
+        teller: Any = model.backbone
+        dense_model = "the same weights, all patches kept"
+    else:
+        teller = dense
+        dense_model = str((teller.pretrained_cfg or {}).get("architecture") or type(dense).__name__)
+    predictions = _predictions(teller, run(teller, dense_images))
+    return [
+        Explanation(
+            pixels=pixels[index],
+            patch_size=cast(tuple[int, int], tuple(embed.feat_ratio(as_scalar=False))),
+            grid=cast(tuple[int, int], tuple(embed.dynamic_feat_size((height, width)))),
+            blocks=model.schedule.blocks,
+            kept=tuple(mask[index].nonzero()[0] for mask in keep),
+            scores=scores[index],
+            dense=predictions[index],
+            pruned=pruned[index],
+            dense_model=dense_model,
+            visible=visible[index],
+        )
+        for index in range(len(images))
+    ]
+
+
+def _predictions(model: Any, logits: Tensor) -> list[list[Prediction]]:
+    """The likeliest classes of each image; none, where the model has no head."""
+    if model.num_classes < 1:
+        return [[] for _ in logits]
+    return as_predictions(logits, class_names(model), _TOP_K)
+
+
+def _to_pixels(images: Tensor, config: dict[str, Any]) -> np.ndarray:
+    """Undo the normalisation: [B, C, H, W] → [B, H, W, 3] uint8. Of other than three channels,
+    four are colours and opacity, and otherwise the first is shown in grey."""
+    channels = images.shape[1]
+    mean, std = (
+        torch.tensor(config[name], device=images.device).view(1, -1, 1, 1)
+        for name in ("mean", "std")
+    )
+    if channels not in (mean.shape[1], 1) and mean.shape[1] != 1:
+        raise ValueError(
+            f"model must have a mean and std a channel in its pretrained_cfg, {channels}, "
+            f"got {mean.shape[1]}"
+        )
+    pixels = (images.float() * std + mean)[:, : min(channels, 3)]
+    if channels not in (3, 4):
+        pixels = pixels[:, :1].expand(-1, 3, -1, -1)
+    pixels = pixels.clamp(0, 1).mul(255).round().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def _is_video(source: Path) -> bool:
@@ -170,5 +374,5 @@ def _targets(
     return targets
 
 
-def _best(found: list[Any]) -> str:
-    return escape(f"{found[0].name} {found[0].probability:.1%}") if found else ""
+def _best(found: Sequence[Prediction]) -> str:
+    return f"{cell(found[0].name)} {found[0].probability:.1%}" if found else ""

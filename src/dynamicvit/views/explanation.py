@@ -1,35 +1,41 @@
-"""explain(): which patches of an image a SparseViT keeps, and what it takes the image for."""
+"""Explanation: what a model kept of an image and took it for, as arrays and as pictures."""
 
 from __future__ import annotations
 
 import io
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
-from timm.data import resolve_input_data_config
-from torch import Tensor, nn
+from PIL import Image, ImageDraw
 
-from dynamicvit.core.model import SparseOutput, SparseViT
 from dynamicvit.io.files import write_bytes
-from dynamicvit.io.predictions import (
-    ImageSource,
-    Prediction,
-    as_predictions,
-    batches,
-    check_sources,
-    class_names,
-    run,
+from dynamicvit.io.predictions import Prediction
+from dynamicvit.views.drawing import (
+    INK,
+    NEAREST,
+    PALE_INK,
+    cut,
+    hatch,
+    heat_colours,
+    length,
+    spread,
+    wrap,
+    write,
 )
-from dynamicvit.views import pictures
 
 SUFFIXES = (".png", ".gif", ".webp", ".npz")  # what `Explanation.save` writes
-_TOP_K = 5
+SIDE = 224  # pixels that the shorter side of a picture has, about
+
+_TILE_SIDE = 112  # and of one in a sheet
+_MOST = 3  # a small image is enlarged to no more than this many times that length
+_WHOLE = 0.995  # share of the picture from which on nothing worth a word is cropped off
+_BACKGROUND, _BAR_GROUND, _GONE = (255, 255, 255), (236, 238, 243), (222, 224, 230)
+_DENSE, _PRUNED = (126, 134, 156), (33, 113, 181)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -47,6 +53,8 @@ class Explanation:
             has no classification head.
         pruned: the same, with tokens leaving.
         dense_model: whose predictions `dense` are, in words.
+        visible: share of the picture's area that the model saw, from 0 to 1; the rest was cropped
+            off. 1 for prepared images.
     """
 
     pixels: np.ndarray
@@ -58,6 +66,7 @@ class Explanation:
     dense: list[Prediction]
     pruned: list[Prediction]
     dense_model: str
+    visible: float = 1.0
 
     @property
     def masks(self) -> np.ndarray:
@@ -72,13 +81,56 @@ class Explanation:
         """Patches at the start and after each stage."""
         return (self.scores.shape[1], *map(len, self.kept))
 
+    @property
+    def cropped(self) -> str:
+        """What the pictures leave out, in words; empty where they show the whole picture."""
+        return f"{self.visible:.0%} of the picture" if self.visible < _WHOLE else ""
+
     def picture(self) -> Image.Image:
         """The input and what each stage keeps of it, its scores, and the predictions: RGB."""
-        return pictures.draw_explanation(self)
+        return _draw_picture(self)
 
     def frames(self) -> list[Image.Image]:
         """The input, then what each stage keeps of it: RGB pictures of one size."""
-        return pictures.draw_frames(self)
+        return _draw_frames(self)
+
+    def panels(self, side: int = SIDE) -> list[Image.Image]:
+        """The input, then what each stage keeps of it, without text: RGB pictures of one size.
+
+        Patches that have left are faded and striped.
+
+        Args:
+            side: pixels that the shorter side has, about: pictures are enlarged, and where this is
+                below 224 reduced, by a whole factor, so that patches stay sharp.
+        """
+        size = self.pixels.shape[:2]
+        shorter, longer = sorted(size)
+        larger = max(1, min(round(side / shorter), _MOST * side // longer))
+        smaller = max(1, round(shorter / side)) if side < SIDE else 1
+        reduced = Image.fromarray(self.pixels).reduce(smaller)
+        target = (reduced.width * larger, reduced.height * larger)
+        shown = np.asarray(reduced.resize(target, NEAREST))
+        stripe = max(2, min(target) // 56)
+        panels = [Image.fromarray(shown)]
+        for mask in self.masks:
+            gone = Image.fromarray(~spread(mask, self.patch_size, size)).resize(target, NEAREST)
+            panels.append(Image.fromarray(hatch(shown, np.asarray(gone), stripe)))
+        return panels
+
+    def heat_map(self, stage: int) -> tuple[np.ndarray, float, float]:
+        """A stage's scores as colours, [H, W, 3] uint8, and the lowest and highest of them.
+
+        Patches that had left before are grey.
+        """
+        scores = self.scores[stage]
+        there = np.isfinite(scores)
+        lowest, highest = (
+            (float(scores[there].min()), float(scores[there].max())) if there.any() else (0.0, 0.0)
+        )
+        share = (np.where(there, scores, lowest) - lowest) / ((highest - lowest) or 1.0)
+        colours = np.where(there[:, None], heat_colours(share), np.array(_GONE, dtype=np.uint8))
+        grid = colours.reshape(*self.grid, 3)
+        return spread(grid, self.patch_size, self.pixels.shape[:2]), lowest, highest
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it, whole or not at all.
@@ -124,9 +176,8 @@ class Explanation:
             arrays[f"{side}_index"] = np.array([item.index for item in found], dtype=np.int64)
             arrays[f"{side}_name"] = np.array([item.name for item in found], dtype=np.str_)
             arrays[f"{side}_probability"] = np.array([item.probability for item in found])
-        for name in ("pixels", "patch_size", "grid", "blocks", "scores", "dense_model"):
-            arrays[name] = np.asarray(getattr(self, name))
-        return arrays
+        names = ("pixels", "patch_size", "grid", "blocks", "scores", "dense_model", "visible")
+        return arrays | {name: np.asarray(getattr(self, name)) for name in names}
 
     def _repr_png_(self) -> bytes:
         content = io.BytesIO()
@@ -140,127 +191,204 @@ class Explanation:
         return f"<Explanation, {', '.join(parts)}>"
 
 
-@overload  # a str is a sequence of str too, and read as a path
-def explain(  # type: ignore[overload-overlap]
-    model: SparseViT, image: ImageSource, dense: nn.Module | None = None
-) -> Explanation: ...
-@overload
-def explain(
-    model: SparseViT, image: Sequence[ImageSource] | Tensor, dense: nn.Module | None = None
-) -> list[Explanation]: ...
-def explain(
-    model: SparseViT,
-    image: ImageSource | Sequence[ImageSource] | Tensor,
-    dense: nn.Module | None = None,
-) -> Explanation | list[Explanation]:
-    """Show which patches of an image a model keeps, stage by stage, and what it takes it for.
-
-    In a notebook the result shows itself; `.save("x.png")` writes it. Files are resized, cropped
-    and normalised as the model's `pretrained_cfg` says; the pictures show what the model then saw.
-    Models run in eval mode, on their own device and in their own dtype; their mode is restored.
+def draw_sheet(
+    explanations: Sequence[Explanation],
+    captions: Sequence[str] | None = None,
+    side: int = _TILE_SIDE,
+) -> Image.Image:
+    """Many images, each a row of the input and what each stage keeps, in columns of such rows.
 
     Args:
-        model: the model.
-        image: a path, a PIL image, or a sequence of these; or prepared images, a tensor
-            [B, C, H, W], normalised as `pretrained_cfg` says.
-        dense: a dense timm model to predict beside it, prepared for as its own `pretrained_cfg`
-            says. By default the model's own backbone with all tokens kept, which after fine-tuning
-            is not the dense model that it was made from.
+        explanations: of images of one size, by one model.
+        captions: a line of text an image; by default what it is taken for.
+        side: pixels that the shorter side of a picture has, about.
 
     Returns:
-        An Explanation; for a sequence or tensor, a list of them.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        TypeError, ValueError: if an image cannot be read, or naming a bad argument.
+        An RGB picture.
     """
-    if not isinstance(model, SparseViT):
-        raise TypeError(f"model must be a SparseViT, got {type(model).__name__}")
-    if dense is not None and (isinstance(dense, SparseViT) or not hasattr(dense, "pretrained_cfg")):
-        raise TypeError(f"dense must be a dense timm model, got {type(dense).__name__}")
-    found: list[Explanation] = []
-    for inputs, dense_inputs in _inputs(image, model, dense):
-        found += _explain(model, inputs, dense, dense_inputs)
-    return found[0] if isinstance(image, str | os.PathLike | Image.Image) else found
+    size = max(12, round(side / 9)) if side < SIDE else max(13, round(side / 17))
+    gap, line = 2 * size // 3, round(1.35 * size)
+    first = explanations[0].panels(side)
+    start, *kept = explanations[0].counts
+    cropped = "cropped, " if any(item.cropped for item in explanations) else ""
+    titles = [f"{cropped}{start} patches", *(f"{count} kept" for count in kept)]
+    cell_w = max(first[0].width, *(math.ceil(length(title, size)) for title in titles)) + gap
+    cell_h = first[0].height + gap // 2 + line + gap
+    group_w = len(first) * cell_w + 2 * gap
+    head = gap + line
+    count = len(explanations)
+    # As many columns as make it wider than high, as screens are.
+    groups = next(
+        number
+        for number in range(1, count + 1)
+        if head + math.ceil(count / number) * cell_h <= number * group_w or number == count
+    )
+    rows = math.ceil(count / groups)
+    groups = math.ceil(count / rows)
+    sheet = Image.new("RGB", (gap + groups * group_w - 2 * gap, head + rows * cell_h), _BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    for group in range(groups):
+        for column, title in enumerate(titles):
+            write(draw, (gap + group * group_w + column * cell_w, gap // 2), title, size, PALE_INK)
+    for index, explanation in enumerate(explanations):
+        group, row = divmod(index, rows)
+        left, top = gap + group * group_w, head + row * cell_h
+        shown = first if index == 0 else explanation.panels(side)
+        for column, picture in enumerate(shown):
+            sheet.paste(picture, (left + column * cell_w, top))
+        below = _captions(explanation) if captions is None else [captions[index]]
+        width = (group_w - 3 * gap) // max(1, len(below))
+        for column, text in enumerate(below):
+            at = (left + column * width, top + first[0].height + gap // 2)
+            write(draw, at, cut(text, width - gap, size), size)
+    return sheet
 
 
-def _inputs(
-    image: Any, model: SparseViT, dense: nn.Module | None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of prepared images, for the model and for the dense one."""
-    if isinstance(image, Tensor):
-        size = resolve_input_data_config(dense)["input_size"] if dense else image.shape[1:]
-        if tuple(size) != tuple(image.shape[1:]):
-            raise ValueError(
-                f"dense must take the prepared images {tuple(image.shape[1:])}, got {tuple(size)}"
-            )
-        yield image, image
-        return
-    sources = check_sources(image)
-    if dense is None:
-        yield from ((images, images) for images in batches(sources, model))
-    else:
-        yield from zip(batches(sources, model), batches(sources, dense), strict=True)
+def _draw_picture(explanation: Explanation) -> Image.Image:
+    """Three rows: the input and what each stage keeps; the scores; the predictions."""
+    shown = explanation.panels()
+    width, height = shown[0].size
+    titles = _titles(explanation)
+    size = max(13, round(min(width, height) / 17))
+    cell = max(width, *(math.ceil(length(line, size)) for pair in titles for line in pair))
+    gap, line = size, round(1.35 * size)
+    heat_top = 2 * gap + 2 * line + height
+    bar = max(4, size // 2)
+    bottom = heat_top + height + bar + 2 * gap + line
+    rows = max(len(explanation.dense), len(explanation.pruned))
+    answers = (rows + 2) * line + rows * line // 4 + gap if rows else 0
+    sheet = Image.new("RGB", (gap + len(shown) * (cell + gap), bottom + answers), _BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    for column, (picture, (title, below)) in enumerate(zip(shown, titles, strict=True)):
+        left = gap + column * (cell + gap)
+        write(draw, (left, gap // 2), title, size)
+        write(draw, (left, gap // 2 + line), below, size, PALE_INK)
+        sheet.paste(picture, (left, gap + 2 * line))
+    _write_legend(draw, (gap, heat_top), cell, size)
+    for stage, scores in enumerate(explanation.scores):
+        left = gap + (stage + 1) * (cell + gap)
+        heat, lowest, highest = explanation.heat_map(stage)
+        sheet.paste(Image.fromarray(heat).resize((width, height), NEAREST), (left, heat_top))
+        top = heat_top + height + gap // 2
+        ramp = heat_colours(np.linspace(0, 1, width))[None].repeat(bar, axis=0)
+        sheet.paste(Image.fromarray(ramp), (left, top))
+        threshold = float(scores[explanation.kept[stage]].min())
+        span = highest - lowest
+        if span > 0 and math.isfinite(threshold):
+            x = left + round((threshold - lowest) / span * (width - 1))
+            draw.line((x, top - bar // 2, x, top + bar + bar // 2), INK, max(2, size // 7))
+        text = top + bar + gap // 4
+        write(draw, (left, text), f"{lowest:.3g}", size, PALE_INK)
+        right = f"{highest:.3g}"
+        write(draw, (left + width - length(right, size), text), right, size, PALE_INK)
+    if rows:
+        half = (sheet.width - 5 * gap) // 2
+        counts = ", ".join(map(str, explanation.counts))
+        for left, side, note, found, colour in (
+            (gap, "dense", explanation.dense_model, explanation.dense, _DENSE),
+            (4 * gap + half, "pruned", f"{counts} patches", explanation.pruned, _PRUNED),
+        ):
+            _write_predictions(draw, (left, bottom), half, size, (side, note), found, colour)
+    return sheet
 
 
-def _explain(
-    model: SparseViT, images: Tensor, dense: nn.Module | None, dense_images: Tensor
-) -> list[Explanation]:
-    output: SparseOutput = run(model, images, "pruned")
-    if not output.keep:
-        kind = type(model.scorers[0]).__name__
-        raise ValueError(f"model must choose tokens, got {kind}, which merges them")
-    height, width = images.shape[-2:]
-    embed: Any = model.backbone.patch_embed
-    scores = torch.stack([score.float() for score in output.scores], dim=1).cpu().numpy()
-    keep = [mask.cpu().numpy() > 0.5 for mask in output.keep]
-    pixels = _to_pixels(images, resolve_input_data_config(model.backbone))
-    pruned = _predictions(model, output.logits)
-    if dense is None:
-        teller: Any = model.backbone
-        dense_model = "the same weights, all patches kept"
-    else:
-        teller = dense
-        dense_model = str((teller.pretrained_cfg or {}).get("architecture") or type(dense).__name__)
-    predictions = _predictions(teller, run(teller, dense_images))
+def _draw_frames(explanation: Explanation) -> list[Image.Image]:
+    """The input, then what each stage keeps, each with its title and the likeliest classes."""
+    shown = explanation.panels()
+    titles = _titles(explanation)
+    size = max(13, round(min(shown[0].size) / 17))
+    gap, line = size, round(1.35 * size)
+    below = _captions(explanation)
+    texts = [text for pair in titles for text in pair]
+    width = max(shown[0].width, *(math.ceil(length(text, size)) for text in texts))
+    top = gap + 2 * line
+    frames = []
+    for picture, (title, counts) in zip(shown, titles, strict=True):
+        height = top + picture.height + gap + len(below) * line
+        frame = Image.new("RGB", (width + 2 * gap, height), _BACKGROUND)
+        draw = ImageDraw.Draw(frame)
+        write(draw, (gap, gap // 2), title, size)
+        write(draw, (gap, gap // 2 + line), counts, size, PALE_INK)
+        frame.paste(picture, (gap, top))
+        for row, text in enumerate(below):
+            at = (gap, top + picture.height + gap // 2 + row * line)
+            write(draw, at, cut(text, width, size), size)
+        frames.append(frame)
+    return frames
+
+
+def _titles(explanation: Explanation) -> list[tuple[str, str]]:
+    """Two lines above each picture."""
+    height, width = explanation.pixels.shape[:2]
+    start, *counts = explanation.counts
+    seen = f"{width} x {height} pixels"
+    titles = [("input", seen)]
+    if explanation.cropped:
+        titles = [("input, cropped", f"{seen}, {explanation.cropped}")]
+    for stage, (block, count) in enumerate(zip(explanation.blocks, counts, strict=True), start=1):
+        titles.append((f"stage {stage}, block {block}", f"{count} of {start} patches"))
+    return titles
+
+
+def _captions(explanation: Explanation) -> list[str]:
+    """What the image is taken for, dense and pruned."""
     return [
-        Explanation(
-            pixels=pixels[index],
-            patch_size=cast(tuple[int, int], tuple(embed.feat_ratio(as_scalar=False))),
-            grid=cast(tuple[int, int], tuple(embed.dynamic_feat_size((height, width)))),
-            blocks=model.schedule.blocks,
-            kept=tuple(mask[index].nonzero()[0] for mask in keep),
-            scores=scores[index],
-            dense=predictions[index],
-            pruned=pruned[index],
-            dense_model=dense_model,
-        )
-        for index in range(len(images))
+        f"{side} {found[0].probability:.0%} {found[0].name}"
+        for side, found in (("dense", explanation.dense), ("pruned", explanation.pruned))
+        if found
     ]
 
 
-def _predictions(model: Any, logits: Tensor) -> list[list[Prediction]]:
-    """The likeliest classes of each image; none, where the model has no head."""
-    if model.num_classes < 1:
-        return [[] for _ in logits]
-    return as_predictions(logits, class_names(model), _TOP_K)
+def _write_legend(draw: ImageDraw.ImageDraw, at: tuple[int, int], width: int, size: int) -> None:
+    """What the pictures and the heat maps show."""
+    left, top = at
+    line = round(1.35 * size)
+    for title, notes in (
+        ("striped", ("patches that have left.",)),
+        (
+            "keep scores",
+            (
+                "log-odds of going on, as the stage's scorer gives them; bright is high.",
+                "The mark on the scale: from there on, patches stay.",
+                "Grey: had left before.",
+            ),
+        ),
+    ):
+        write(draw, (left, top), title, size)
+        top += line
+        for note in notes:
+            for text in wrap(note, width, size):
+                write(draw, (left, top), text, size, PALE_INK)
+                top += line
+            top += line // 4
 
 
-def _to_pixels(images: Tensor, config: dict[str, Any]) -> np.ndarray:
-    """Undo the normalisation: [B, C, H, W] → [B, H, W, 3] uint8. Of other than three channels,
-    four are colours and opacity, and otherwise the first is shown in grey."""
-    channels = images.shape[1]
-    mean, std = (
-        torch.tensor(config[name], device=images.device).view(1, -1, 1, 1)
-        for name in ("mean", "std")
-    )
-    if channels not in (mean.shape[1], 1) and mean.shape[1] != 1:
-        raise ValueError(
-            f"model must have a mean and std a channel in its pretrained_cfg, {channels}, "
-            f"got {mean.shape[1]}"
-        )
-    pixels = (images.float() * std + mean)[:, : min(channels, 3)]
-    if channels not in (3, 4):
-        pixels = pixels[:, :1].expand(-1, 3, -1, -1)
-    pixels = pixels.clamp(0, 1).mul(255).round().to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+def _write_predictions(
+    draw: ImageDraw.ImageDraw,
+    at: tuple[int, int],
+    width: int,
+    size: int,
+    title: tuple[str, str],
+    found: Sequence[Prediction],
+    colour: tuple[int, int, int],
+) -> None:
+    """Bars: a class each, its name and its probability."""
+    left, top = at
+    line = round(1.35 * size)
+    side, note = title
+    write(draw, at, side, size)
+    offset = length(f"{side}  ", size)
+    write(draw, (left + offset, top), cut(note, width - offset, size), size, PALE_INK)
+    number = math.ceil(length("100.0%", size)) + size // 2
+    names = round(0.45 * (width - number))
+    start, end = left + names + size // 2, left + width - number
+    for row, item in enumerate(found):
+        y = top + line + line // 4 + row * (line + line // 4)
+        write(draw, (left, y), cut(item.name, names, size), size)
+        bar = (start, y + size // 6, end, y + size)
+        draw.rectangle(bar, _BAR_GROUND)
+        filled = round(item.probability * (end - start))
+        if filled:
+            draw.rectangle((start, bar[1], start + filled, bar[3]), colour)
+        text = f"{item.probability:.1%}"
+        write(draw, (left + width - length(text, size), y), text, size)

@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from dynamicvit.core.schedule import KeepSchedule
-from dynamicvit.io.files import write_bytes
+from dynamicvit.evaluation.console import plain
+from dynamicvit.io.files import check_file, write_bytes
 from dynamicvit.training.fit import BEST, CONFIG
 from dynamicvit.training.metrics import METRICS
 
@@ -29,7 +30,7 @@ _LOSSES = {
 }
 # Colours that colour-blind people tell apart (Okabe and Ito; yellow left out, too light for lines).
 # Dashes and markers differ too, so that a print in grey still tells.
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _DASHES = ("-", (0, (6, 1)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (3, 2)), (0, (8, 2)), "-.")
 _MARKERS = "os^Dv<>"
 _MANY = 60  # points of a line from which it is drawn pale, with its running mean over it
@@ -47,7 +48,7 @@ class Panel:
     smooth: bool = True
 
 
-def plot(run: str, /, output: str | None = None) -> Path:
+def plot(run: str, /, output: str | None = None, quiet: bool = False) -> Path:
     """Draw how a training run went, finished or not: losses, accuracy, tokens kept, learning rates.
 
     Steps below 0 are those of a warm start. In the diagram of kept tokens, dashed lines are the
@@ -56,6 +57,7 @@ def plot(run: str, /, output: str | None = None) -> Path:
     Args:
         run: folder of a run.
         output: PNG, SVG or PDF file to write; by default plot.png in the run's folder.
+        quiet: print nothing.
 
     Returns:
         The file written.
@@ -69,26 +71,32 @@ def plot(run: str, /, output: str | None = None) -> Path:
     kind = path.suffix.lower().removeprefix(".")
     if kind not in _FORMATS:
         raise ValueError(f"output must end in .{', .'.join(_FORMATS)}, got {str(path)!r}")
+    check_file("output", path)
     try:
-        from matplotlib.figure import Figure  # an extra
+        from cycler import cycler
+        from matplotlib import rc_context  # an extra
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("plot needs the extra: pip install 'dynamicvit[plot]'") from error
 
     panels = read_panels(folder)
     rows = math.ceil(len(panels) / 2)
-    figure = Figure(figsize=(12, 0.5 + 3.3 * rows), layout="constrained")
-    figure.suptitle(folder.resolve().name)
-    grid = list(figure.subplots(rows, 2, squeeze=False).flat)
-    for axes, panel in zip(grid, panels, strict=False):
-        draw_panel(axes, panel)
-        axes.set(title=panel.title, xlim=step_limits(panels))
-        if any(panel.lines):
-            axes.legend(fontsize="small", ncols=2)
-    for axes in grid[len(panels) :]:
-        axes.remove()
     picture = io.BytesIO()
-    figure.savefig(picture, format=kind, dpi=120)
+    with rc_context({"axes.prop_cycle": cycler(color=_COLOURS)}):
+        figure = Figure(figsize=(12, 0.5 + 3.3 * rows), layout="constrained")
+        figure.suptitle(folder.resolve().name)
+        grid = list(figure.subplots(rows, 2, squeeze=False).flat)
+        for axes, panel in zip(grid, panels, strict=False):
+            draw_panel(axes, panel)
+            axes.set(title=panel.title, xlim=step_limits(panels))
+            if any(panel.lines):
+                axes.legend(fontsize="small", ncols=2)
+        for axes in grid[len(panels) :]:
+            axes.remove()
+        figure.savefig(picture, format=kind, dpi=120)
     write_bytes(path, picture.getvalue())
+    if not quiet:
+        print(f"the picture is in {plain(path)}")
     return path
 
 
@@ -217,7 +225,7 @@ def draw_panel(axes: Any, panel: Panel) -> None:
         steps = [step for step, _ in points]
         values = [value if value > 0 or not log else math.nan for _, value in points]
         style: dict[str, Any] = {
-            "color": COLOURS[index % len(COLOURS)],
+            "color": f"C{index}",  # counted through the colours in matplotlib's settings
             "linestyle": _DASHES[index % len(_DASHES)],
             "label": name,
         }

@@ -16,26 +16,29 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from PIL import Image
 from rich.console import Console
 from timm.data import resolve_input_data_config
 from torch.utils.data import IterableDataset
 
 from dynamicvit import __version__
-from dynamicvit.evaluation.evaluate import input_size, open_images, start_evaluation
+from dynamicvit.evaluation.console import plain, track
+from dynamicvit.evaluation.launch import find_device, start_processes
+from dynamicvit.evaluation.setup import input_size, open_images
 from dynamicvit.io.embedded import ASSETS
-from dynamicvit.io.files import write_text
+from dynamicvit.io.files import check_file, write_text
 from dynamicvit.io.predictions import class_names
-from dynamicvit.views import pictures
-from dynamicvit.views.charts import draw_schedule, draw_speed, draw_sweep, draw_training
-from dynamicvit.views.explanation import Explanation, explain
+from dynamicvit.views.charts import Chart, draw_schedule, draw_speed, draw_sweep, draw_training
+from dynamicvit.views.drawing import heat_colours
+from dynamicvit.views.explain import explain
+from dynamicvit.views.explanation import Explanation
 from dynamicvit.views.plot import METRICS
 from dynamicvit.views.result_files import USUAL, Findings, ForeignFile, arrows, gather
 
 _PAGE = "report.html"  # what is written, and its template
 _LOOKED_AT = 256  # images, from all over the split, of which examples are taken
 _BATCH = 32
+_PRECISIONS = {"no": "float32", "bf16": "bfloat16"}  # in files of earlier versions
 _ROWS = 8  # of classes and of confusions
 _SIDE = 112  # pixels of an example's shorter side, about
 
@@ -50,6 +53,8 @@ def report(
     data: str | None = None,
     data_dir: str | None = None,
     split: str = "val",
+    device: str | None = None,
+    quiet: bool = False,
 ) -> Path:
     """Show a model, its training and what was measured of it, as one HTML file.
 
@@ -68,6 +73,9 @@ def report(
             run the model on some of its images, and show examples.
         data_dir: where a named data set lies.
         split: which split to take examples from.
+        device: where the model runs on examples: cpu, cuda or cuda:NUMBER; by default a GPU if
+            there is one.
+        quiet: print nothing.
 
     Returns:
         The file written.
@@ -81,9 +89,13 @@ def report(
         raise ValueError("report needs the extra: pip install 'dynamicvit[plot]'")
     if output is not None and Path(output).suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"output must end in .html, got {output!r}")
+    if output is not None:
+        check_file("output", output)
+    where = find_device(device)
     found = gather(model, benchmark, compare, sweep)
     target = Path(output) if output is not None else (found.home or Path()) / _PAGE
-    examples = None if data is None else _look_at(found, data, data_dir, split)
+    check_file("output", target)
+    examples = None if data is None else _look_at(found, data, data_dir, split, where, quiet)
     missing = _missing(found, examples)
     curves = draw_training(found.run) if found.run and "train" not in missing else []
     try:
@@ -96,10 +108,10 @@ def report(
         files = ", ".join(file for file, _ in found.sources)
         raise ValueError(f"one of {files} is not what its command writes: {error}") from error
     write_text(target, page)
-    console = Console()
+    console = Console(quiet=quiet)
     for gap in missing.values():
         console.print(f"missing: {gap.what}", markup=False, soft_wrap=True)
-    console.print(f"the report is in {target}", markup=False, soft_wrap=True)
+    console.print(f"the report is in {plain(target)}", markup=False, soft_wrap=True)
     return target
 
 
@@ -151,7 +163,7 @@ def _render(
     found: Findings,
     missing: dict[str, _Missing],
     examples: _Examples | None,
-    curves: list[tuple[str, Markup]],
+    curves: list[tuple[str, Chart]],
 ) -> str:
     """The page: the template says what of all this stands where, and in which words."""
     # Class names, paths and settings are whatever somebody wrote: all of it is escaped.
@@ -172,11 +184,12 @@ def _render(
         "strip": _strip,
         "heat": _heat,
         "data_uri": _data_uri,
+        "svg_uri": lambda svg: _uri("image/svg+xml", svg),
         "spread": _spread,
     }
     sparse, size = found.sparse, input_size(found.sparse)
     backbone: Any = sparse.backbone
-    measured, machine = _speeds(found)
+    measured, machine, timed_by = _speeds(found)
     return environment.get_template(_PAGE).render(
         version=__version__,
         date=datetime.now(UTC).isoformat(sep=" ", timespec="minutes"),
@@ -195,8 +208,9 @@ def _render(
         accuracies=_accuracies(found),
         measured=measured,
         machine=machine,
-        speed_chart=draw_speed(measured, found.gmacs[0] / found.gmacs[1]) if measured else "",
-        sweep_chart=draw_sweep(found.sweep) if found.sweep is not None else "",
+        timed_by=timed_by,
+        speed_chart=draw_speed(measured, found.gmacs[0] / found.gmacs[1]) if measured else None,
+        sweep_chart=draw_sweep(found.sweep) if found.sweep is not None else None,
         scale=np.linspace(0, 1, 256)[None].repeat(16, axis=0),
         class_maps=_class_maps(found.maps) if found.maps is not None else [],
         curves=curves,
@@ -233,15 +247,22 @@ def _accuracies(found: Findings) -> list[_Accuracy]:
     return measured
 
 
-def _speeds(found: Findings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Measurements and what they were made on; those of a quickstart if there are no others."""
+def _speeds(found: Findings) -> tuple[list[dict[str, Any]], dict[str, Any], str]:
+    """Measurements, what they were made on, and the command that made them: the benchmark, or else
+    the sweep, or else the quickstart."""
     if found.benchmark is not None:
-        return found.benchmark["measurements"], found.benchmark["environment"]
+        return found.benchmark["measurements"], found.benchmark["environment"], "benchmark"
+    if found.sweep is not None:
+        own = next(point for point in found.sweep["points"] if found.is_own(point))
+        if own["speed"]:
+            given = found.sweep["precision"]
+            setting = {"engine": "eager", "precision": _PRECISIONS.get(given, given)}
+            return [setting | own["speed"]], found.sweep["environment"], "sweep"
     if found.quickstart is not None:
         setting = {"engine": "eager", "precision": "float32"}
         speeds = [setting | row for row in found.quickstart["speed"]]
-        return speeds, found.quickstart["environment"]
-    return [], {}
+        return speeds, found.quickstart["environment"], "quickstart"
+    return [], {}, ""
 
 
 def _class_maps(maps: dict[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
@@ -273,25 +294,34 @@ class _Examples:
     apart: list[_Example]
 
 
-def _look_at(found: Findings, data: str, data_dir: str | None, split: str) -> _Examples:
+def _look_at(
+    found: Findings,
+    data: str,
+    data_dir: str | None,
+    split: str,
+    device: torch.device,
+    quiet: bool,
+) -> _Examples:
     """Run the model on images from all over a split. Errors as for `report`."""
-    accelerator = start_evaluation("no")
-    sparse = found.sparse.to(accelerator.device)
+    accelerator = start_processes("float32")
+    sparse = found.sparse.to(device)
     images, loader = open_images(
         sparse, found.model, accelerator, data, data_dir, split, _BATCH, 0, None, True
     )
     names = images.class_names or class_names(sparse)
     read: Iterator[tuple[torch.Tensor, int]]
+    what = "looking at examples"
     if isinstance(images.dataset, IterableDataset):  # from all over cannot be had of a stream
-        read = islice(_each(loader), _LOOKED_AT)
+        read = track(islice(_each(loader), _LOOKED_AT), what, quiet)
     else:
-        read = (images.dataset[index] for index in _spread(range(len(images.dataset)), _LOOKED_AT))
+        chosen = _spread(range(len(images.dataset)), _LOOKED_AT)
+        read = (images.dataset[index] for index in track(chosen, what, quiet))
     examples = _Examples(f"{data}, {split}", [], [], [])
     while batch := list(islice(read, _BATCH)):
         there = [(image, int(target)) for image, target in batch if int(target) >= 0]
         if not there:
             continue
-        inputs = torch.stack([image for image, _ in there]).to(accelerator.device)
+        inputs = torch.stack([image for image, _ in there])
         for (_, target), seen in zip(there, explain(sparse, inputs), strict=True):
             dense, pruned = seen.dense[0].index, seen.pruned[0].index
             alike = examples.right if pruned == target else examples.wrong
@@ -315,7 +345,7 @@ def _spread(items: Sequence[Any], most: int) -> list[Any]:
 
 def _strip(explanation: Explanation) -> Image.Image:
     """The input and what each stage keeps, side by side; between them the page shows."""
-    panels = pictures.draw_panels(explanation, _SIDE)
+    panels = explanation.panels(_SIDE)
     width, height = panels[0].size
     gap = max(2, width // 14)
     strip = Image.new("RGBA", (len(panels) * (width + gap) - gap, height), (0, 0, 0, 0))
@@ -326,14 +356,18 @@ def _strip(explanation: Explanation) -> Image.Image:
 
 def _heat(rates: np.ndarray) -> Image.Image:
     """Numbers from 0 to 1, [h, w], each as a pixel."""
-    colours = pictures.heat_colours(rates.clip(0, 1).reshape(-1))
+    colours = heat_colours(rates.clip(0, 1).reshape(-1))
     return Image.fromarray(colours.reshape(*rates.shape, 3))
 
 
 def _data_uri(image: Image.Image) -> str:
     content = io.BytesIO()
     image.save(content, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
+    return _uri("image/png", content.getvalue())
+
+
+def _uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _count(module: torch.nn.Module) -> int:

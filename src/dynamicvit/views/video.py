@@ -1,25 +1,20 @@
-"""Videos: each frame beside what is kept of it."""
+"""Videos: read frame by frame, and written anew with other pictures."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch import nn
 
-from dynamicvit.core.model import SparseViT
 from dynamicvit.io.files import written_whole
-from dynamicvit.views.explanation import explain
-from dynamicvit.views.pictures import draw_sheet
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts")
 _BATCH = 16  # frames in memory at a time
 _CLOCK = Fraction(1, 90_000)  # seconds a tick: of what is written, fine enough for any frame rate
-_SIDE = 224  # pixels of a picture's shorter side, about
 
 
 def check_video(source: Path) -> None:
@@ -32,15 +27,20 @@ def check_video(source: Path) -> None:
         raise ValueError(f"cannot read video {source}: {error or 'no frames'}") from error
 
 
-def explain_video(
-    model: SparseViT, source: Path, target: Path, dense: nn.Module | None = None
-) -> int:
-    """Write an MP4 (H.264) with each frame and, beside it, what each stage keeps; without sound.
+def redraw_video(
+    source: Path, target: Path, draw: Callable[[Sequence[Image.Image]], Sequence[Image.Image]]
+) -> Iterator[int]:
+    """Write an MP4 (H.264) with a picture in place of each frame; without sound.
 
-    Frames keep their times. Arguments and errors are as for `explain`.
+    Frames keep their times. The file is there once the iterator has ended.
 
-    Returns:
-        How many frames there are.
+    Args:
+        source: the video.
+        target: file to write.
+        draw: upright frames → as many pictures, all of one size.
+
+    Yields:
+        After each frame, how many there have been.
 
     Raises:
         ValueError: if the file cannot be read, or holds no picture.
@@ -53,10 +53,7 @@ def explain_video(
             with av.open(str(temporary), "w", format="mp4") as result:
                 while frames := list(itertools.islice(decoded, _BATCH)):
                     images = [_upright(frame) for frame in frames]
-                    for frame, explanation in zip(
-                        frames, explain(model, images, dense), strict=True
-                    ):
-                        picture = draw_sheet([explanation], side=_SIDE)
+                    for frame, picture in zip(frames, draw(images), strict=True):
                         if stream is None:
                             stream = result.add_stream("libx264", options={"crf": "18"})
                             # This form of colours is the one that every player knows. It needs an
@@ -66,19 +63,19 @@ def explain_video(
                             stream.codec_context.time_base = _CLOCK
                         shown = Image.new("RGB", (stream.width, stream.height), "white")
                         shown.paste(picture)
-                        # Some files tell no times, or the same twice, which cannot be written.
+                        # Some files have no times, or the same time twice, which cannot be written.
                         seconds = count / 25 if frame.time is None else frame.time
                         last = max(last + 1, round(seconds / _CLOCK))
                         written = av.VideoFrame.from_image(shown)
                         written.pts, written.time_base = last, _CLOCK
                         result.mux(stream.encode(written))
                         count += 1
+                        yield count
                 if stream is None:
                     raise ValueError("no frames")
                 result.mux(stream.encode(None))
     except (av.FFmpegError, ValueError) as error:
         raise ValueError(f"cannot explain video {source}: {error}") from error
-    return count
 
 
 def _frames(film: Any) -> Iterator[Any]:
@@ -87,7 +84,7 @@ def _frames(film: Any) -> Iterator[Any]:
 
 
 def _upright(frame: Any) -> Image.Image:
-    """A frame as it is to be seen: telephones write videos lying, and say so."""
+    """A frame, turned by the rotation stored in the metadata."""
     return frame.to_image().rotate(frame.rotation, expand=True)
 
 

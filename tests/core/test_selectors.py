@@ -15,31 +15,22 @@ from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
 from dynamicvit import KeepSchedule, SparseViT, count_gmacs, explain, load, sparsify
-from dynamicvit.core import backbone as adapter
-from dynamicvit.core.backbone import UnsupportedBackbone
-from dynamicvit.core.baselines import (
-    SCORERS,
-    ClassAttentionScorer,
-    Place,
-    SimilarityMerger,
-    StaticScorer,
-    create_scorers,
-    merge_similar,
-    pooling_shares,
-    scorer_name,
-)
-from dynamicvit.core.scorer import RandomScorer, TokenScorer
-from dynamicvit.core.tokens import keep_mask
+from dynamicvit.core.backbones import Adapter, UnsupportedBackbone, adapter_of
+from dynamicvit.core.backbones.attention import class_attention
+from dynamicvit.core.selectors import SELECTORS, Stage, create, name_of
+from dynamicvit.core.selectors.learned import TokenScorer
+from dynamicvit.core.selectors.merging import SimilarityMerger, merge_similar, pooling_shares
+from dynamicvit.core.selectors.rules import ClassAttentionScorer, RandomScorer, StaticScorer
+from dynamicvit.core.tokens import Tokens, keep_mask, key_bias
 from dynamicvit.deploy.export import export_model
 from dynamicvit.io.folder import CONFIG
-from dynamicvit.training.config import TrainConfig
-from dynamicvit.training.defaults import complete
+from dynamicvit.training.config import TrainConfig, complete
 from dynamicvit.training.task import SparseTask
 from tests.conftest import randomise, tiny_vit
 
 SCHEDULE = KeepSchedule((1, 2, 3), (0.7, 0.4, 0.15))  # 16 → 11 → 6 → 2: the last by more than half
 MERGING = ("class_attention_merging", "similarity_merging", "pooling")
-CHOOSING = tuple(name for name in SCORERS if name not in MERGING)
+CHOOSING = tuple(name for name in SELECTORS if name not in MERGING)
 REPEATABLE = tuple(name for name in CHOOSING if name != "random")
 ROTARY = "eva02_tiny_patch14_224"
 
@@ -54,14 +45,19 @@ def _images(batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, 32, 32)
 
 
-@pytest.mark.parametrize("scorer", SCORERS)
+def _stage(model: Any, x: Tensor, num_kept: int) -> Stage:
+    """Before block 1, with one prefix token."""
+    return Stage(0, 1, num_kept, Tokens(x, 1, (4, 4)), model, adapter_of(model))
+
+
+@pytest.mark.parametrize("scorer", SELECTORS)
 @pytest.mark.parametrize("prefix", [0, 3])
 @torch.no_grad()
 def test_as_many_tokens_go_on_as_the_schedule_says_and_prefix_tokens_stay(
     scorer: str, prefix: int
 ) -> None:
     sparse = tiny(scorer, reg_tokens=prefix)
-    assert {type(module) for module in sparse.scorers} == {SCORERS[scorer]}
+    assert {type(module) for module in sparse.scorers} == {SELECTORS[scorer]}
     seen: list[int] = []
     for block in sparse.backbone.blocks:
         block.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
@@ -83,7 +79,7 @@ def test_all_cost_about_the_same() -> None:
         dense = timm.create_model("deit_small_patch16_224")
         whole = count_gmacs(dense, (3, 224, 224))
     costs = {}
-    for scorer in SCORERS:
+    for scorer in SELECTORS:
         sparse = sparsify(dense, 0.7, scorer=scorer)
         costs[scorer] = count_gmacs(sparse, (3, 224, 224))
     assert max(costs.values()) < 0.66 * whole
@@ -134,7 +130,8 @@ def test_random_choice_keeps_the_count_and_never_brings_back() -> None:
 @torch.no_grad()
 def test_class_attention_is_what_the_block_computes(name: str) -> None:
     model = tiny_vit(name, qk_norm=True) if name == "vit_tiny_patch16_224" else tiny_vit(name)
-    x, rope = adapter.embed(model, _images())
+    adapter = adapter_of(model)
+    tokens = adapter.embed(model, _images())
     attn = cast(Any, model.blocks[2]).attn
     attn.fused_attn = False
     weights: list[Tensor] = []
@@ -142,17 +139,18 @@ def test_class_attention_is_what_the_block_computes(name: str) -> None:
     keep = keep_mask(torch.arange(9).expand(2, -1), 16)
     prefix = model.num_prefix_tokens
     for mask in (None, keep):
-        bias = None if mask is None else adapter.key_bias(mask)
+        bias = None if mask is None else key_bias(mask)
         if bias is not None:
             bias = nn.functional.pad(bias, (prefix, 0))[:, None, None].expand(
                 -1, 1, 16 + prefix, -1
             )
-        adapter.run_block(model, 2, x, rope, bias)
+        given = tokens._replace(keep=mask, bias=bias)
+        adapter.run_block(model, 2, given)
         expected = weights[-1][:, :, 0, prefix:].mean(dim=1)
-        torch.testing.assert_close(adapter.class_attention(model, 2, x, rope, mask), expected)
+        torch.testing.assert_close(class_attention(model, 2, given), expected)
 
 
-@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("scorer", SELECTORS)
 def test_training_reaches_the_backbone_and_scorers_that_learn(scorer: str) -> None:
     task = SparseTask(tiny(scorer).train(), tiny_vit()).train()
     result = task(_images(4), torch.arange(4))
@@ -172,7 +170,7 @@ def test_training_reaches_the_backbone_and_scorers_that_learn(scorer: str) -> No
         assert result["kept"].tolist() == pytest.approx([11 / 16, 6 / 16, 2 / 16])
 
 
-@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("scorer", SELECTORS)
 def test_bfloat16_is_finite_and_learns(scorer: str) -> None:
     images, labels = _images(4), torch.arange(4)
     task = SparseTask(tiny(scorer).train(), tiny_vit())
@@ -193,7 +191,7 @@ def test_merging_trains_an_lvvit_on_its_class_head() -> None:
     assert result["logit_kl"].item() == pytest.approx(0.0, abs=1e-5)
 
 
-@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("scorer", SELECTORS)
 @torch.no_grad()
 def test_a_saved_model_comes_back_the_same(scorer: str, tmp_path: Path) -> None:
     sparse, images = tiny(scorer), _images()
@@ -201,7 +199,7 @@ def test_a_saved_model_comes_back_the_same(scorer: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "model" / CONFIG).read_text())["dynamicvit"]["scorer"] == scorer
     loaded = load(tmp_path / "model")
     assert isinstance(loaded, SparseViT)
-    assert scorer_name(loaded.scorers) == scorer
+    assert name_of(loaded.scorers) == scorer
     torch.manual_seed(1)
     expected = sparse(images)
     torch.manual_seed(1)
@@ -225,10 +223,10 @@ def test_a_folder_names_its_rule(tmp_path: Path) -> None:
     config = json.loads((tmp_path / CONFIG).read_text())
     del config["dynamicvit"]["scorer"]
     (tmp_path / CONFIG).write_text(json.dumps(config))
-    assert scorer_name(cast(SparseViT, load(tmp_path)).scorers) == "learned"
+    assert name_of(load(tmp_path).scorers) == "learned"
 
 
-@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("scorer", SELECTORS)
 def test_forward_compiles_whole(scorer: str) -> None:
     sparse, images = tiny(scorer), _images()
     compiled = torch.compile(sparse, fullgraph=True, backend="aot_eager")
@@ -265,7 +263,7 @@ def test_what_merging_has_no_answer_for_is_refused() -> None:
 
 @pytest.mark.parametrize("scorer", [*MERGING, "random"])
 def test_other_rules_are_not_exported(scorer: str, tmp_path: Path) -> None:
-    message = f"by what they hold to be exported, .* got {SCORERS[scorer].__name__}"
+    message = f"deterministic selector .* got {SELECTORS[scorer].__name__}"
     with pytest.raises(ValueError, match=message):
         export_model(tiny(scorer), tmp_path / "model.onnx", samples=8)
     assert list(tmp_path.iterdir()) == []
@@ -306,7 +304,7 @@ def test_other_rules_are_not_exported(scorer: str, tmp_path: Path) -> None:
             (
                 scorer,
                 {"name": ROTARY},
-                rf"Eva is not supported by {SCORERS[scorer].__name__}: .* no",
+                rf"Eva is not supported by {SELECTORS[scorer].__name__}: .* no",
             )
             for scorer in MERGING
         ),
@@ -332,7 +330,7 @@ def test_an_unknown_rule_is_refused(scorer: Any) -> None:
 
 
 def test_rules_do_not_mix() -> None:
-    modules = [SimilarityMerger(), RandomScorer(), RandomScorer()]
+    modules: list[nn.Module] = [SimilarityMerger(), RandomScorer(), RandomScorer()]
     with pytest.raises(TypeError, match="all choose tokens or all merge them, got SimilarityMer"):
         SparseViT(tiny_vit(), SCHEDULE, modules)
     modules = [TokenScorer(32), RandomScorer(), RandomScorer()]
@@ -377,7 +375,7 @@ def test_a_static_mask_is_for_one_size() -> None:
     model = tiny_vit()
     cast(Any, model.patch_embed).num_patches = None
     with pytest.raises(ValueError, match="must not be static for images of any size, got 'static'"):
-        create_scorers("static", model, SCHEDULE)
+        create("static", model, 3)
     sparse = tiny("static", dynamic_img_size=True)
     with pytest.raises(ValueError, match="images of 16 patches, got 6×5"):
         sparse(torch.randn(1, 3, 48, 40))
@@ -428,25 +426,27 @@ def test_attention_counts_a_token_as_often_as_its_size_says(
     model = tiny_vit()
     first, half = torch.randn(2, 1, 32), torch.randn(2, 8, 32)
     x = torch.cat([first, half.repeat_interleave(2, dim=1)], dim=1)
-    place = Place(model, 1, x, None, torch.arange(16).expand(2, -1), (4, 4))
-    merged, sizes = SimilarityMerger()(x[:, 1:], 8, torch.ones(2, 16), place)
+    adapter = adapter_of(model)
+    stage = _stage(model, x, 8)
+    merged, sizes = SimilarityMerger()(x[:, 1:], None, stage)
     assert torch.equal(sizes, torch.full((2, 8), 2.0))
     bias = nn.functional.pad(sizes.log(), (1, 0))[:, None, None]
-    short = adapter.run_block(model, 1, torch.cat([first, merged], dim=1), None, bias)
-    expected = adapter.run_block(model, 1, x, None)[:, 0]
+    tokens = Tokens(torch.cat([first, merged], dim=1), 1, (4, 4), bias=bias)
+    short = adapter.run_block(model, 1, tokens)
+    expected = adapter.run_block(model, 1, stage.tokens)[:, 0]
     torch.testing.assert_close(short[:, 0], expected)
     # which is the bias's doing, and which a SparseViT gives
-    plain = adapter.run_block(model, 1, torch.cat([first, merged[:, :4]], dim=1), None)
+    plain = adapter.run_block(model, 1, tokens._replace(x=tokens.x[:, :5], bias=None))
     assert (plain[:, 0] - expected).abs().max() > 1e-3
     given: list[Tensor] = []
     sparse = tiny("similarity_merging")
-    run = adapter.run_block
+    run = Adapter.run_block
 
-    def note(model: Any, index: int, x: Tensor, rope: Any, attn_mask: Any = None) -> Tensor:
-        given.append(attn_mask)
-        return run(model, index, x, rope, attn_mask)
+    def note(self: Adapter, model: Any, block: int, tokens: Tokens) -> Tensor:
+        given.append(cast(Tensor, tokens.bias))
+        return run(self, model, block, tokens)
 
-    monkeypatch.setattr(adapter, "run_block", note)
+    monkeypatch.setattr(Adapter, "run_block", note)
     sparse(_images())
     assert given[0] is None
     assert [mask.shape[-1] for mask in given[1:]] == [12, 7, 3]
@@ -463,7 +463,7 @@ def test_similarity_merging_is_what_a_slow_loop_computes(rank: int) -> None:
     model, images = cast(Any, sparse.backbone), _images()
     prefix = 1 + rank
     for image, expected in zip(images, sparse(images), strict=True):
-        rows = list(adapter.embed(model, image[None])[0][0])
+        rows = list(sparse.adapter.embed(model, image[None]).x[0])
         sizes = [1.0] * len(rows)
         for index, block in enumerate(model.blocks):
             if index in SCHEDULE.blocks:
@@ -516,7 +516,7 @@ def _slow_round(
     stay = [*range(prefix), *(left for left in even if left not in gone), *odd]
     # In ToMe's order: what is left of the even ones, then the odd ones. In the order of their
     # similarity here, which decides who is even in the next round.
-    order = {left: place for place, (_, left, _) in enumerate(sorted(pairs, reverse=True))}
+    order = {left: rank for rank, (_, left, _) in enumerate(sorted(pairs, reverse=True))}
     stay.sort(key=lambda at: (at >= prefix, at in odd, order.get(at, at)))
     everything: tuple[list[Any], ...] = (rows, sizes, keys)
     for each in everything:
@@ -526,10 +526,10 @@ def _slow_round(
 @torch.no_grad()
 def test_what_is_dropped_is_merged_by_attention() -> None:
     sparse, images = tiny("class_attention_merging"), _images()
-    x, _ = adapter.embed(sparse.backbone, images)
-    place = Place(sparse.backbone, 1, x, None, torch.arange(16).expand(2, -1), (4, 4))
-    attention = ClassAttentionScorer()(x[:, 1:], None, place)
-    merged, sizes = sparse.scorers[0](x[:, 1:], 5, torch.ones(2, 16), place)
+    x = sparse.adapter.embed(sparse.backbone, images).x
+    stage = _stage(sparse.backbone, x, 5)
+    attention = ClassAttentionScorer()(x[:, 1:], None, stage)
+    merged, sizes = sparse.scorers[0](x[:, 1:], None, stage)
     for image in range(2):
         order = attention[image].argsort(descending=True)
         torch.testing.assert_close(merged[image, :4], x[image, 1 + order[:4]])

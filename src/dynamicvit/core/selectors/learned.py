@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynamicvit.core.backbones import Backbone
+from dynamicvit.core.selectors.base import Selector, Stage
 from dynamicvit.core.tokens import masked_mean
 
 
-class TokenScorer(nn.Module):
+class TokenScorer(Selector):
     """The paper's prediction module: local and global features → log-odds of keeping.
 
     Args:
@@ -21,13 +23,16 @@ class TokenScorer(nn.Module):
     Raises:
         ValueError: if `dim` is not a positive multiple of 4.
 
-    Source: DynamicViT, arXiv 2106.02034. The paper takes the log-softmax of the two outputs; their
+    Source: DynamicViT, arXiv 2106.02034. The paper takes the log-softmax of two outputs. Their
     difference, returned here, carries the same information: it orders tokens as the keep
     probability does, and does not saturate.
 
     >>> TokenScorer(384)(torch.randn(2, 196, 384)).shape
     torch.Size([2, 196])
     """
+
+    log_odds = True
+    learns = True
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -44,13 +49,20 @@ class TokenScorer(nn.Module):
         )
         self.act = nn.GELU()
 
-    def forward(self, x_BNC: Tensor, keep_BN: Tensor | None = None) -> Tensor:
+    @classmethod
+    def create(cls, model: Backbone) -> Self:
+        return cls(model.embed_dim)
+
+    def forward(
+        self, x_BNC: Tensor, keep_BN: Tensor | None = None, stage: Stage | None = None
+    ) -> Tensor:
         """Score tokens.
 
         Args:
             x_BNC: patch tokens, no prefix tokens.
             keep_BN: which of them are still there; the global feature averages those alone.
                 None means all.
+            stage: not used.
 
         Returns:
             [B, N] log-odds of keeping.
@@ -59,6 +71,11 @@ class TokenScorer(nn.Module):
         pooled = masked_mean(glob, keep_BN).unsqueeze(1).expand(-1, local.shape[1], -1)
         logits = self.head(torch.cat([local, pooled], dim=-1))
         return logits[..., 0] - logits[..., 1]
+
+    def fused(self) -> Selector:
+        return (
+            FusedScorer(self) if type(self) is TokenScorer else self
+        )  # others may score otherwise
 
     @torch.no_grad()
     def set_keep_prior(self, probability: float) -> None:
@@ -76,7 +93,7 @@ class TokenScorer(nn.Module):
         bias[0], bias[1] = math.log(probability), math.log1p(-probability)
 
 
-class FusedScorer(nn.Module):
+class FusedScorer(Selector):
     """A TokenScorer's inference form: the same scores from fewer and smaller operations.
 
     The norm's affine part is folded into the layer after it, the layer that would take local and
@@ -86,6 +103,8 @@ class FusedScorer(nn.Module):
     Args:
         scorer: a trained TokenScorer; its weights are copied.
     """
+
+    log_odds = True
 
     @torch.no_grad()
     def __init__(self, scorer: TokenScorer) -> None:
@@ -102,7 +121,9 @@ class FusedScorer(nn.Module):
         self.hidden = _linear(second.weight, second.bias)
         self.score = _linear(last.weight[:1] - last.weight[1:], last.bias[:1] - last.bias[1:])
 
-    def forward(self, x_BNC: Tensor, keep_BN: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_BNC: Tensor, keep_BN: Tensor | None = None, stage: Stage | None = None
+    ) -> Tensor:
         """As `TokenScorer.forward`."""
         x = F.layer_norm(x_BNC, x_BNC.shape[-1:], eps=self.eps)
         local, glob = F.gelu(self.embed(x)).chunk(2, dim=-1)
@@ -124,13 +145,3 @@ def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     if bias is not None:
         layer.bias.copy_(bias)
     return layer
-
-
-class RandomScorer(nn.Module):
-    """Scores drawn at random: what any learned scorer has to beat."""
-
-    ranks_only = True  # no log-odds: `masked` keeps as many of the highest as the schedule says
-
-    def forward(self, x_BNC: Tensor, keep_BN: Tensor | None = None) -> Tensor:
-        """[B, N, C] tokens → [B, N] uniform noise."""
-        return torch.rand(x_BNC.shape[:2], device=x_BNC.device)

@@ -1,0 +1,112 @@
+"""Paths: how a selector's decision is carried out.
+
+Axes: B images, N patch tokens, P prefix tokens, C channels, K kept tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynamicvit.core.backbones import Adapter, Backbone
+from dynamicvit.core.selectors import Selector, Stage
+from dynamicvit.core.tokens import (
+    Tokens,
+    attention_bias,
+    best_keep,
+    sample_keep,
+    straight_through,
+    topk_keep,
+)
+
+
+class Path:
+    """One way through the model. `SparseViT.run` calls `apply` at each stage, then runs blocks."""
+
+    def noise(self, stage: int) -> Tensor | None:
+        """[B, N] uniform draws for a stage; None for fresh ones."""
+        return None
+
+    def apply(self, stage: Stage, selector: Selector) -> tuple[Tokens, Tensor | None]:
+        """The tokens that go on from a stage, and the scores, [B, N], if the selector was asked."""
+        raise NotImplementedError
+
+    def run_block(self, adapter: Adapter, model: Backbone, block: int, tokens: Tokens) -> Tensor:
+        """[B, P + N, C] after a block."""
+        return adapter.run_block(model, block, tokens)
+
+
+class Pruned(Path):
+    """Tokens really leave, and the best go on.
+
+    Args:
+        trace: ask every selector. Without it, a stage that keeps all its tokens asks none.
+    """
+
+    def __init__(self, trace: bool = False) -> None:
+        self.trace = trace
+
+    def apply(self, stage: Stage, selector: Selector) -> tuple[Tokens, Tensor | None]:
+        tokens = stage.tokens
+        all_stay = stage.num_kept >= tokens.num_patches
+        if all_stay and (selector.merges or not self.trace):
+            return tokens, None
+        given = selector(tokens.patches, None, stage)
+        if not selector.merges:
+            return tokens.take(topk_keep(given, stage.num_kept)), given
+        x = torch.cat([tokens.x[:, : tokens.num_prefix], given.x], dim=1)
+        bias = None
+        if selector.counts_size:
+            weight = F.pad(given.size.log(), (tokens.num_prefix, 0))
+            bias = weight[:, None, None, :].to(x.dtype)
+        return tokens._replace(x=x, size=given.size, positions=None, bias=bias), None
+
+
+class Masked(Path):
+    """All tokens are there, and dropped ones are blocked inside attention: differentiable.
+
+    Args:
+        sample: draw decisions from log-odds, as training does. Otherwise the best are kept, as many
+            as the schedule says; the same tokens as in the pruned path.
+        decisions: given instead, for each stage [B, N].
+        noise: for each stage, [B, N] uniform draws.
+        temperature: of the sampling's relaxation.
+    """
+
+    def __init__(
+        self,
+        sample: bool = False,
+        decisions: Sequence[Tensor] | None = None,
+        noise: Sequence[Tensor] | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        self.sample = sample
+        self.decisions = decisions
+        self.draws = noise
+        self.temperature = temperature
+
+    def noise(self, stage: int) -> Tensor | None:
+        return None if self.draws is None else self.draws[stage]
+
+    def apply(self, stage: Stage, selector: Selector) -> tuple[Tokens, Tensor | None]:
+        tokens = stage.tokens
+        scores = selector(tokens.patches, tokens.keep, stage)
+        decision = self.decide(stage, selector, scores)
+        keep = decision if tokens.keep is None else tokens.keep * decision
+        return tokens._replace(keep=keep, bias=self.bias(keep, tokens)), scores
+
+    def bias(self, keep: Tensor, tokens: Tokens) -> Tensor:
+        """What blocks dropped tokens inside attention: [B, 1, P + N, P + N]."""
+        return attention_bias(keep, tokens.num_prefix).to(tokens.x.dtype)
+
+    def decide(self, stage: Stage, selector: Selector, scores: Tensor) -> Tensor:
+        """[B, N] float32 decisions of this stage alone."""
+        if self.decisions is not None:
+            return self.decisions[stage.number].float()
+        if self.sample and selector.log_odds:
+            return sample_keep(scores, stage.noise, self.temperature)
+        best = best_keep(scores, stage.num_kept, stage.tokens.keep)
+        return straight_through(best, scores) if selector.log_odds else best

@@ -1,0 +1,89 @@
+"""Selector: who matters. All kinds are called alike, and say of themselves what they can."""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple, Self
+
+from torch import Tensor, nn
+
+from dynamicvit.core.backbones import Adapter, Backbone
+from dynamicvit.core.tokens import Tokens
+
+
+class Stage(NamedTuple):
+    """A point of the network where tokens leave, as its selector sees it.
+
+    Attributes:
+        number: of the stage, from 0.
+        block: index of the block before which it lies.
+        num_kept: patch tokens to keep.
+        tokens: what arrives there.
+        model, adapter: the backbone, and what is known of its family.
+        noise: [B, N] uniform draws in [0, 1) for what is drawn at this stage; None for fresh ones.
+    """
+
+    number: int
+    block: int
+    num_kept: int
+    tokens: Tokens
+    model: Backbone
+    adapter: Adapter
+    noise: Tensor | None = None
+
+
+class Merged(NamedTuple):
+    """What a selector that merges gives: tokens [B, K, C] and their sizes [B, K]."""
+
+    x: Tensor
+    size: Tensor
+
+
+class Selector(nn.Module):
+    """Ranks tokens, or merges them.
+
+    Called as `selector(x_BNC, keep_BN, stage)`: patch tokens, which of them are still there (None
+    means all), and the stage. It gives scores [B, N], or `Merged` if it `merges`.
+
+    Attributes:
+        merges: it makes new tokens. They have no place in the grid, and no keep mask.
+        counts_size: attention counts a merged token as often as it has patches.
+        log_odds: scores are log-odds of keeping. Training samples them. Others only rank: the best
+            are kept in training too.
+        learns: it has something of its own to learn.
+        reads_blocks: it reads weights of the backbone's blocks, which must be there in full.
+        draws: it draws random numbers.
+    """
+
+    merges: ClassVar[bool] = False
+    counts_size: ClassVar[bool] = False
+    log_odds: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
+    reads_blocks: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
+
+    @classmethod
+    def create(cls, model: Backbone) -> Self:
+        """A new, untrained one for this backbone."""
+        return cls()
+
+    def check(self, model: Backbone) -> None:
+        """Raise UnsupportedBackbone unless it works for this backbone."""
+
+    def set_keep_prior(self, probability: float) -> None:
+        """Start from tokens being kept with this probability, if that can be learned."""
+
+    def fused(self) -> Selector:
+        """Its inference form: the same up to rounding, in fewer operations."""
+        return self
+
+    def forward(
+        self, x_BNC: Tensor, keep_BN: Tensor | None = None, stage: Stage | None = None
+    ) -> Tensor | Merged:
+        raise NotImplementedError
+
+
+def asked(selector: Selector, stage: Stage | None) -> Stage:
+    """The stage, for selectors that need to know where they are asked."""
+    if stage is None:
+        raise TypeError(f"stage must be given to a {type(selector).__name__}, got None")
+    return stage

@@ -1,0 +1,91 @@
+"""Rules that rank tokens: what a learned scorer is compared with."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from dynamicvit.core.backbones import Backbone
+from dynamicvit.core.backbones.attention import check_attention, class_attention
+from dynamicvit.core.selectors.base import Selector, Stage, asked
+
+
+class RandomScorer(Selector):
+    """Scores drawn at random: what any other selector has to beat."""
+
+    draws = True
+
+    def forward(
+        self, x_BNC: Tensor, keep_BN: Tensor | None = None, stage: Stage | None = None
+    ) -> Tensor:
+        """[B, N, C] tokens → [B, N] uniform noise."""
+        if stage is not None and stage.noise is not None:
+            return stage.noise
+        return torch.rand(x_BNC.shape[:2], device=x_BNC.device)
+
+
+class StaticScorer(Selector):
+    """A learned log-odds of keeping for each position, the same for every image.
+
+    Args:
+        num_tokens: patch tokens of an image.
+    """
+
+    log_odds = True
+    learns = True
+    # Adam moves a parameter by about the learning rate a step. That suits a network's weights, and
+    # is too little for log-odds.
+    SCALE = 10.0
+
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(1e-3 * torch.randn(num_tokens))  # no ties
+
+    @classmethod
+    def create(cls, model: Backbone) -> Self:
+        num_tokens = model.patch_embed.num_patches
+        if num_tokens is None:
+            raise ValueError("scorer must not be static for images of any size, got 'static'")
+        return cls(num_tokens)
+
+    def forward(
+        self, x_BNC: Tensor, keep_BN: Tensor | None = None, stage: Stage | None = None
+    ) -> Tensor:
+        """[B, N] log-odds. Raises ValueError for an image of another number of patches."""
+        tokens = asked(self, stage).tokens
+        rows, columns = tokens.grid
+        if rows * columns != len(self.weight):
+            raise ValueError(
+                f"a static mask is for images of {len(self.weight)} patches, got {rows}×{columns}"
+            )
+        scores = self.SCALE * self.weight
+        if tokens.positions is None:
+            return scores.expand(len(x_BNC), -1)
+        return scores[tokens.positions]
+
+    @torch.no_grad()
+    def set_keep_prior(self, probability: float) -> None:
+        odds = torch.tensor(min(probability, 1.0 - 1e-3)).logit()
+        self.weight.add_(odds / self.SCALE - self.weight.mean())
+
+
+class ClassAttentionScorer(Selector):
+    """Attention of the class token, mean over heads: EViT's rule (arXiv 2202.07800).
+
+    EViT drops tokens inside a block, between attention and MLP. Here they leave before the block,
+    by the attention that it is about to pay, computed from its own weights.
+    """
+
+    reads_blocks = True
+
+    def check(self, model: Backbone) -> None:
+        check_attention(model, class_token=True)
+
+    def forward(
+        self, x_BNC: Tensor, keep_BN: Tensor | None = None, stage: Stage | None = None
+    ) -> Tensor:
+        """[B, N] shares of attention."""
+        at = asked(self, stage)
+        return class_attention(at.model, at.block, at.tokens)

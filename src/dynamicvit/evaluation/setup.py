@@ -1,0 +1,147 @@
+"""What evaluate, sweep and compare begin with: device, models, images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from timm.data import resolve_input_data_config
+from torch import nn
+from torch.utils.data import DataLoader
+
+from dynamicvit.core.backbones import Backbone
+from dynamicvit.core.model import SparseViT
+from dynamicvit.evaluation.data import ImageData, open_data
+from dynamicvit.evaluation.loader import create_image_loader
+from dynamicvit.evaluation.unreadable import DataError
+from dynamicvit.io.load import load_model
+from dynamicvit.io.predictions import class_names
+
+
+@contextmanager
+def seeded(accelerator: Accelerator) -> Iterator[None]:
+    """The same random numbers each time, since random selection draws; the generators' states are
+    restored."""
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        yield
+
+
+def open_images(
+    model: nn.Module,
+    model_name: str,
+    accelerator: Accelerator,
+    data: str,
+    data_dir: str | None,
+    split: str,
+    batch_size: int,
+    workers: int,
+    crop_pct: float | None,
+    skip_unreadable: bool,
+) -> tuple[ImageData, DataLoader]:
+    """A split as a model takes it: opened, checked against its classes, and a loader of it.
+
+    Arguments and errors as for `evaluate`, which has `check_loading` look at them first.
+    """
+    options: dict[str, Any] = {
+        "data_dir": data_dir,
+        "in_chans": input_size(model)[0],
+        "skip_unreadable": skip_unreadable,
+        "batch_size": batch_size,
+    }
+    images = open_data(data, split, **options)
+    known = cast(Any, backbone_of(model)).pretrained_cfg.get("label_names") or ()
+    if images.class_names is not None and set(images.class_names) < set(known):
+        images = open_data(data, split, class_names=known, **options)
+    check_classes(images.class_names, model, model_name)
+    config = resolve_input_data_config(backbone_of(model))
+    loader = create_image_loader(
+        images,
+        batch_size,
+        config if crop_pct is None else config | {"crop_pct": crop_pct},
+        training=False,
+        workers=workers,
+        device=accelerator.device,
+    )
+    return images, accelerator.prepare(loader)
+
+
+def load_pair(model: str, dense: str | None = None) -> tuple[SparseViT, nn.Module]:
+    """A sparse model, and the dense one that it is compared with.
+
+    Args:
+        model: model folder or hub id of a sparse model.
+        dense: that of a dense model, or a timm name. By default the sparse model's own backbone,
+            all tokens present.
+
+    Raises:
+        ValueError, FileNotFoundError: if there is no such model, it is not sparse (dense), or the
+            two do not take the same images or do not have the same classes.
+    """
+    sparse = load_model(model)
+    if not isinstance(sparse, SparseViT):
+        raise ValueError(f"model must be sparse, got the dense model {model}")
+    if dense is None:
+        return sparse, cast(nn.Module, sparse.backbone)
+    other = load_model(dense)
+    if isinstance(other, SparseViT):
+        raise ValueError(f"dense must be a dense model, got the sparse model {dense}")
+    configs = [resolve_input_data_config(backbone_of(item)) for item in (sparse, other)]
+    for key in ("input_size", "mean", "std"):
+        ours, theirs = (config[key] for config in configs)
+        if tuple(ours) != tuple(theirs):
+            raise ValueError(f"dense must have the {key} of {model}, {ours}, got {theirs}")
+    if sparse.num_classes != other.num_classes:
+        raise ValueError(
+            f"dense must have the {sparse.num_classes} classes of {model}, got {other.num_classes}"
+        )
+    ours, theirs = (
+        cast(Any, backbone_of(item)).pretrained_cfg.get("label_names") for item in (sparse, other)
+    )
+    if ours and theirs and list(ours) != list(theirs) and sorted(ours) == sorted(theirs):
+        raise ValueError(f"dense must have its classes in the order {ours}, got {theirs}")
+    return sparse, other
+
+
+def check_classes(names: Sequence[str] | None, model: nn.Module, model_name: str) -> None:
+    """Raise DataError unless the data has as many classes as the model."""
+    if names is not None and len(names) != model.num_classes:
+        raise DataError(f"the data has {len(names)} classes, {model_name} has {model.num_classes}")
+
+
+def check_loading(batch_size: int, workers: int, crop_pct: float | None) -> None:
+    """Raise ValueError, which names the argument, unless images can be loaded so."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    if workers < 0:
+        raise ValueError(f"workers must be 0 or more, got {workers}")
+    if crop_pct is not None and not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct must lie in (0, 1], got {crop_pct}")
+
+
+def names_of_classes(images: ImageData, model: nn.Module) -> list[str]:
+    """One name a class: the data's, else the model's."""
+    return list(images.class_names or class_names(model))
+
+
+def backbone_of(model: nn.Module) -> Backbone:
+    """The timm model inside a SparseViT, or the model itself."""
+    return cast(Backbone, model.backbone if isinstance(model, SparseViT) else model)
+
+
+def input_size(model: nn.Module) -> tuple[int, int, int]:
+    """(channels, height, width) that a model is evaluated at."""
+    channels, height, width = resolve_input_data_config(backbone_of(model))["input_size"]
+    return channels, height, width
+
+
+def token_counts(model: nn.Module) -> tuple[int, ...]:
+    """Patch tokens present at the start and after each stage; none for a model without patches."""
+    patches = getattr(getattr(backbone_of(model), "patch_embed", None), "num_patches", None)
+    if patches is None:
+        return ()
+    return (patches, *(model.schedule.counts(patches) if isinstance(model, SparseViT) else ()))

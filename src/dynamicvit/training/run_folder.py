@@ -1,0 +1,124 @@
+"""The folder of a run: the names of its files, its own config, and the lock on it."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from safetensors import SafetensorError
+
+from dynamicvit.io.folder import CONFIG as MODEL_CONFIG
+from dynamicvit.training.config import read_options
+
+BEST, DENSE, CONFIG, BAD_BATCH, LOCK = "best", "dense", "config.yaml", "bad_batch", "train.lock"
+
+
+def own_config(output: Path) -> dict[str, Any] | None:
+    """The options of the run in a folder, as they were filled in; None if it has none yet.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    path = output / CONFIG
+    if not path.exists():
+        return None
+    try:
+        return read_options(path)
+    except ValueError as error:
+        raise ValueError(f"{error} (without this file, give all options again)") from error
+
+
+def resume_arguments(arguments: list[str]) -> list[str]:
+    """What comes before the arguments of a command line with --resume: the run's own options.
+
+    Raises:
+        ValueError, OSError: if a config file cannot be read.
+    """
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--resume", nargs="?", const="true", default="false")
+    finder.add_argument("--output")
+    finder.add_argument("--config", action="append", default=[])
+    found, _ = finder.parse_known_args(arguments)
+    output = found.output
+    for file in found.config:
+        if Path(file).is_file():
+            named = read_options(Path(file)).get("output")
+            output = output or named
+    if found.resume.lower() != "true" or not output or own_config(Path(output)) is None:
+        return []
+    return [f"--config={Path(output) / CONFIG}"]
+
+
+def has_best(output: Path) -> bool:
+    """Whether a run's folder holds a best model."""
+    return (output / BEST / MODEL_CONFIG).is_file()
+
+
+@contextmanager
+def write_errors_named(path: Path) -> Iterator[None]:
+    """Name the file when it cannot be written, for example because the disk is full."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.filename:
+            raise
+        # torch tells of a full disk with a RuntimeError that was caused by an OSError.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
+        raise OSError(f"cannot write {path}: {reason}") from error
+
+
+@contextmanager
+def folder_locked(output: Path) -> Iterator[None]:
+    """Inside, no other process can train into this folder.
+
+    The lock belongs to the process: it ends with it, however the process ends. A folder that is
+    empty afterwards is removed.
+
+    Raises:
+        ValueError: if another process has the lock, naming it.
+    """
+    path = output / LOCK
+    output.mkdir(parents=True, exist_ok=True)
+    file = _lock(path)
+    if file is None:
+        with suppress(OSError):
+            holder = path.read_text(encoding="utf-8", errors="replace").strip()
+        raise ValueError(
+            f"output {output} is in use by another training ({holder or 'unknown process'}): "
+            "wait for it, stop it, or choose another folder"
+        )
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+        with suppress(OSError):
+            output.rmdir()
+
+
+def _lock(path: Path) -> IO[str] | None:
+    """The locked file, or None if another process has it."""
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            # Not flock: loader processes inherit that, and may outlive this process by seconds.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            return None
+        except OSError:  # a file system without locks
+            return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # the process that had it has just removed it
