@@ -51,7 +51,7 @@ def main() -> None:
         "--calibration", help="folder of images for int8, which is left out without"
     )
     parser.add_argument("--images", help="folder of images; by default those in the package")
-    parser.add_argument("--samples", type=int, default=256, help="images to compare on")
+    parser.add_argument("--samples", type=int, default=256, help="images to compare on, at most")
     parser.add_argument("--only", nargs="*", help="formats, of all")
     options = parser.parse_args()
     model = load_model(options.model) if options.model else deit_small()
@@ -74,7 +74,7 @@ def main() -> None:
                 samples=options.samples,
             )
             seconds = round(time.perf_counter() - start, 1)
-            print_exported([exported])
+            print_exported(exported)
             exports.append({**asdict(exported), "path": name, "seconds": seconds})
     settings = {
         "model": options.model or DEIT_SMALL,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 
 from dynamicvit import count_gmacs, optimize, sparsify
 from dynamicvit.evaluation.environment import environment
-from dynamicvit.evaluation.timing import interleave
+from dynamicvit.evaluation.timing import compare_times, interleave, medians
 from dynamicvit.io.files import write_text
 
 MODEL = "deit_small_patch16_224"
@@ -50,8 +49,8 @@ def main() -> None:
             fast = optimize(sparse, images, tolerance=float("inf"), engines=options.engines)
             print(f"batch {batch_size}, {name}\n  dense: {eager}\n  pruned: {fast}")
             times = interleave([eager, fast], [images], options.seconds)
-            ratios = [took[0] / took[1] for took in times]
-            low, _, high = statistics.quantiles(ratios, n=4)
+            speed_up, (low, high) = compare_times(times)
+            seconds = medians(times)
             rows.append(
                 {
                     "batch_size": batch_size,
@@ -59,14 +58,14 @@ def main() -> None:
                     "gmacs": count_gmacs(sparse, SIZE),
                     "dense": asdict(eager.chosen),
                     "sparse": asdict(fast.chosen),
-                    "dense_images_per_second": batch_size / statistics.median(t[0] for t in times),
-                    "sparse_images_per_second": batch_size / statistics.median(t[1] for t in times),
-                    "speed_up": statistics.median(ratios),
+                    "dense_images_per_second": batch_size / seconds[0],
+                    "sparse_images_per_second": batch_size / seconds[1],
+                    "speed_up": speed_up,
                     "spread": (low, high),
                     "candidates": [asdict(item) for item in fast.candidates if item.reason is None],
                 }
             )
-            print(f"  {rows[-1]['speed_up']:.2f}× ({low:.2f}–{high:.2f})")
+            print(f"  {speed_up:.2f}× ({low:.2f}–{high:.2f})")
     report = {"model": MODEL, "rows": rows, "environment": environment()}
     write_text(Path(options.results), json.dumps(report, indent=2) + "\n")
 

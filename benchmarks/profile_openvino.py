@@ -21,7 +21,7 @@ import torch
 
 from dynamicvit import sparsify
 from dynamicvit.deploy.engines import save
-from dynamicvit.deploy.export import OPENVINO_HINTS
+from dynamicvit.deploy.formats import OPENVINO_HINTS
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.io.files import write_text
 

@@ -3,57 +3,19 @@ from __future__ import annotations
 import json
 import sys
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from dynamicvit import SparseViT, cli, sparsify
+from dynamicvit.deploy import benchmark as module
 from dynamicvit.deploy import engines
-from dynamicvit.deploy.benchmark import benchmark, stage_times
+from dynamicvit.deploy.benchmark import benchmark, print_benchmark, stage_times
 from dynamicvit.deploy.memory import peak_memory
 from dynamicvit.evaluation.environment import environment
-from dynamicvit.evaluation.timing import compare_speed, interleave
 from tests.conftest import randomise, tiny_vit
-
-
-class _Work(nn.Module):
-    """A model that takes `amount` of work, and counts its images."""
-
-    def __init__(self, amount: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(1))
-        self.amount = amount
-        self.calls: list[tuple[int, bool, torch.dtype]] = []
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        result = torch.eye(64)
-        for _ in range(self.amount):
-            result = result @ torch.eye(64)
-        self.calls.append((len(images), self.training, result.dtype))
-        return result
-
-
-def test_both_are_run_alike_and_the_ratio_is_of_their_times() -> None:
-    slow, fast = _Work(400).train(), _Work(1)
-    [one, two] = compare_speed(slow, fast, (3, 8, 8), batch_sizes=(1, 2), seconds=0.05)
-    assert (one.batch_size, two.batch_size) == (1, 2)
-    assert slow.training, "the mode is restored"
-    assert not any(training for _, training, _ in slow.calls)
-    assert {size for size, _, _ in fast.calls} == {1, 2}
-    for speed in (one, two):
-        assert speed.sparse > speed.dense > 0  # 400 times the work
-        assert speed.spread[0] <= speed.speed_up <= speed.spread[1]
-
-
-def test_precision_reaches_both() -> None:
-    models = _Work(1), _Work(1)
-    compare_speed(*models, (3, 8, 8), batch_sizes=(1,), seconds=0.01, precision="bf16")
-    for model in models:
-        assert {dtype for _, _, dtype in model.calls} == {torch.bfloat16}
 
 
 def test_environment_says_what_a_number_was_measured_on() -> None:
@@ -104,24 +66,6 @@ def test_attention_can_be_plain_or_fused() -> None:
         run = engines.build(dense, "eager", "float32", fused_attention=fused)
         torch.testing.assert_close(run(torch.ones(1, 3, 32, 32)), dense(torch.ones(1, 3, 32, 32)))
     assert all(m.fused_attn for m in dense.modules() if hasattr(m, "fused_attn")), "a copy is run"
-
-
-def test_rounds_alternate() -> None:
-    calls: list[str] = []
-    seen: list[float] = []
-
-    def call(name: str) -> Callable[[torch.Tensor], None]:
-        def run(images: torch.Tensor) -> None:
-            calls.append(name)
-            seen.append(float(images))
-
-        return run
-
-    batches = [torch.tensor(0.0), torch.tensor(1.0)]
-    times = interleave([call("a"), call("b")], batches, seconds=0)
-    assert [len(took) for took in times] == [2] * 7
-    assert "".join(calls) == "ab" + "abba" * 3 + "ab"
-    assert seen == [0, 0, *([0, 0, 1, 1] * 3), 0, 0], "each round has the next batch, for both"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system does not tell")
@@ -186,9 +130,66 @@ def test_benchmark_writes_what_it_measured(
     assert "scorer 1" in printed
 
 
+def test_all_that_is_printed_fits_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The largest numbers, and the longest names, that there will be."""
+    measurement = {
+        "engine": "openvino",
+        "precision": "bfloat16",
+        "batch_size": 1024,
+        "dense": 12345.6,
+        "sparse": 23456.7,
+        "speed_up": 12.34,
+        "spread": (11.11, 13.13),
+        "efficiency": 0.98,
+        "dense_ms": (98765.4, 98766.4),
+        "sparse_ms": (987.64, 987.66),
+        "peak_mb": (34567.8, 45678.9),
+    }
+    result = {
+        "measurements": [measurement, {**measurement, "speed_up": 0.5, "peak_mb": None}],
+        "gmacs": {"dense": 123.456, "sparse": 65.432},
+        "ideal_speed_up": 1.887,
+        "stages_ms": {"blocks 10–12": 1234.56},
+        "failed": [{"engine": "compile", "precision": "float32", "reason": "no [C++] compiler"}],
+    }
+    monkeypatch.setenv("COLUMNS", "80")
+    print_benchmark(result)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    printed = "\n".join(lines)
+    assert "…" not in printed
+    for whole in (
+        *("engine", "precision", "batch", "dense", "pruned", "speed-up", "efficiency", "peak MB"),
+        *("12346", "23457", "12.34× (11.11–13.13)", "0.98", "98765 (98766)", "987.6 (987.7)"),
+        *("34568→45679", "1234.6", "123.46 → 65.43 GMACs", "no [C++] compiler"),
+        "in 1 of 2 rows the dense model is faster",
+    ):
+        assert whole in printed
+    monkeypatch.setenv("COLUMNS", "40")  # wrapped by the terminal, not cut
+    print_benchmark(result)
+    assert "…" not in capsys.readouterr().out
+
+
+def test_progress_is_lines_without_a_terminal_and_can_be_silenced(
+    folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "peak_memory", lambda *arguments: None)  # starts processes
+    options: dict[str, Any] = {"engines": ["eager"], "precisions": ["float32"], "batch_sizes": [1]}
+    benchmark(folder, seconds=0.0, **options)
+    assert "eager, float32: batch size 1\n" in capsys.readouterr().err
+    benchmark(folder, seconds=0.0, quiet=True, **options)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"engines": []}, r"engines must be one or more of eager, .*, got \[\]"),
+        ({"precisions": []}, r"precisions must be one or more of float32, .*, got \[\]"),
+        ({"output": "."}, "output must be a file, got the folder"),
+        ({"plot": "."}, "plot must be a file, got the folder"),
         ({"engines": ["tensorrt"]}, "engines must be of eager, compile, onnx, openvino, got 'tens"),
         ({"keep_ratio": 0.5}, "keep_ratio and align are for dense models, got 0.5 and None with"),
         ({"img_size": 48}, "img_size is for timm's names, got it with "),

@@ -56,7 +56,7 @@ class Tokens(NamedTuple):
 
     def take(self, kept_BK: Tensor) -> Tokens:
         """The patch tokens at `kept_BK` (along N), with all that belongs to them."""
-        prefix = torch.arange(self.num_prefix, device=kept_BK.device).expand(len(kept_BK), -1)
+        prefix = torch.arange(self.num_prefix, device=kept_BK.device).expand(kept_BK.shape[0], -1)
         return self._replace(
             x=gather_tokens(self.x, torch.cat([prefix, kept_BK + self.num_prefix], dim=1)),
             rope=None if self.rope is None else gather_rope(self.rope, kept_BK),
@@ -95,7 +95,7 @@ def gather_tokens(x_BNC: Tensor, index_BK: Tensor) -> Tensor:
 def gather_rope(rope: Tensor, index_BK: Tensor) -> Tensor:
     """Rotary embeddings [L, 1 or B, H, N, D] of the tokens at `index_BK`: [L, B, H, K, D]."""
     depth, _, heads, _, dim = rope.shape
-    batch = len(index_BK)
+    batch = index_BK.shape[0]
     index = index_BK[None, :, None, :, None].expand(depth, batch, heads, -1, dim)
     return rope.expand(-1, batch, -1, -1, -1).gather(3, index)
 

@@ -7,6 +7,7 @@ import io
 import json
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -15,6 +16,7 @@ from typing import Any
 
 import timm
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -27,7 +29,6 @@ from dynamicvit.deploy.engines import (
     ENGINES,
     PRECISIONS,
     TORCH_ENGINES,
-    Engine,
     available,
     build,
     check_engine,
@@ -36,11 +37,12 @@ from dynamicvit.deploy.engines import (
     installed,
 )
 from dynamicvit.deploy.memory import peak_memory
+from dynamicvit.evaluation.console import show_steps
 from dynamicvit.evaluation.environment import environment
-from dynamicvit.evaluation.evaluate import input_size, token_counts
 from dynamicvit.evaluation.launch import find_device
-from dynamicvit.evaluation.timing import interleave, time_call
-from dynamicvit.io.files import write_bytes, write_text
+from dynamicvit.evaluation.setup import input_size, token_counts
+from dynamicvit.evaluation.timing import Engine, compare_times, interleave, medians, time_call
+from dynamicvit.io.files import check_file, write_bytes, write_text
 from dynamicvit.io.load import load_model
 
 
@@ -91,6 +93,7 @@ def benchmark(
     seconds: float = 4.0,
     output: str | None = None,
     plot: str | None = None,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Time a pruned model against its dense one on this machine: a table, JSON and a plot.
 
@@ -102,8 +105,9 @@ def benchmark(
             (they take as long as trained ones).
         keep_ratio: for a dense model; by default 0.7.
         align: for a dense model, round kept counts to multiples of this.
-        engines: eager, compile, onnx (ONNX Runtime), openvino; by default all that are installed.
-            The last two compute on the CPU alone.
+        engines: eager; compile (torch.compile, on a CPU frozen: weights are constants, packed once
+            for the kernels that read them); onnx (ONNX Runtime) and openvino, which compute on the
+            CPU alone. By default all that are installed.
         precisions: float32, bfloat16, float16; by default the first two, where the engine has them.
         batch_sizes: images a call; by default 1, 8 and 32.
         pretrained: for a timm name, load timm's weights (they do not change the time).
@@ -112,6 +116,7 @@ def benchmark(
         seconds: spent on each measurement, at least; at least 7 rounds are run.
         output: JSON file to write.
         plot: PNG or SVG file to write, speed-up against batch size (extra "plot").
+        quiet: print nothing, neither tables nor progress.
 
     Raises:
         ValueError, FileNotFoundError: naming what is wrong with an option or the model.
@@ -123,7 +128,7 @@ def benchmark(
         raise ValueError(f"seconds must be 0 or more, got {seconds}")
     place = find_device(device)
     gpu = place.type == "cuda"
-    check_engines(engines or (), precisions or DEFAULT_PRECISIONS[:1], place.type)
+    check_engines(engines, precisions, place.type)
     pairs = [
         (engine, precision)
         for engine in engines or (TORCH_ENGINES if gpu else filter(installed, ENGINES))
@@ -133,6 +138,9 @@ def benchmark(
     ]
     for engine, precision in pairs:
         check_engine(engine, precision, place.type)
+    for name, file in (("output", output), ("plot", plot)):
+        if file is not None:
+            check_file(name, file)
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("plot needs the extra: pip install 'dynamicvit[plot]'")
     if keep_ratio is not None:
@@ -150,9 +158,13 @@ def benchmark(
             f"keep_ratio and align are for dense models, got {keep_ratio} and {align} "
             f"with the sparse model {model}"
         )
-    with torch.cuda.device(place) if gpu else nullcontext():
-        result = {"model": model, **_run(sparse.eval().to(place), pairs, sizes, seconds)}
-    _print(Console(), result)
+    with torch.cuda.device(place) if gpu else nullcontext(), show_steps(quiet) as report:
+        result = {
+            "model": model,
+            **_run(sparse.eval().to(place), pairs, sizes, seconds, report),
+        }
+    if not quiet:
+        print_benchmark(result)
     if output:
         write_text(Path(output), json.dumps(result, indent=2) + "\n")
     if plot:
@@ -161,7 +173,11 @@ def benchmark(
 
 
 def _run(
-    sparse: SparseViT, pairs: list[tuple[str, str]], batch_sizes: list[int], seconds: float
+    sparse: SparseViT,
+    pairs: list[tuple[str, str]],
+    batch_sizes: list[int],
+    seconds: float,
+    report: Callable[..., None],
 ) -> dict[str, Any]:
     """What `benchmark` returns, but for the model's name; on the model's device."""
     device = next(sparse.parameters()).device
@@ -175,14 +191,17 @@ def _run(
     failed: list[dict[str, str]] = []
     models = [sparse.backbone, sparse]
     for engine, precision in pairs:
-        Console().print(f"{engine}, {precision}", style="dim")
+        name = f"{engine}, {precision}:"
+        report(name, "building dense and pruned")
         try:
             candidates = [_candidates(model, engine, precision) for model in models]
             weights = [weight_bytes(model, precision) for model in models]
             for batch_size in batch_sizes:
+                report(f"{name} batch size {batch_size}")
                 batches = random_batches(batch_size, size, precision, device)
                 found = _measure(candidates, weights, engine, precision, batches, seconds, ideal)
                 if device.type == "cpu" and batch_size == max(batch_sizes):
+                    report(name, "measuring memory")
                     found = replace(found, peak_mb=_peaks(sparse, found, tuple(batches[0].shape)))
                 measurements.append(found)
         except Exception as error:  # each engine has its own; the others' figures stay
@@ -258,8 +277,7 @@ def _measure(
     if peaks is not None:
         peak_mb = (peaks[0][chosen[0][0]] / 1e6, peaks[1][chosen[1][0]] / 1e6)
     times = interleave([call for _, call in chosen], batches, seconds)
-    ratios = [a / b for a, b in times]
-    low, _, high = statistics.quantiles(ratios, n=4)
+    speed_up, spread = compare_times(times)
     dense_ms, sparse_ms = (
         (
             1e3 * statistics.median(column),
@@ -267,7 +285,6 @@ def _measure(
         )
         for column in zip(*times, strict=True)
     )
-    speed_up = statistics.median(ratios)
     return Measurement(
         engine=engine,
         precision=precision,
@@ -275,7 +292,7 @@ def _measure(
         dense=1e3 * len(images) / dense_ms[0],
         sparse=1e3 * len(images) / sparse_ms[0],
         speed_up=speed_up,
-        spread=(low, high),
+        spread=spread,
         efficiency=speed_up / ideal,
         dense_ms=dense_ms,
         sparse_ms=sparse_ms,
@@ -308,16 +325,10 @@ def peak_bytes(call: Engine, images: Tensor) -> int:
 
 def _fastest(options: dict[str | None, Engine], images: Tensor) -> tuple[str | None, Engine]:
     """Of several forms of a model the one with the lowest median of a few calls."""
-    for call in options.values():
-        call(images)  # compile, allocate
-    if len(options) == 1:
-        return next(iter(options.items()))
-    times: dict[str | None, list[float]] = {name: [] for name in options}
-    for _ in range(7):
-        for name, call in options.items():
-            times[name].append(time_call(call, images))
-    best = min(times, key=lambda name: statistics.median(times[name]))
-    return best, options[best]
+    names, calls = list(options), list(options.values())
+    took = medians(interleave(calls, [images], seconds=0)) if len(calls) > 1 else [0.0]
+    best = took.index(min(took))
+    return names[best], calls[best]
 
 
 @torch.inference_mode()
@@ -360,36 +371,61 @@ def stage_times(model: SparseViT, images: Tensor, rounds: int = 5) -> dict[str, 
     return {name: 1e3 * statistics.median(values) for name, values in totals.items()}
 
 
-def _print(console: Console, result: dict[str, Any]) -> None:
-    table = Table(
-        *("engine", "precision", "batch", "dense", "sparse", "ms", "speed-up", "efficiency"),
-        "peak MB",
-    )
+def print_benchmark(result: dict[str, Any]) -> None:
+    """Print what `benchmark` returns. The JSON file has more."""
+    speeds = _table("engine", "precision", "batch", "dense", "pruned", "speed-up", "efficiency")
+    times = _table("engine", "precision", "batch", "dense ms", "pruned ms", "peak MB")
     for item in result["measurements"]:
-        table.add_row(
-            item["engine"],
-            item["precision"],
-            str(item["batch_size"]),
-            f"{item['dense']:.1f}",
-            f"{item['sparse']:.1f}",
-            " → ".join(
-                f"{median:.1f} ({late:.1f})"
-                for median, late in (item["dense_ms"], item["sparse_ms"])
-            ),
-            f"{item['speed_up']:.2f}× ({item['spread'][0]:.2f}–{item['spread'][1]:.2f})",
+        form = item["engine"], item["precision"], str(item["batch_size"])
+        low, high = item["spread"]
+        speeds.add_row(
+            *form,
+            _number(item["dense"]),
+            _number(item["sparse"]),
+            f"{item['speed_up']:.2f}× ({low:.2f}–{high:.2f})",
             f"{item['efficiency']:.2f}",
-            "{:.0f} → {:.0f}".format(*item["peak_mb"]) if item["peak_mb"] else "",
         )
-    console.print(table)
+        calls = (
+            f"{_number(m)} ({_number(late)})" for m, late in (item["dense_ms"], item["sparse_ms"])
+        )
+        peaks = item["peak_mb"]
+        times.add_row(*form, *calls, "→".join(f"{peak:.0f}" for peak in peaks) if peaks else "")
+    stages = _table("part of the pruned model", "ms")
+    for name, spent in result["stages_ms"].items():
+        stages.add_row(name, f"{spent:.1f}")
+    speeds.title = "images a second; speed-up: median of ratios (quartiles)"
+    times.title = "milliseconds a call: median (95th percentile); memory: dense→pruned"
+    stages.title = f"eager, float32, batch {max(m['batch_size'] for m in result['measurements'])}"
+    # A table that is cut says nothing: a narrower terminal wraps its lines.
+    console = Console(width=max(80, Console().width))
+    for table in (speeds, times, stages):
+        console.print(table)
+        console.print()
     gmacs = "{dense:.2f} → {sparse:.2f} GMACs".format(**result["gmacs"])
     console.print(
-        f"images/s; milliseconds a call, median (95th percentile); {gmacs}, so the ideal speed-up "
-        f"is {result['ideal_speed_up']:.2f}×"
+        f"{gmacs}, so the ideal speed-up is {result['ideal_speed_up']:.2f}×; efficiency is the "
+        "share of it that is reached"
     )
-    stages = "  ".join(f"{name} {spent:.1f}" for name, spent in result["stages_ms"].items())
-    console.print(f"milliseconds of the pruned model, eager and in float32: {stages}")
+    slower = [item for item in result["measurements"] if item["speed_up"] < 1]
+    if slower:
+        console.print(
+            f"in {len(slower)} of {len(result['measurements'])} rows the dense model is faster"
+        )
     for pair in result["failed"]:
-        console.print("{engine}, {precision} failed: {reason}".format(**pair))
+        console.print("{engine}, {precision} failed: {reason}".format(**pair), markup=False)
+
+
+def _table(*titles: str) -> Table:
+    """Narrow enough for 80 columns, each cell on one line."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.title_justify, table.title_style = "left", ""
+    for title in titles:
+        table.add_column(title, no_wrap=True, justify="left" if len(table.columns) < 2 else "right")
+    return table
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
 
 
 def _plot(result: dict[str, Any], path: Path) -> None:

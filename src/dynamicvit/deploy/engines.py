@@ -7,7 +7,7 @@ import importlib.util
 import io
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from dynamicvit.core.model import SparseViT
-from dynamicvit.deploy import export
+from dynamicvit.deploy import formats
 from dynamicvit.evaluation.processor import has_bfloat16
+from dynamicvit.evaluation.timing import Engine
 from dynamicvit.io.files import write_bytes
-
-Engine = Callable[[Tensor], Any]
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Every engine has the first; the second is tried where engine and processor have it.
@@ -53,7 +52,7 @@ def check_engine(engine: str, precision: str, device: str = "cpu") -> None:
     if not gpu and precision not in ENGINES[engine][1]:
         raise ValueError(f"engine {engine!r} does not compute in {precision} here")
     if engine == "openvino":
-        export.check_openvino(precision)
+        formats.check_openvino(precision)
     elif not gpu and precision == "bfloat16" and not has_bfloat16():
         raise ValueError(f"this processor has no bfloat16, got it for engine {engine!r}")
 
@@ -67,19 +66,38 @@ def available(engine: str, precision: str, device: str = "cpu") -> bool:
     return True
 
 
-def check_engines(engines: Sequence[str], precisions: Sequence[str], device: str) -> None:
-    """Raise ValueError where an engine has none of the precisions, or a precision no engine.
+def check_engines(
+    engines: Sequence[str] | None, precisions: Sequence[str] | None, device: str
+) -> None:
+    """Check what a user asks for: names that there are, and that go together on this machine.
 
     Args:
-        engines: none for all.
-        precisions, device: as for `check_engine`.
+        engines: keys of `ENGINES`; None for all.
+        precisions: keys of `PRECISIONS`; None for those of `DEFAULT_PRECISIONS` that there are.
+        device: as for `check_engine`.
+
+    Raises:
+        TypeError: if either is not a list of names.
+        ValueError: if either is empty; where an engine has none of the precisions, or a precision
+            no engine.
     """
-    for precision in precisions:
+    for name, given, known in (
+        ("engines", engines, ENGINES),
+        ("precisions", precisions, PRECISIONS),
+    ):
+        if given is None:
+            continue
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            raise TypeError(f"{name} must be a list of names, got {given!r}")
+        if not given:
+            raise ValueError(f"{name} must be one or more of {', '.join(known)}, got {given!r}")
+    wanted = precisions or DEFAULT_PRECISIONS[:1]
+    for precision in wanted:
         if not any(available(engine, precision, device) for engine in engines or ENGINES):
             check_engine(engines[0] if engines else "eager", precision, device)
-    for engine in engines:
-        if not any(available(engine, precision, device) for precision in precisions):
-            check_engine(engine, precisions[0], device)
+    for engine in engines or ():
+        if not any(available(engine, precision, device) for precision in wanted):
+            check_engine(engine, wanted[0], device)
 
 
 def first_line(error: Exception) -> str:
@@ -118,11 +136,11 @@ def save(
         torch.save(_convert(model, precision, fused_attention), buffer)
         write_bytes(path, buffer.getvalue())
         return path
-    path = folder / f"model{export.FORMATS[engine][0]}"
+    path = folder / f"model{formats.FORMATS[engine][0]}"
     reference = copy.deepcopy(model).cpu().float().eval()
-    program = export.trace(reference, torch.float32)
+    program = formats.trace(reference, torch.float32)
     metadata = json.dumps({"precision": precision})
-    write = export.write_onnx if engine == "onnx" else export.write_openvino
+    write = formats.write_onnx if engine == "onnx" else formats.write_openvino
     write(program, path, metadata, 18, None)
     return path
 
@@ -131,7 +149,7 @@ def load(path: Path, engine: str, precision: str) -> Engine:
     """What `save` wrote, as `build` would give it. Runs the file's code: for files of `save`."""
     if engine in TORCH_ENGINES:
         return _call(torch.load(path, weights_only=False), engine, precision)
-    return export.LOADERS[engine](path, precision)
+    return formats.LOADERS[engine](path, precision)
 
 
 def _convert(model: nn.Module, precision: str, fused_attention: bool) -> nn.Module:
@@ -160,7 +178,7 @@ def _call(model: nn.Module, engine: str, precision: str) -> Engine:
 def _compile(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Engine:
     """One program for each shape of images, compiled when it first comes."""
     gpu = device.type == "cuda"
-    # On a CPU, weights become constants of the program, laid out as its kernels like them.
+    # Freezing makes weights constants of the program, packed once for the kernels that read them.
     options: dict[str, Any] = {"triton.cudagraphs": True} if gpu else {"freezing": True}
     programs: dict[torch.Size, Engine] = {}
 

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import copy
-import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from dynamicvit.core.model import SparseViT
 from dynamicvit.deploy.engines import (
     DEFAULT_PRECISIONS,
     ENGINES,
     TORCH_ENGINES,
-    Engine,
     build,
     check_engine,
     check_engines,
     first_line,
     installed,
 )
-from dynamicvit.evaluation.timing import time_call
+from dynamicvit.evaluation.console import show_steps
+from dynamicvit.evaluation.timing import Engine, Round, compare_times, medians, take_turns
+
+_NO_TIME = "there was no time left"
 
 
 @dataclass(frozen=True)
@@ -53,23 +56,48 @@ class Optimized:
         chosen: what was taken.
         speed_up: over eager PyTorch in float32 with fused attention.
         candidates: all that was measured.
+        dense_images_per_second: of a SparseViT's dense backbone in the same form, timed in turn
+            with it. None for a dense model, and where there was no time to measure it.
+        input_size: (C, H, W) of the images that `run` takes.
+        device: where they lie.
     """
 
     run: Callable[[Tensor], Tensor]
     chosen: Candidate
     speed_up: float
     candidates: tuple[Candidate, ...]
+    dense_images_per_second: float | None
+    input_size: tuple[int, ...]
+    device: torch.device
 
     def __call__(self, images: Tensor) -> Tensor:
+        """Logits [B, num_classes] float32.
+
+        Raises:
+            TypeError, ValueError: if `images` are not as the example was, but for their number.
+        """
+        _check_images("images", images)
+        if tuple(images.shape[1:]) != self.input_size:
+            size = ", ".join(map(str, self.input_size))
+            raise ValueError(f"images must have shape [B, {size}], got {list(images.shape)}")
+        if images.device != self.device:
+            raise ValueError(f"images must be on {self.device}, got {images.device}")
         return self.run(images)
 
     def __str__(self) -> str:
         attention = f", {self.chosen.attention} attention" if self.chosen.attention else ""
-        return (
-            f"{self.chosen.engine}, {self.chosen.precision}{attention}: "
-            f"{self.chosen.images_per_second:.1f} images/s, {self.speed_up:.2f}× eager float32; "
-            f"logits within {self.chosen.error:.1g}"
+        speed, dense = self.chosen.images_per_second, self.dense_images_per_second
+        text = (
+            f"{self.chosen.engine}, {self.chosen.precision}{attention}: {speed:.1f} images/s, "
+            f"{self.speed_up:.2f}× eager float32; logits within {self.chosen.error:.1g}"
         )
+        if dense is not None and dense > speed:
+            text += f"\nthe dense model is faster in this form: {dense:.1f} images/s"
+        elif dense is not None:
+            text += f"\n{speed / dense:.2f}× the dense model in this form, {dense:.1f} images/s"
+        if any(candidate.reason == _NO_TIME for candidate in self.candidates):
+            text += "\nstopped early: not every form was tried"
+        return text
 
 
 @torch.no_grad()
@@ -80,18 +108,25 @@ def optimize(
     engines: Sequence[str] | None = None,
     precisions: Sequence[str] | None = None,
     rounds: int = 7,
+    seconds: float | None = None,
+    quiet: bool = False,
 ) -> Optimized:
     """Measure a model in every engine and precision of this machine, and take the fastest.
 
+    Ctrl-C ends the search with the best form so far; a second one ends it without.
+
     Args:
         model: a SparseViT or a dense timm model, in eval mode; it is copied, not modified.
-        example: images [B, C, H, W] float32 of the batch size that will be used. Real ones judge
-            the error better than noise.
+        example: images [B, C, H, W] float32 of the batch size that will be used, on the model's
+            device. Real ones judge the error better than noise.
         tolerance: largest relative norm of the difference from PyTorch's float32 logits. bfloat16
             makes about 1e-2; near-tied tokens that change places make more.
         engines: keys of `dynamicvit.deploy.engines.ENGINES`; by default all that are installed.
         precisions: which to try, where an engine has them; by default float32 and bfloat16.
         rounds: calls of each candidate that are timed, in turn.
+        seconds: time budget. When it is over, no further form is built, and each that was built is
+            timed at least once; what has begun is finished. By default there is no limit.
+        quiet: show no progress.
 
     Returns:
         The fastest that stays within the tolerance, with everything that was measured, and why the
@@ -101,69 +136,179 @@ def optimize(
         TypeError, ValueError: naming the argument and what was got; if an engine or precision that
             was asked for is not there, or nothing that was is within the tolerance.
     """
-    if not isinstance(example, Tensor) or example.ndim != 4 or len(example) < 1:
-        got = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
-        raise ValueError(f"example must be images [B, C, H, W], got {got}")
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must be 0 or more, got {tolerance!r}")
-    if rounds < 1:
-        raise ValueError(f"rounds must be 1 or more, got {rounds!r}")
+    _check(model, example, tolerance, rounds, seconds)
     device = example.device.type
-    check_engines(engines or (), precisions or DEFAULT_PRECISIONS[:1], device)
+    check_engines(engines, precisions, device)
     # What every candidate is compared with is measured, even if it was not asked for.
     base = Candidate("eager", "float32", "fused")
     asked = [
         Candidate(engine, precision, attention)
-        for engine in engines or filter(installed, ENGINES)
+        # A compiler takes longest, so it comes last: a time budget may end before.
+        for engine in sorted(
+            engines or filter(installed, ENGINES), key=lambda name: name == "compile"
+        )
         for precision in precisions or DEFAULT_PRECISIONS
         for attention in (("fused", "plain") if engine in TORCH_ENGINES else (None,))
     ]
     reference = copy.deepcopy(model).eval()
-    expected = reference(example).float()
-    forms: dict[Candidate, Engine] = {}
-    errors: dict[Candidate, float] = {}
-    refused: list[Candidate] = []
-    for form in dict.fromkeys([*asked, base]):
-        try:
-            check_engine(form.engine, form.precision, device)
-            call = build(reference, form.engine, form.precision, form.attention != "plain")
-            error = _error(_logits(call(example)), expected)
-        except Exception as failure:  # each engine has its own
-            refused.append(replace(form, reason=first_line(failure)))
-            continue
-        if error <= tolerance or form == base:
-            forms[form], errors[form] = call, error
-        else:
-            reason = f"its error is above {tolerance:g}"
-            refused.append(replace(form, error=error, reason=reason))
-    times: dict[Candidate, list[float]] = {form: [] for form in forms}
-    for _ in range(rounds):
-        for form, call in forms.items():
-            times[form].append(time_call(call, example))
-    seconds = {form: statistics.median(taken) for form, taken in times.items()}
+    with show_steps(quiet) as report:
+        search = _Search(reference, example, tolerance, seconds, report)
+        search.build(list(dict.fromkeys([base, *asked])))
+        possible = [form for form in search.calls if form in asked]
+        if not possible:
+            raise search.failure()
+        times = search.time(list(search.calls.values()), rounds, "timing all forms in turn")
+        took = dict(zip(search.calls, medians(times), strict=True))
+        best = min(possible, key=took.__getitem__)
+        dense = search.dense_speed(best, rounds)
     measured = {
         form: replace(
             form,
-            images_per_second=len(example) / seconds[form],
-            error=errors[form],
+            images_per_second=len(example) / took[form],
+            error=search.errors[form],
             reason=None if form in asked else "it was not asked for",
         )
-        for form in forms
+        for form in search.calls
     }
-    possible = [form for form in forms if measured[form].reason is None]
-    if not possible:
-        least = min((item.error for item in refused if item.error == item.error), default=None)
-        if least is None:
-            raise ValueError(f"no engine runs the model here: {refused[0].reason}")
-        raise ValueError(f"tolerance must be at least {least:.2g} for a form, got {tolerance!r}")
-    best = min(possible, key=seconds.__getitem__)
-    fastest = forms[best]
+    fastest = search.calls[best]
     return Optimized(
         run=lambda images: _logits(fastest(images)),
         chosen=measured[best],
-        speed_up=seconds[base] / seconds[best],
-        candidates=(*measured.values(), *refused),
+        speed_up=took[base] / took[best],
+        candidates=(*measured.values(), *search.refused),
+        # Of dense only the ratio is used: it was not timed in turn with all the others.
+        dense_images_per_second=None if dense is None else len(example) / (took[best] * dense),
+        input_size=tuple(example.shape[1:]),
+        device=example.device,
     )
+
+
+class _Search:
+    """Forms that were built, until the time is over or the user ends it.
+
+    Attributes:
+        calls, errors: of each form that can be called, and is near enough or the base.
+        refused: the others, with their reasons.
+        stopped: whether Ctrl-C was pressed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Tensor,
+        tolerance: float,
+        seconds: float | None,
+        report: Callable[..., None],
+    ) -> None:
+        self.model = model
+        self.example = example
+        self.tolerance = tolerance
+        self.end = float("inf") if seconds is None else time.monotonic() + seconds
+        self.report = report
+        self.calls: dict[Candidate, Engine] = {}
+        self.errors: dict[Candidate, float] = {}
+        self.refused: list[Candidate] = []
+        self.stopped = False
+
+    @property
+    def over(self) -> bool:
+        return self.stopped or time.monotonic() >= self.end
+
+    def build(self, forms: list[Candidate]) -> None:
+        """Build and check each; the first is the base, and it is built in any case."""
+        expected = _logits(self.model(self.example))
+        for index, form in enumerate(forms):
+            if index and self.over:
+                self.refused.append(replace(form, reason=_NO_TIME))
+                continue
+            name = ", ".join(filter(None, (form.engine, form.precision, form.attention)))
+            self.report(f"building {name}", f"({index + 1} of {len(forms)})")
+            try:
+                check_engine(form.engine, form.precision, self.example.device.type)
+                plain = form.attention == "plain"
+                call = build(self.model, form.engine, form.precision, not plain)
+                error = _error(_logits(call(self.example)), expected)
+            except KeyboardInterrupt:
+                if not index:
+                    raise
+                self.stopped = True
+                self.refused.append(replace(form, reason=_NO_TIME))
+                continue
+            except Exception as failure:  # each engine has its own
+                if not index:
+                    raise
+                self.refused.append(replace(form, reason=first_line(failure)))
+                continue
+            if error <= self.tolerance or not index:
+                self.calls[form], self.errors[form] = call, error
+            else:
+                reason = f"its error is above {self.tolerance:g}"
+                self.refused.append(replace(form, error=error, reason=reason))
+
+    def time(self, calls: list[Engine], rounds: int, step: str) -> list[Round]:
+        """Rounds in turn; fewer where the time is over, but one at least."""
+        times: list[Round] = []
+        turns = take_turns(calls, [self.example])
+        while len(times) < rounds and not (times and self.over):
+            self.report(step, f"({len(times) + 1} of {rounds} rounds)")
+            try:
+                times.append(next(turns))
+            except KeyboardInterrupt:
+                if not times:
+                    raise
+                self.stopped = True
+        return times
+
+    def dense_speed(self, form: Candidate, rounds: int) -> float | None:
+        """Time of the dense backbone in this form / time of the sparse model; None if unknown."""
+        if not isinstance(self.model, SparseViT) or self.over:
+            return None
+        step = "timing the dense model in the fastest form"
+        self.report(step)
+        try:
+            dense = build(
+                self.model.backbone, form.engine, form.precision, form.attention != "plain"
+            )
+            times = self.time([dense, self.calls[form]], rounds, step)
+        except (Exception, KeyboardInterrupt):  # the sparse model runs: that was asked for
+            return None
+        return compare_times(times)[0]
+
+    def failure(self) -> ValueError:
+        """Why there is no form to take, where all that was asked for is refused."""
+        errors = [form.error for form in self.refused if form.error == form.error]
+        if errors:
+            text = f"tolerance must be at least {min(errors):.2g} for a form, got {self.tolerance}"
+            return ValueError(text)
+        return ValueError(f"no engine runs the model here: {self.refused[0].reason}")
+
+
+def _check(
+    model: nn.Module, example: Tensor, tolerance: float, rounds: int, seconds: float | None
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a SparseViT or a timm model, got {model!r}")
+    _check_images("example", example)
+    device = next((weight.device for weight in model.parameters()), example.device)
+    if example.device != device:
+        raise ValueError(f"example must be on the model's device {device}, got {example.device}")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must be 0 or more, got {tolerance!r}")
+    if isinstance(rounds, bool) or not isinstance(rounds, int):
+        raise TypeError(f"rounds must be an integer, got {rounds!r}")
+    if rounds < 1:
+        raise ValueError(f"rounds must be 1 or more, got {rounds!r}")
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"seconds must be above 0, got {seconds!r}")
+
+
+def _check_images(name: str, images: Tensor) -> None:
+    if not isinstance(images, Tensor):
+        raise TypeError(f"{name} must be images [B, C, H, W], got {type(images).__name__}")
+    if images.ndim != 4 or len(images) < 1:
+        raise ValueError(f"{name} must be images [B, C, H, W], got {tuple(images.shape)}")
+    if images.dtype != torch.float32:
+        raise TypeError(f"{name} must be float32, got {images.dtype}")
 
 
 def _logits(outputs: object) -> Tensor:

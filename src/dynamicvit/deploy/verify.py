@@ -13,6 +13,7 @@ import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from math import isfinite
 from typing import NamedTuple
 
@@ -24,11 +25,9 @@ from dynamicvit.core.model import SparseOutput, SparseViT
 from dynamicvit.core.paths import Path
 from dynamicvit.core.selectors import Selector, Stage
 from dynamicvit.core.tokens import Tokens, keep_mask
+from dynamicvit.evaluation.timing import Engine
 from dynamicvit.io.embedded import embedded_images
 from dynamicvit.io.predictions import ImageSource, class_names, preprocessing, read_image
-
-# Images [B, C, H, W] → logits [B, num_classes] and, of a sparse model, kept tokens.
-Engine = Callable[[Tensor], tuple[Tensor, ...]]
 
 BATCH_SIZES = (1, 4, 16)
 TOLERANCE = 1e-3  # largest difference of a float32 logit
@@ -44,11 +43,11 @@ HALF_TIE = {"float16": 0.01, "bfloat16": 0.1}
 
 @dataclass(frozen=True)
 class Agreement:
-    """An engine beside PyTorch in float32, over all images at all batch sizes.
+    """An engine beside PyTorch in float32.
 
     Attributes:
-        images: how many, each at every batch size.
-        batch_sizes: images a call.
+        images: how many, each run once.
+        batch_sizes: images a call; the last may be what was left.
         max_difference: largest difference of a logit. Where the engine kept other tokens, from what
             PyTorch gives for these.
         largest_logit: PyTorch's largest absolute logit, to judge the difference by.
@@ -56,7 +55,7 @@ class Agreement:
             tokens was decided otherwise, with what PyTorch gives for the engine's tokens.
         kept_agreement: percent of the tokens that PyTorch keeps, over all stages, that the engine
             keeps too; None for a dense model.
-        other_tokens: images of which the engine kept other tokens, at any batch size.
+        other_tokens: images of which the engine kept other tokens.
         score_gap: largest lead, by PyTorch's scores, of a token that left over one that stayed, as
             a share of the largest absolute score.
         accuracy: percent of the images whose class PyTorch and the engine name rightly; None where
@@ -114,19 +113,16 @@ class Found(NamedTuple):
     folder: str
 
 
-def find_images(
-    folder: str | None, count: int, argument: str = "images", fewer: bool = False
-) -> list[Found]:
-    """`count` images from all over a folder and its sub-folders; None means the embedded ones.
+def find_images(folder: str | None, count: int, argument: str = "images") -> list[Found]:
+    """Images from all over a folder and its sub-folders; None means the embedded ones.
 
     Args:
         folder: where to look.
-        count: how many to take.
+        count: how many to take; where there are fewer, all.
         argument: what the user calls the folder.
-        fewer: where there are fewer, but one at least, take those.
 
     Raises:
-        ValueError: naming the argument, if there is no such folder or it has too few.
+        ValueError: naming the argument, if there is no such folder or no image in it.
     """
     found: list[Found] = []
     if folder is None:
@@ -137,13 +133,9 @@ def find_images(
         kinds = get_img_extensions(as_set=True)
         files = (path for path in pathlib.Path(folder).rglob("*") if path.suffix.lower() in kinds)
         found.extend(Found(path, path.parent.name) for path in sorted(files))
-    if fewer:
-        count = max(1, min(count, len(found)))
-    if len(found) < count:
-        raise ValueError(
-            f"{argument} must hold at least {count} (samples), got {len(found)} images in "
-            f"{folder or 'the package'}"
-        )
+    if not found:
+        raise ValueError(f"{argument} must be a folder of images, got none in {folder}")
+    count = min(count, len(found))
     return [found[index * len(found) // count] for index in range(count)]
 
 
@@ -179,39 +171,45 @@ def compare(
     engine: Engine,
     found: Sequence[Found],
     batch_sizes: Sequence[int] = BATCH_SIZES,
+    report: Callable[..., None] = lambda step, detail="": None,
 ) -> Agreement:
-    """Run an engine and the model it was made from on the same images.
+    """Run an engine and the model it was made from on the same images, each once.
 
     Args:
         model: a SparseViT or dense timm model, float32 on the CPU, in eval mode.
-        engine: what to compare with it.
+        engine: what to compare with it: images → logits and, of a sparse model, what each stage
+            keeps, [B, K] positions.
         found: images.
-        batch_sizes: images a call; those larger than the number of images shrink to it.
+        batch_sizes: images a call, one size after the other, again and again.
+        report: called with the progress.
 
     Raises:
         ValueError: if an image cannot be read, or the engine's outputs are not what they should be.
     """
-    sizes = sorted({min(size, len(found)) for size in batch_sizes})
-    largest = 0.0
+    largest, done = 0.0, 0
+    sizes: set[int] = set()
     classes: list[Tensor] = []  # as PyTorch names them
-    verdicts: dict[int, list[_Verdict]] = {size: [] for size in sizes}
-    for images in load_images(model, found, sizes[-1]):
+    verdicts: list[_Verdict] = []
+    for size in cycle(batch_sizes):
+        group = found[done : done + size]
+        if not group:
+            break
+        report(f"comparing with PyTorch on {len(found)} images", f"({done} done)")
+        done += len(group)
+        sizes.add(len(group))
+        [images] = load_images(model, group, len(group))
         expected = model.pruned(images) if isinstance(model, SparseViT) else model(images)
         logits = expected.logits if isinstance(expected, SparseOutput) else expected
         largest = max(largest, float(logits.abs().max()))
         classes.append(logits.argmax(1))
-        for size in sizes:
-            answers = zip(*(engine(chunk) for chunk in images.split(size)), strict=True)
-            outputs = [torch.cat(answer) for answer in answers]
-            _expect(outputs[0], logits.shape, "logits")
-            if isinstance(model, SparseViT):
-                verdict = _judge(model, images, expected, outputs[0], outputs[1])
-            else:
-                kept, gap = torch.ones(len(images)), torch.zeros(len(images))
-                verdict = _compare_logits(outputs[0], logits, logits, kept, gap)
-            verdicts[size].append(verdict)
-    columns = [map(torch.cat, zip(*rows, strict=True)) for rows in verdicts.values()]
-    every = _Verdict(*map(torch.stack, zip(*columns, strict=True)))  # each [batch sizes, images]
+        given, *kept = engine(images)
+        _expect(given, logits.shape, "logits")
+        if isinstance(model, SparseViT):
+            verdicts.append(_judge(model, images, expected, given, kept))
+        else:
+            all_kept, gap = torch.ones(len(images)), torch.zeros(len(images))
+            verdicts.append(_compare_logits(given, logits, logits, all_kept, gap))
+    every = _Verdict(*map(torch.cat, zip(*verdicts, strict=True)))  # each [images]
     labels = find_labels(found, class_names(model))
     accuracy = None
     if labels is not None:
@@ -222,12 +220,12 @@ def compare(
         accuracy = right[0], right[1]
     return Agreement(
         images=len(found),
-        batch_sizes=tuple(sizes),
+        batch_sizes=tuple(sorted(sizes)),
         max_difference=float(every.difference.max()),
         largest_logit=largest,
-        top1_agreement=100.0 * int(every.same_class.sum()) / every.same_class.numel(),
+        top1_agreement=100.0 * int(every.same_class.sum()) / len(found),
         kept_agreement=100.0 * float(every.kept.mean()) if isinstance(model, SparseViT) else None,
-        other_tokens=int((every.kept < 1).any(0).sum()),
+        other_tokens=int((every.kept < 1).sum()),
         score_gap=float(every.gap.max()),
         accuracy=accuracy,
     )
@@ -244,21 +242,30 @@ class _Verdict(NamedTuple):
 
 
 def _judge(
-    model: SparseViT, images: Tensor, expected: SparseOutput, logits: Tensor, kept: Tensor
+    model: SparseViT,
+    images: Tensor,
+    expected: SparseOutput,
+    logits: Tensor,
+    stages: Sequence[Tensor],
 ) -> _Verdict:
+    if len(stages) != len(expected.keep):
+        raise ValueError(
+            f"the export gives what {len(stages)} stages keep, expected {len(expected.keep)}"
+        )
     num_tokens = expected.keep[0].shape[1]
-    counts = [int(keep[0].sum()) for keep in expected.keep]
-    _expect(kept, (len(images), sum(counts)), "kept")
-    if kept.amin() < 0 or kept.amax() >= num_tokens:
-        raise ValueError(f"the export keeps tokens that there are not, got {kept[0].tolist()}")
-    pairs = zip(expected.keep, kept.split(counts, dim=1), strict=True)
-    common = [(keep * keep_mask(stage, num_tokens)).sum(1) for keep, stage in pairs]
-    share = torch.stack(common).sum(0) / sum(counts)
+    common, total = torch.zeros(len(images)), 0
+    for number, (keep, stage) in enumerate(zip(expected.keep, stages, strict=True), 1):
+        count = int(keep[0].sum())
+        _expect(stage, (len(images), count), f"kept_{number}")
+        if stage.amin() < 0 or stage.amax() >= num_tokens:
+            raise ValueError(f"the export keeps tokens that there are not, got {stage[0].tolist()}")
+        common += (keep * keep_mask(stage, num_tokens)).sum(1)
+        total += count
+    share = common / total
     given, gap = expected.logits.clone(), torch.zeros(len(images))
     other = share < 1
     if other.any():
-        stages = kept[other].split(counts, dim=1)
-        path = _Given(stages)
+        path = _Given([stage[other] for stage in stages])
         given[other] = model.forward_head(model.run(images[other], path)[0].x)
         gap[other] = path.gap
     right = torch.where((gap <= TIE)[:, None], given, expected.logits)

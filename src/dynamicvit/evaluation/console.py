@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from operator import length_hint
 from typing import TypeVar
 
@@ -57,6 +58,34 @@ def track(items: Iterable[T], what: str, quiet: bool = False) -> Iterator[T]:
                 print(f"{plain(what)}: {count}", file=sys.stderr, flush=True)
                 shown, wait = time.monotonic(), _NEXT
             yield item
+
+
+@contextmanager
+def show_steps(quiet: bool = False) -> Iterator[Callable[..., None]]:
+    """Give a function to call with each step of long work: `report("comparing", "64 of 256")`.
+
+    On a terminal, stderr shows the step and its detail until the next call. Elsewhere each step is
+    a line, and its details follow every ten seconds.
+
+    Args:
+        quiet: show nothing.
+    """
+    console = Console(stderr=True)
+    if quiet:
+        yield lambda step, detail="": None
+    elif console.is_terminal:
+        with console.status("") as status:
+            yield lambda step, detail="": status.update(escape(plain(f"{step} {detail}".rstrip())))
+    else:
+        last, shown = "", 0.0
+
+        def report(step: str, detail: str = "") -> None:
+            nonlocal last, shown
+            if step != last or time.monotonic() - shown > _NEXT:
+                print(plain(f"{step} {detail}".rstrip()), file=sys.stderr, flush=True)
+                last, shown = step, time.monotonic()
+
+        yield report
 
 
 def make_table(first: str, *others: str) -> Table:

@@ -1,10 +1,14 @@
-"""Timing calls in turn, A B B A …, so that a drifting machine favours none."""
+"""Time calls in turn, in rounds A B B A …, so that a drifting machine favours none of them.
+
+`take_turns` gives one round after another, `interleave` collects rounds for some seconds, `medians`
+and `compare_times` say what they mean. `compare_speed` does all of that for two models.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Engine = Callable[[Tensor], Any]
+Engine = Callable[[Tensor], Any]  # what is called with images [B, C, H, W]
+Round = tuple[float, ...]  # seconds of each call, once
 
 
 @dataclass(frozen=True)
@@ -42,22 +47,30 @@ def compare_speed(
     seconds: float = 4.0,
     precision: str = "float32",
 ) -> list[Speed]:
-    """Time two models in turn, A B B A …, so that a drifting machine cannot favour one.
+    """Time two models in turn on the same random images.
 
     Args:
         dense, sparse: the models, on one device. Run in eval mode; their modes are restored.
         input_size: (channels, height, width).
         batch_sizes: images a call, one result each.
         seconds: spent on each batch size, at least; at least 7 rounds are run.
-        precision: "float32", or "bfloat16" for autocast; the same for both.
+        precision: "float32", or "bfloat16" or "float16" for autocast; the same for both.
+
+    Raises:
+        ValueError: if there is no such precision.
     """
+    if precision not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"precision must be float32, bfloat16 or float16, got {precision!r}")
     models = (dense, sparse)
     modes = [model.training for model in models]
     for model in models:
         model.eval()
     device = next(dense.parameters()).device
     autocast = partial(
-        torch.autocast, device.type, torch.bfloat16, enabled=precision in ("bf16", "bfloat16")
+        torch.autocast,
+        device.type,
+        torch.float16 if precision == "float16" else torch.bfloat16,
+        enabled=precision != "float32",
     )
 
     def repeat(model: nn.Module, calls: int) -> Engine:
@@ -75,47 +88,65 @@ def compare_speed(
         once = min(time_call(repeat(dense, 1), images) for _ in range(3))
         calls = max(1, round(0.05 / once))
         times = interleave([repeat(model, calls) for model in models], [images], seconds)
-        ratios = [a / b for a, b in times]
-        low, _, high = statistics.quantiles(ratios, n=4)
+        speed_up, spread = compare_times(times)
+        a, b = medians(times)
         images_a_time = batch_size * calls
-        results.append(
-            Speed(
-                batch_size=batch_size,
-                dense=images_a_time / statistics.median(a for a, _ in times),
-                sparse=images_a_time / statistics.median(b for _, b in times),
-                speed_up=statistics.median(ratios),
-                spread=(low, high),
-            )
-        )
+        results.append(Speed(batch_size, images_a_time / a, images_a_time / b, speed_up, spread))
     for model, mode in zip(models, modes, strict=True):
         model.train(mode)
     return results
 
 
-def interleave(
-    calls: Sequence[Engine], batches: Sequence[Tensor], seconds: float, rounds: int = 7
-) -> list[tuple[float, ...]]:
-    """Seconds of a call of each, in rounds A B B A …, so that a drifting machine favours none.
+def take_turns(calls: Sequence[Engine], batches: Sequence[Tensor]) -> Iterator[Round]:
+    """Rounds of timed calls without end: the first in order, the next in reverse order, and so on.
 
     Args:
-        calls: what to time.
+        calls: what to time. Each is called once before the first round, without a clock.
         batches: images; each round takes the next of them, the same for all calls.
-        seconds: spent, at least.
-        rounds: run, at least.
     """
-    times: list[tuple[float, ...]] = []
     for call in calls:
         call(batches[0])
+    index = 0
+    while True:
+        order = list(range(len(calls)))
+        took = [0.0] * len(calls)
+        for position in order if index % 2 == 0 else reversed(order):
+            took[position] = time_call(calls[position], batches[index % len(batches)])
+        yield tuple(took)
+        index += 1
+
+
+def interleave(
+    calls: Sequence[Engine], batches: Sequence[Tensor], seconds: float, rounds: int = 7
+) -> list[Round]:
+    """Rounds of `take_turns`, for `seconds` at least and `rounds` at least."""
+    times: list[Round] = []
+    turns = take_turns(calls, batches)
     start = time.perf_counter()
     while len(times) < rounds or time.perf_counter() - start < seconds:
-        images = batches[len(times) % len(batches)]
-        order = range(len(calls))
-        took = {
-            index: time_call(calls[index], images)
-            for index in (order if len(times) % 2 == 0 else reversed(order))
-        }
-        times.append(tuple(took[index] for index in order))
+        times.append(next(turns))
     return times
+
+
+def medians(times: Sequence[Round]) -> list[float]:
+    """The median over rounds of the seconds of each call."""
+    return [statistics.median(column) for column in zip(*times, strict=True)]
+
+
+def compare_times(
+    times: Sequence[Round], slow: int = 0, fast: int = 1
+) -> tuple[float, tuple[float, float]]:
+    """How many times as fast one call is as another: median over rounds, and the quartiles.
+
+    Args:
+        times: rounds.
+        slow, fast: which of the calls. The ratio is the time of `slow` / the time of `fast`.
+    """
+    ratios = [took[slow] / took[fast] for took in times]
+    if len(ratios) < 2:
+        return ratios[0], (ratios[0], ratios[0])
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return median, (low, high)
 
 
 def time_call(call: Engine, images: Tensor) -> float:

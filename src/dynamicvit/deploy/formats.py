@@ -1,0 +1,339 @@
+"""File formats: what is exported, how each is written, and what runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dynamicvit.core.model import SparseViT
+from dynamicvit.core.paths import Pruned
+from dynamicvit.deploy.verify import Found, load_images
+from dynamicvit.evaluation.processor import has_bfloat16
+from dynamicvit.evaluation.setup import input_size
+from dynamicvit.evaluation.timing import Engine
+
+# How a file of each format must end, and the packages that it takes.
+FORMATS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "onnx": (".onnx", ("onnx", "onnxscript", "onnxruntime")),
+    "openvino": (".xml", ("onnx", "onnxscript", "openvino")),
+    "torch": (".pt2", ()),
+    "aoti": (".pt2", ()),
+}
+PRECISIONS = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.float32,
+}
+# OpenVINO's word for the precision that it is to compute in. Left to itself it takes bfloat16
+# where the processor has it.
+OPENVINO_HINTS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int8": "f32"}
+KEY = "dynamicvit"  # under which the metadata lies
+OPSETS = range(18, 24)  # that torch's exporter gives
+_EXAMPLE = 2  # images in the example that is traced; at 0 or 1 the batch would become fixed
+
+
+# What a file says of itself in a viewer such as Netron.
+_SUMMARY = (
+    "A vision transformer, written by dynamicvit. How to prepare images, the class names and more "
+    f"lie in the metadata under the key {KEY}, as JSON."
+)
+
+
+# What is exported.
+
+
+class _Graph(nn.Module):
+    """Images → logits, and of a sparse model each stage's kept tokens; float32 outside, `dtype`
+    inside."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model.to(dtype)
+        self.dtype = dtype
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        images = images.to(self.dtype)
+        if not isinstance(self.model, SparseViT):
+            return (self.model(images).float(),)
+        final, choices = self.model.run(images, Pruned(trace=True))
+        kept = (cast(Tensor, choice.kept) for choice in choices)
+        return self.model.forward_head(final.x).float(), *kept
+
+
+def trace(model: nn.Module, dtype: torch.dtype) -> torch.export.ExportedProgram:
+    """A copy of the model as a program with a free batch size.
+
+    Raises:
+        ValueError: if its selectors merge tokens or draw lots.
+    """
+    for scorer in getattr(model, "scorers", ()):
+        if scorer.merges or scorer.draws:
+            raise ValueError(
+                "model must have a deterministic selector that drops tokens to be exported, got "
+                f"{type(scorer).__name__}"
+            )
+    inner = model.fuse() if isinstance(model, SparseViT) else copy.deepcopy(model)
+    graph = _Graph(inner, dtype).eval().requires_grad_(False)
+    example = torch.zeros(_EXAMPLE, *input_size(model))
+    shapes = {"images": {0: torch.export.Dim("batch", min=1)}}
+    with _quiet():
+        try:
+            # Running the model takes half the time that reading its code (strict) takes.
+            program = torch.export.export(graph, (example,), dynamic_shapes=shapes, strict=False)
+        except Exception:  # such as len(images) in a model's code, which would fix the batch
+            program = torch.export.export(graph, (example,), dynamic_shapes=shapes, strict=True)
+    for node in program.graph.nodes:  # where on this machine the source files lie
+        node.meta.pop("stack_trace", None)
+    return program
+
+
+# Writers. torch's own archive writer ends the process where the disk is full, so archives are made
+# in memory.
+
+
+def write_onnx(
+    program: torch.export.ExportedProgram,
+    path: Path,
+    metadata: str,
+    opset: int,
+    calibration: Calibration | None,
+) -> None:
+    import onnx
+
+    model = _to_onnx(program, opset).model_proto
+    if calibration is not None:
+        model = calibration.quantize(model, _scorer_nodes(model))
+    for node in model.graph.node:
+        del node.metadata_props[:]  # where in the source it came from
+    described = json.loads(metadata)
+    model.doc_string = _SUMMARY
+    for name, values in (("inputs", model.graph.input), ("outputs", model.graph.output)):
+        for value in values:
+            value.type.tensor_type.shape.dim[0].dim_param = "batch"
+            value.doc_string = described.get(name, {}).get(value.name, "")
+    onnx.helper.set_model_props(model, {KEY: metadata})
+    path.write_bytes(model.SerializeToString())
+
+
+def write_openvino(
+    program: torch.export.ExportedProgram,
+    path: Path,
+    metadata: str,
+    opset: int,
+    calibration: Calibration | None,
+) -> None:
+    import openvino
+
+    # By way of ONNX, which keeps the fixed image size and the names of inputs and outputs.
+    between = path.with_suffix(".onnx")
+    converted = _to_onnx(program, opset)
+    converted.save(str(between), external_data=True)
+    model = openvino.convert_model(between)
+    if calibration is not None:
+        leave = set(_scorer_nodes(converted.model_proto))
+        # Of one ONNX node it may make several: NODE, NODE/WithoutBiases.
+        names = [operation.get_friendly_name() for operation in model.get_ops()]
+        model = calibration.quantize(
+            model, [name for name in names if name.partition("/")[0] in leave]
+        )
+    described = json.loads(metadata)
+    half = described["precision"] in ("float16", "bfloat16")
+    model.get_parameters()[0].set_layout(openvino.Layout("NCHW"))
+    model.set_rt_info(metadata, KEY)
+    model.set_rt_info(_SUMMARY, "description")
+    for kind in ("inputs", "outputs"):
+        for name, text in described.get(kind, {}).items():
+            model.set_rt_info(text, [kind, name])
+    try:
+        openvino.save_model(model, path, compress_to_fp16=half)
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+
+
+def write_torch(program: torch.export.ExportedProgram, path: Path, metadata: str) -> None:
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={KEY: metadata})
+    path.write_bytes(buffer.getvalue())
+
+
+def write_aoti(program: torch.export.ExportedProgram, path: Path, metadata: str) -> None:
+    from torch._inductor import aoti_compile_and_package, exc
+
+    buffer = io.BytesIO()
+    configs = {"aot_inductor.metadata": {KEY: metadata}}
+    try:
+        with _quiet():
+            aoti_compile_and_package(program, package_path=buffer, inductor_configs=configs)
+    except (exc.InvalidCxxCompiler, exc.CppCompileError) as error:
+        raise ValueError(f"format 'aoti' needs a C++ compiler that works: {error}") from error
+    path.write_bytes(buffer.getvalue())
+
+
+def _to_onnx(program: torch.export.ExportedProgram, opset: int) -> Any:
+    stages = range(1, len(program.graph_signature.user_outputs))
+    outputs = ["logits", *(f"kept_{stage}" for stage in stages)]
+    with _quiet():
+        return torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=opset,
+            input_names=["images"],
+            output_names=outputs,
+            verbose=False,
+        )
+
+
+class Calibration:
+    """Static quantisation to int8 by NNCF, with ranges measured on images.
+
+    Args:
+        model: that takes the images.
+        images: which.
+        report: called with each step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Sequence[Found],
+        report: Callable[..., None] = lambda step, detail="": None,
+    ) -> None:
+        self.model = model
+        self.images = images
+        self.report = report
+
+    def quantize(self, model: Any, leave: list[str]) -> Any:
+        """An ONNX or OpenVINO model, quantised but for the nodes of these names."""
+        import nncf
+
+        nncf.set_log_level(logging.ERROR)
+        batches = [batch.numpy() for batch in load_images(self.model, self.images, 1)]
+
+        def take(index: int) -> dict[str, Any]:
+            step = f"measuring value ranges on {len(batches)} images"
+            self.report(step, f"({index + 1}, of several passes)")
+            return {"images": batches[index]}
+
+        # Without NNCF's own bars, which would go to stdout.
+        with _quiet(), contextlib.redirect_stdout(io.StringIO()):
+            return nncf.quantize(
+                model,
+                nncf.Dataset(range(len(batches)), take),
+                model_type=nncf.ModelType.TRANSFORMER,
+                subset_size=len(self.images),
+                ignored_scope=nncf.IgnoredScope(names=leave),
+            )
+
+
+def _scorer_nodes(model: Any) -> list[str]:
+    """Names of the ONNX nodes that come from scorers."""
+    return [
+        node.name
+        for node in model.graph.node
+        if any(
+            item.key == "namespace" and ".scorers." in item.value for item in node.metadata_props
+        )
+    ]
+
+
+# Engines: a file → what runs it.
+
+
+def _open_onnx(path: Path, precision: str) -> Engine:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    # Threads that wait for the next call without sleeping would slow what else runs in between.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: _tensors(session.run(None, {"images": images.numpy()}))
+
+
+def _open_openvino(path: Path, precision: str) -> Engine:
+    import openvino
+
+    options = {
+        "INFERENCE_PRECISION_HINT": OPENVINO_HINTS[precision],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    compiled = openvino.Core().compile_model(path, "CPU", options)
+    return lambda images: _tensors(compiled([images.numpy()]).values())
+
+
+def _open_torch(path: Path, precision: str) -> Engine:
+    module: Any = torch.export.load(path).module()
+    return lambda images: tuple(module(images))
+
+
+def _open_aoti(path: Path, precision: str) -> Engine:
+    from torch._inductor import aoti_load_package
+
+    package: Any = aoti_load_package(str(path))
+    return lambda images: tuple(package(images))
+
+
+LOADERS = {
+    "onnx": _open_onnx,
+    "openvino": _open_openvino,
+    "torch": _open_torch,
+    "aoti": _open_aoti,
+}
+
+
+def engine_name(format: str) -> str:
+    match format:
+        case "onnx":
+            return f"ONNX Runtime {version('onnxruntime')}"
+        case "openvino":
+            return f"OpenVINO {version('openvino')}"
+        case "torch":
+            return f"torch.export {torch.__version__}"
+    return f"AOTInductor {torch.__version__}"
+
+
+def _tensors(arrays: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.from_numpy(array.copy()) for array in arrays)
+
+
+def check_openvino(precision: str) -> None:
+    """OpenVINO takes every hint, and computes in another precision where the device lacks it."""
+    import openvino
+
+    needed = {"float16": "FP16", "bfloat16": "BF16", "int8": "INT8"}.get(precision, "FP32")
+    able = set(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    if not has_bfloat16():  # OpenVINO names it even where ONEDNN_MAX_CPU_ISA takes it away
+        able.discard("BF16")
+    if needed not in able:
+        raise ValueError(
+            f"this processor has no {precision} for OpenVINO, which finds {', '.join(sorted(able))}"
+        )
+
+
+def require(format: str, packages: Sequence[str]) -> None:
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"format {format!r} needs {package}: pip install 'dynamicvit[export]'")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what exporters say to their own developers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,123 @@
+"""What an exported file says of itself: how to prepare images, and what its outputs are."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any, cast
+
+from timm.data import create_transform, resolve_input_data_config
+from torch import nn
+
+from dynamicvit import __version__
+from dynamicvit.core.model import SparseViT
+from dynamicvit.deploy.formats import KEY, OPENVINO_HINTS, require
+from dynamicvit.evaluation.setup import backbone_of, token_counts
+from dynamicvit.io.images import MODES
+
+# How `resize` is reached, by timm's word for it.
+_FITS = {"squash": "stretch", "border": "contain"}
+
+
+def describe(model: nn.Module, names: list[str], format: str, precision: str) -> dict[str, Any]:
+    """The metadata of a file, as `read_metadata` gives it."""
+    backbone: Any = backbone_of(model)
+    data = resolve_input_data_config(backbone)
+    channels = data["input_size"][0]
+    # The first step resizes. Its `size` is one number where the shorter side is made as long.
+    resize = create_transform(**data, is_training=False).transforms[0].size
+    described = {
+        "version": __version__,
+        "architecture": backbone.pretrained_cfg.get("architecture"),
+        "precision": precision,
+        "input_size": data["input_size"],
+        "channels": MODES[channels],
+        "resize": [resize, resize] if isinstance(resize, int) else list(resize),
+        "fit": _FITS.get(data["crop_mode"], "cover"),
+        "crop": data["input_size"][1:],
+        "value_range": [0.0, 1.0],
+        **{key: data[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")},
+        "layout": "NCHW",
+        "dtype": "float32",
+        "class_names": names,
+    }
+    outputs = {
+        "logits": "float32 [batch, classes], in the order of class_names; softmax of them "
+        "gives probabilities"
+    }
+    if isinstance(model, SparseViT):
+        counts = token_counts(model)
+        described |= {
+            "blocks": model.schedule.blocks,
+            "ratios": model.schedule.ratios,
+            "kept_counts": counts[1:],
+        }
+        for stage, (block, count) in enumerate(
+            zip(model.schedule.blocks, counts[1:], strict=True), 1
+        ):
+            outputs[f"kept_{stage}"] = (
+                f"int64 [batch, {count}], which patch tokens go on before block {block}: their "
+                f"positions among the image's {counts[0]}, row by row, in no particular order"
+            )
+    size = ", ".join(map(str, data["input_size"]))
+    described["inputs"] = {
+        "images": f"float32 [batch, {size}] ({MODES[channels]}), values from 0 "
+        "to 1, minus mean, divided by std"
+    }
+    described["outputs"] = outputs
+    if format == "openvino":
+        described["inference_precision"] = OPENVINO_HINTS[precision]
+    return described
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `export_model` wrote into a file beside the model; no code of the file is run.
+
+    Returns:
+        - `version` of this package, `architecture`, `precision`, `input_size` [C, H, W],
+          `class_names`; of a sparse model `blocks`, `ratios` and `kept_counts`; for OpenVINO
+          `inference_precision`.
+        - How to prepare an image, in this order: `channels` (Pillow's mode), `resize` [H, W] with
+          `fit` (cover: the sides keep their ratio and are at least as long; contain: at most as
+          long; stretch: just as long) and `interpolation`, `crop` [H, W] of the centre,
+          `value_range`, `mean`, `std`, `layout`, `dtype`. timm's names `crop_pct` and `crop_mode`
+          say the same.
+        - `inputs` and `outputs`: name → what it is. Files of earlier versions have no such
+          descriptions, and one output `kept` with all stages in a row.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not an export of ours.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no exported model at {path}")
+    require(path.suffix, {".onnx": ["onnx"], ".xml": ["openvino"]}.get(path.suffix, []))
+    try:
+        if path.suffix == ".onnx":
+            import onnx
+
+            properties = onnx.load(str(path), load_external_data=False).metadata_props
+            text = next(item.value for item in properties if item.key == KEY)
+        elif path.suffix == ".xml":
+            import openvino
+
+            text = openvino.Core().read_model(path).get_rt_info(KEY).value
+        else:
+            with zipfile.ZipFile(path) as archive:
+                text = _read_archive(archive)
+        return cast(dict[str, Any], json.loads(text))
+    except Exception as error:  # foreign bytes make parsers raise nearly anything
+        raise ValueError(f"{path} is not a model that dynamicvit exported") from error
+
+
+def _read_archive(archive: zipfile.ZipFile) -> str:
+    """The metadata of a torch.export program or an AOTInductor package."""
+    for name in archive.namelist():
+        if name.endswith(f"/extra/{KEY}"):
+            return archive.read(name).decode()
+        if "/aotinductor/" in name and name.endswith("_metadata.json"):
+            return cast(str, json.loads(archive.read(name))[KEY])
+    raise KeyError(KEY)
