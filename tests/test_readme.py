@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from PIL import Image
 from dynamicvit import cli
 from dynamicvit.deploy.optimize import optimize
 from dynamicvit.evaluation.evaluate import evaluate
+from dynamicvit.training.run_folder import resume_arguments
 from tools import write_numbers
 
 ROOT = Path(__file__).parent.parent
@@ -116,9 +118,14 @@ def test_named_files_exist(name: str) -> None:
         + re.findall(r"`(dynamicvit [a-z]+ [^`]+)(?<!--help)`", TEXT)
     ),
 )
-def test_commands_parse(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_commands_parse(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "run").mkdir()  # with --resume, options come from here
+    shutil.copy(ROOT / "configs" / "fashion_mnist_56px.yaml", tmp_path / "run" / "config.yaml")
+    monkeypatch.chdir(tmp_path)
     _, name, *arguments = shlex.split(line, comments=True)
+    if name == "train":
+        arguments = [*resume_arguments(arguments), *arguments]
     parser, _ = cli.build_parser(name)
     parser.parse_args(arguments)
 
