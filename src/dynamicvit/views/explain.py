@@ -39,6 +39,7 @@ from dynamicvit.views.explanation import SIDE, SUFFIXES, Explanation, draw_sheet
 _TOP_K = 5
 _BATCH = 32  # images in memory at a time
 _SHEET = 96  # images that a contact sheet holds: more are not looked at
+_PRINTED = 50  # images in the table
 _CONTACT_SHEET = "contact_sheet"
 
 
@@ -170,7 +171,8 @@ def explain_files(
             path = targets[source].with_name(f"{targets[source].name}.{kind}")
             found.save(path)
             written.append(path)
-        table.add_row(cell(source), _best(found.dense), _best(found.pruned))
+        if table.row_count < _PRINTED:
+            table.add_row(cell(source), _best(found.dense), _best(found.pruned))
         if len(sheet) < _SHEET:
             sheet.append(found)
     if len(stills) > 1:
@@ -189,6 +191,8 @@ def explain_files(
         table.add_row(cell(source), f"{count} frames", "")
         written.append(path)
     console.print(table)
+    if len(stills) > _PRINTED:
+        console.print(f"{len(stills) - _PRINTED} more images: the files have their classes")
     if sheet:
         console.print(f"patches: {' → '.join(map(str, sheet[0].counts))}")
     if is_untrained(sparse):

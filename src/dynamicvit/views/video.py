@@ -44,6 +44,7 @@ def redraw_video(
 
     Raises:
         ValueError: if the file cannot be read, or holds no picture.
+        OSError: naming the target, if it cannot be written.
     """
     av = _import_av()
     try:
@@ -75,6 +76,9 @@ def redraw_video(
                     raise ValueError("no frames")
                 result.mux(stream.encode(None))
     except (av.FFmpegError, ValueError) as error:
+        # FFmpeg's errors of writing, such as of a full disk, name the temporary file.
+        if isinstance(error, OSError) and error.filename not in (None, str(source)):
+            raise OSError(error.errno, error.strerror, str(target)) from error
         raise ValueError(f"cannot explain video {source}: {error}") from error
 
 
