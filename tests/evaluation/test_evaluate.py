@@ -120,8 +120,9 @@ def test_other_dense_models_are_evaluated_beside(images: Path) -> None:
 def test_evaluate_names_what_is_wrong(images: Path, dense_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="batch_size must be 1 or more, got 0"):
         evaluate([str(dense_folder)], str(images), batch_size=0)
-    with pytest.raises(ValueError, match="workers must be 0 or more, got -1"):
-        evaluate([str(dense_folder)], str(images), workers=-1)
+    for workers in (-1, 10**9):
+        with pytest.raises(ValueError, match=f"workers must be from 0 to 1024, got {workers}"):
+            evaluate([str(dense_folder)], str(images), workers=workers)
     with pytest.raises(ValueError, match="models must be a list of at least one model, got"):
         evaluate([], str(images))
     with pytest.raises(ValueError, match="precision must be"):
