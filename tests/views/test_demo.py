@@ -25,15 +25,9 @@ from dynamicvit.core.model import SparseViT
 from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.io.folder import save_folder
 from dynamicvit.io.predictions import Prediction
-from dynamicvit.views.demo import (
-    Answers,
-    Photos,
-    Pictures,
-    _confidences,
-    _find_photos,
-    _import_gradio,
-    demo,
-)
+from dynamicvit.views.demo import _import_gradio, demo
+from dynamicvit.views.demo_answers import Answers, Pictures, _confidences
+from dynamicvit.views.demo_photos import Photos, find_photos
 from dynamicvit.views.explain import explain
 from tests.conftest import randomise, tiny_vit
 
@@ -172,7 +166,7 @@ def test_photos_are_picked_by_number(tmp_path: Path) -> None:
     Image.new("L", (30, 60)).save(tmp_path / "mine" / "a.tiff")
     (tmp_path / "mine" / "bad.png").write_text("not an image")
     (tmp_path / "mine" / "notes.txt").write_text("not an image")
-    photos = Photos(tmp_path / "served", _find_photos(tmp_path / "mine"), quiet=True)
+    photos = Photos(tmp_path / "served", find_photos(tmp_path / "mine"), quiet=True)
     sizes = []
     for path in photos.thumbnails:
         with Image.open(path) as thumbnail:

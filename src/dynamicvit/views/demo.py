@@ -3,42 +3,22 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import tempfile
 import threading
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from functools import partial, wraps
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from PIL import Image, ImageOps
 from rich.console import Console
 
-from dynamicvit.core.backbones import UnsupportedBackbone
-from dynamicvit.core.macs import count_gmacs
-from dynamicvit.core.model import SparseViT, sparsify
-from dynamicvit.core.schedule import KeepSchedule
-from dynamicvit.evaluation.console import track
-from dynamicvit.evaluation.environment import environment
-from dynamicvit.evaluation.evaluate import input_size
 from dynamicvit.evaluation.launch import find_device
-from dynamicvit.evaluation.timing import compare_speed
-from dynamicvit.io.embedded import ASSETS, embedded_images
-from dynamicvit.io.images import IMAGE_SUFFIXES, convert_image
-from dynamicvit.io.load import load_model
-from dynamicvit.io.predictions import Prediction
-from dynamicvit.views.explain import explain, is_untrained
-from dynamicvit.views.explanation import Explanation
+from dynamicvit.views.demo_answers import Answers
+from dynamicvit.views.demo_photos import Photos, find_photos
 
-_EMBEDDED = "embedded"
 _SLIDER = (0.2, 1.0, 0.05)  # lowest, highest and step of the keep ratio
-_THUMBNAIL = 128  # pixels of a photo's longer side, where it is offered
-_MOST_PHOTOS = 100  # that are offered
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 # The page needs no more than this: its own files, and what is in it. Gradio has scripts and styles
 # within the page.
@@ -90,7 +70,7 @@ def demo(
         raise ValueError(f"max_upload must be above 0, got {max_upload}")
     if not 0 < port < 1 << 16:
         raise ValueError(f"port must lie between 1 and 65535, got {port}")
-    files = None if images is None else _find_photos(Path(images))
+    files = None if images is None else find_photos(Path(images))
     where = find_device(device)
     console = Console(quiet=quiet, soft_wrap=True, highlight=False)
     # Gradio keeps uploads in files, which are deleted when the page ends.
@@ -136,279 +116,6 @@ def _wait_for_the_end() -> None:
         signal.signal(number, lambda *_: ended.set())
     while not ended.wait(1):  # Windows sees no Ctrl-C in an endless wait
         pass
-
-
-Pictures = list[tuple[Image.Image, str]]  # each with its caption
-
-
-class Answer(NamedTuple):
-    """What the page shows of an image.
-
-    Attributes:
-        kept: the input, and what each stage keeps of it.
-        dense, pruned: class → probability.
-        scores: each stage's keep scores.
-        note: what the user should know of it, in Markdown.
-    """
-
-    kept: Pictures
-    dense: dict[str, float] | None
-    pruned: dict[str, float] | None
-    scores: Pictures
-    note: str
-
-
-class Answers:
-    """What the page shows for a model and a keep ratio. It answers one call at a time.
-
-    Args:
-        names: as `demo`'s `models`.
-        within: the folder that images may be read from; None for any. The client supplies a path,
-            and must see no file but uploads and photos.
-        device: where models run; by default a GPU if there is one.
-
-    Attributes:
-        models: name → the model.
-        notes: name → where its choice of patches comes from, if it is not trained.
-
-    Raises:
-        ValueError, FileNotFoundError: as `demo`.
-    """
-
-    def __init__(
-        self,
-        names: Iterable[str] = (),
-        within: Path | None = None,
-        device: torch.device | None = None,
-    ) -> None:
-        device = find_device(None) if device is None else device
-        self._within = within
-        self.models: dict[str, SparseViT] = {}
-        self.notes: dict[str, str] = {}
-        for name in list(names) or [_EMBEDDED]:
-            model = load_model(str(ASSETS / "model") if name == _EMBEDDED else name)
-            note = ""
-            if not isinstance(model, SparseViT):
-                try:
-                    model = sparsify(model, keep_ratio=0.7, scorer="class_attention")
-                except UnsupportedBackbone as error:
-                    raise ValueError(
-                        "models must be sparse, or have a class token whose attention chooses, "
-                        f"got the dense model {name}: {error}"
-                    ) from error
-                note = _BY_ATTENTION
-            elif is_untrained(model):
-                note = _UNTRAINED
-            if model.merges:
-                kind = type(model.scorers[0]).__name__
-                raise ValueError(f"models must choose tokens, got {name} with {kind}")
-            self.notes[name] = note
-            self.models[name] = model.to(device).eval().requires_grad_(False)
-        self._fused = {name: model.fuse() for name, model in self.models.items()}
-        self._costs: dict[tuple[str, KeepSchedule], list[list[str]]] = {}
-        around = environment()
-        self.machine = (
-            around["gpu"]
-            if device.type == "cuda"
-            else f"{around['processor']}, threads: {torch.get_num_threads()}"
-        )
-
-    def show(self, upload: dict[str, Any] | None, name: str, keep_ratio: float) -> Answer:
-        """What stays of an uploaded image, and what it is taken for; nothing without an image.
-
-        Args:
-            upload: with the file's `path`, and its original name as `orig_name`.
-            name: of a model.
-            keep_ratio: share of the patches that reach a stage which it keeps.
-
-        Raises:
-            ValueError, TypeError, OSError: naming what is wrong with these.
-        """
-        model, schedule = self._at(self.models, name, keep_ratio)
-        model = model.at(schedule=schedule)
-        if not upload:
-            return Answer([], None, None, [], "")
-        found = _explain(model, self._find(upload["path"]), upload.get("orig_name"))
-        start, *counts = found.counts
-        height, width = found.pixels.shape[:2]
-        first, *stages = found.panels()
-        kept = [(first, f"input, {width} × {height} pixels")]
-        scores = []
-        for stage, (count, panel) in enumerate(zip(counts, stages, strict=True)):
-            kept.append((panel, f"stage {stage + 1}, {count} of {start} patches"))
-            heat, lowest, highest = found.heat_map(stage)
-            enlarged = Image.fromarray(heat).resize(panel.size, Image.Resampling.NEAREST)
-            scores.append((enlarged, f"stage {stage + 1}, {lowest:.3g} to {highest:.3g}"))
-        notes = [self.notes[name]]
-        if found.cropped:
-            notes.append(f"The pictures show the model’s crop: {found.cropped}.")
-        if not found.dense:
-            notes.append("The model has no classes.")
-        note = "\n\n".join(filter(None, notes))
-        return Answer(kept, _confidences(found.dense), _confidences(found.pruned), scores, note)
-
-    def _find(self, path: str) -> Path:
-        found = Path(path).resolve()
-        if self._within is not None and not found.is_relative_to(self._within.resolve()):
-            raise ValueError("image must be an upload or one of the photos")
-        return found
-
-    def cost(self, name: str, keep_ratio: float, again: bool = False) -> list[list[str]]:
-        """Operations and time of dense and pruned: the rows of a table. Each setting is measured
-        once, unless `again` is asked for.
-
-        Raises:
-            ValueError, TypeError: naming what is wrong with an argument.
-        """
-        model, schedule = self._at(self._fused, name, keep_ratio)
-        pruned = model.at(schedule=schedule)
-        if again or (name, schedule) not in self._costs:
-            self._costs[name, schedule] = _measure(pruned)
-        return self._costs[name, schedule]
-
-    def _at(
-        self, models: dict[str, SparseViT], name: str, keep_ratio: float
-    ) -> tuple[SparseViT, KeepSchedule]:
-        if not isinstance(name, str) or name not in models:
-            raise ValueError(f"model must be one of {', '.join(models)}, got {name!r}")
-        blocks = models[name].schedule.blocks
-        ratios = KeepSchedule.from_keep_ratio(keep_ratio, len(blocks) + 1, len(blocks)).ratios
-        return models[name], KeepSchedule(blocks, ratios)
-
-
-_BY_ATTENTION = (
-    "This is a dense model without trained scorers: the patches stay that its class token attends "
-    "to most (EViT’s rule, not DynamicViT’s). Expect more answers to change than after training. "
-    "“dynamicvit quickstart” trains a model, “dynamicvit demo quickstart/sparse” shows it."
-)
-_UNTRAINED = (
-    "The scorers of this model are not trained: they choose patches at random. “dynamicvit train” "
-    "trains them."
-)
-
-
-def _measure(pruned: SparseViT) -> list[list[str]]:
-    dense, size = pruned.backbone, input_size(pruned)
-    gmacs = [count_gmacs(model, size) for model in (dense, pruned)]
-    [speed] = compare_speed(dense, pruned, size, batch_sizes=(1,), seconds=0.5)
-    times = [f"{1e3 / rate:.2f}" for rate in (speed.dense, speed.sparse)]
-    low, high = speed.spread
-    return [
-        ["GMACs", *(f"{number:.3f}" for number in gmacs), f"{gmacs[1] / gmacs[0] - 1:+.0%}"],
-        # The quotient of the two times as they are shown, so that nobody finds another.
-        ["ms", *times, f"{float(times[0]) / float(times[1]):.2f}×"],
-        ["quartiles", "", "", f"{low:.2f}–{high:.2f}×"],
-    ]
-
-
-def _confidences(found: Sequence[Prediction]) -> dict[str, float] | None:
-    """As Gradio's Label takes them. Classes of the same name have their index beside it."""
-    names = Counter(item.name for item in found)
-    return {
-        item.name if names[item.name] == 1 else f"{item.name} ({item.index})": item.probability
-        for item in found
-    } or None
-
-
-def _explain(model: SparseViT, path: Path, name: str | None) -> Explanation:
-    """ValueError, calling the file by the name that the user knows, if it cannot be read."""
-    called = name or path.name
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return explain(model, path)
-    except (ValueError, FileNotFoundError) as error:
-        bomb = Image.DecompressionBombWarning | Image.DecompressionBombError
-        if isinstance(error.__cause__, bomb):
-            most = (Image.MAX_IMAGE_PIXELS or 0) // 10**6
-            raise ValueError(
-                f"cannot read image {called}: it has more than {most} million pixels"
-            ) from error
-        raise ValueError(str(error).replace(str(path), called)) from error
-
-
-class Photos:
-    """Photos to pick from on the page.
-
-    Args:
-        folder: to write thumbnails to, and copies of what is picked; all of it is served.
-        files: the photos; None for some that the package carries.
-        quiet: show no progress.
-
-    Attributes:
-        thumbnails: of the photos, in order.
-        label: what they are.
-        first: the photo to begin with.
-
-    Raises:
-        ValueError: if none of them can be read.
-    """
-
-    def __init__(self, folder: Path, files: Sequence[Path] | None, quiet: bool = False) -> None:
-        self._folder = folder
-        folder.mkdir(parents=True)
-        self.first = 0
-        self.label = "photos"
-        if files is None:
-            files = _write_embedded(folder)
-            self.first = len(files) - 1  # an ankle boot
-            self.label = "photos (Fashion-MNIST)"
-        self._files: list[Path] = []
-        self.thumbnails: list[Path] = []
-        for file in track(files, "reading photos", quiet):
-            try:
-                picture = _read_thumbnail(file)
-            except Exception:  # foreign bytes make Pillow raise nearly anything
-                continue
-            self.thumbnails.append(folder / f"thumbnail-{len(self._files)}.png")
-            picture.save(self.thumbnails[-1])
-            self._files.append(file)
-        if not self._files:
-            raise ValueError(f"images must hold photos, got none that can be read in {len(files)}")
-
-    def pick(self, index: int) -> Path:
-        """A copy of a photo, of its own name, that the page may serve.
-
-        Raises:
-            ValueError: if there is no such photo.
-        """
-        if type(index) is not int or not 0 <= index < len(self._files):
-            raise ValueError(f"photo must be from 0 to {len(self._files) - 1}, got {index!r}")
-        file = self._files[index]
-        copy = self._folder / f"photo-{index}" / file.name
-        if not copy.exists():
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, copy)
-        return copy
-
-
-def _find_photos(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise ValueError(f"images must be a folder, got {str(folder)!r}")
-    files = (item for item in folder.rglob("*") if item.suffix.lower() in IMAGE_SUFFIXES)
-    found = sorted(item for item in files if item.is_file())[:_MOST_PHOTOS]
-    if not found:
-        kinds = ", ".join(IMAGE_SUFFIXES)
-        raise ValueError(f"images must hold {kinds} files, got the folder {folder} without any")
-    return found
-
-
-def _write_embedded(folder: Path) -> list[Path]:
-    """One of the embedded images a class, as files."""
-    files = []
-    for name, index, picture in embedded_images("val"):
-        if index == 3:
-            files.append(folder / f"{name[2:]}.png")
-            picture.save(files[-1])
-    return files
-
-
-def _read_thumbnail(file: Path) -> Image.Image:
-    with Image.open(file) as opened:
-        opened.draft("RGB", (2 * _THUMBNAIL, 2 * _THUMBNAIL))  # fast, where the format allows it
-        picture = convert_image(ImageOps.exif_transpose(opened), "RGB")
-    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    return picture
 
 
 def _headers() -> Any:
