@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 from dynamicvit import SparseViT, cli, sparsify
 from dynamicvit.deploy import benchmark as module
@@ -38,6 +39,13 @@ def folder(tmp_path: Path) -> str:
 
 
 QUIET = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+@QUIET
+def test_compiled_weights_are_constants_on_a_cpu() -> None:
+    run = engines.build(tiny_vit(depth=1), "compile", "float32")
+    _, [code] = run_and_get_code(run, torch.zeros(1, 3, 32, 32))
+    assert "_frozen_param" in code
 
 
 @QUIET

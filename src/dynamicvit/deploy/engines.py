@@ -176,26 +176,36 @@ def _call(model: nn.Module, engine: str, precision: str) -> Engine:
 
 
 def _compile(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Engine:
-    """One program for each shape of images, compiled when it first comes."""
+    """One program for each shape of images, compiled when it first comes.
+
+    On a CPU it is frozen: weights are constants, packed once for the kernels that read them.
+    """
+    from torch._inductor import config  # not imported with torch, and not quickly
+
     gpu = device.type == "cuda"
-    # Freezing makes weights constants of the program, packed once for the kernels that read them.
-    options: dict[str, Any] = {"triton.cudagraphs": True} if gpu else {"freezing": True}
+    options: dict[str, Any] = {"triton.cudagraphs": True} if gpu else {}
     programs: dict[torch.Size, Engine] = {}
+
+    def compile(shape: torch.Size) -> Engine:
+        def forward(images: Tensor) -> Any:
+            return model(images)
+
+        # torch compiles the same code object eight times at most, and all models of a class
+        # share theirs: so each program has one of its own.
+        forward.__code__ = forward.__code__.replace()
+        programs[shape] = torch.compile(forward, fullgraph=True, dynamic=False, options=options)
+        return programs[shape]
 
     @torch.inference_mode()
     def run(images: Tensor) -> Tensor:
-        if images.shape not in programs:
-
-            def forward(images: Tensor) -> Any:
-                return model(images)
-
-            # torch compiles the same code object eight times at most, and all models of a class
-            # share theirs: so each program has one of its own.
-            forward.__code__ = forward.__code__.replace()
-            programs[images.shape] = torch.compile(
-                forward, fullgraph=True, dynamic=False, options=options
-            )
-        logits: Tensor = programs[images.shape](images.to(dtype))
+        inputs = images.to(dtype)
+        if images.shape in programs:
+            logits: Tensor = programs[images.shape](inputs)
+        else:
+            # Not one of the options: those do not reach the part of torch that decides whether
+            # weights become constants or inputs.
+            with config.patch(freezing=not gpu):
+                logits = compile(images.shape)(inputs)
         # The next replay of any CUDA graph writes where this one's output lies.
         return logits.clone() if gpu else logits
 
