@@ -152,7 +152,7 @@ def test_config_file_with_overrides_and_dashes(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"batch_size: \xff\xfe", "the file given as --config must be UTF-8"),
+        (b"batch_size: \xff\xfe", "must be UTF-8"),
         (b"batch_size: [1", "config"),
         (b"- 1", "config"),
         (b"colour: 1", "colour"),

@@ -19,12 +19,13 @@ from torch.utils.data import DataLoader
 
 from dynamicvit.core.backbones import Backbone
 from dynamicvit.evaluation.data import ImageData
+from dynamicvit.io.files import name_in_errors
 from dynamicvit.training.checkpoints import Checkpoint, load_parts, save_checkpoint
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.determinism import Feed, KeyedDropPath, Layout
 from dynamicvit.training.distributed import on_first_process
 from dynamicvit.training.metrics import CollapseWatch, Records
-from dynamicvit.training.run_folder import BAD_BATCH, BEST, has_best, write_errors_named
+from dynamicvit.training.run_folder import BAD_BATCH, BEST, has_best
 
 # What a resumed run may have otherwise than when it was saved.
 _FREE = (
@@ -97,7 +98,7 @@ class Skips:
         if bad is not None:
             images, targets = (tensor.contiguous().cpu() for tensor in bad)
             tensors = {"images": images, "targets": targets, "step": torch.tensor(step)}
-            with write_errors_named(self.path):
+            with name_in_errors(self.path):
                 save_file(tensors, self.path)
             where = f"; the batch whose loss was not is in {self.path}"
         # A warm start has a learning rate of its own.
