@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 import dynamicvit
-from dynamicvit import KeepSchedule, UnsupportedBackbone
+from dynamicvit import KeepSchedule, SparseViT, UnsupportedBackbone
 from dynamicvit.deploy.predict import predict
 from dynamicvit.evaluation.evaluate import evaluate
 from dynamicvit.evaluation.support import models
@@ -60,6 +61,35 @@ def _calls(folder: Path, images: Path) -> list[tuple[Callable[..., Any], dict[st
             {"models": [model], "batch_size": 4, "crop_pct": 1.0, "precision": "float32", **data},
         ),
         (models, {"keep_ratio": 0.7, "quiet": True, "filter": "deit_tiny_patch16_224"}),
+        *_core_calls(sparse),
+    ]
+
+
+def _core_calls(sparse: SparseViT) -> list[tuple[Callable[..., Any], dict[str, Any]]]:
+    image = torch.zeros(1, 3, 32, 32)
+    decisions = [torch.ones(1, 16)] * 3
+
+    def resize(img_size: Any) -> None:
+        copy.deepcopy(sparse).set_input_size(img_size)
+
+    def reset(num_classes: Any, global_pool: Any) -> None:
+        copy.deepcopy(sparse).reset_classifier(num_classes, global_pool)
+
+    return [
+        (dynamicvit.sparsify, {"model": tiny_vit(), "keep_ratio": 0.7, "align": None}),
+        (dynamicvit.sparsify, {"model": tiny_vit(), "schedule": None, "scorer": "random"}),
+        (dynamicvit.SparseViT, {"backbone": tiny_vit(), "schedule": KeepSchedule((1,), (0.5,))}),
+        (dynamicvit.count_gmacs, {"model": tiny_vit(), "input_size": (3, 32, 32)}),
+        (dynamicvit.TokenScorer, {"dim": 32}),
+        (KeepSchedule, {"blocks": (1, 2), "ratios": (0.7, 0.5)}),
+        (KeepSchedule.from_keep_ratio, {"keep_ratio": 0.7, "depth": 12, "stages": 3}),
+        (sparse.forward, {"images": image}),
+        (sparse.pruned, {"images": image}),
+        (sparse.masked, {"images": image, "decisions": decisions, "temperature": 1.0}),
+        (sparse.at, {"keep_ratio": 0.5}),
+        (sparse.at, {"schedule": KeepSchedule((1,), (0.5,))}),
+        (resize, {"img_size": (32, 32)}),
+        (reset, {"num_classes": 3, "global_pool": "token"}),
     ]
 
 
