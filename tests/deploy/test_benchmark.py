@@ -207,9 +207,9 @@ def test_progress_is_lines_without_a_terminal_and_can_be_silenced(
         ({"batch_sizes": [0]}, r"batch_sizes must be 1 or more, got \[0\]"),
         ({"batch_sizes": []}, r"batch_sizes must be 1 or more, got \[\]"),
         ({"seconds": -1.0}, "seconds must be 0 or more, got -1.0"),
-        ({"device": "gpu"}, "device must be cpu, cuda or cuda:NUMBER, got 'gpu'"),
-        ({"device": "mps"}, "device must be cpu, cuda or cuda:NUMBER, got 'mps'"),
-        ({"device": "cuda:99"}, r"device must be there, torch finds \d+ GPUs, got 'cuda:99'"),
+        ({"device": "gpu"}, "device must be one of cpu.* here, got 'gpu'"),
+        ({"device": "mps"}, "device must be one of cpu.* here, got 'mps'"),
+        ({"device": "cuda:99"}, r"device must be one of cpu.* here, got 'cuda:99'"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(

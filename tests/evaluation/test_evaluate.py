@@ -197,7 +197,7 @@ def test_a_device_can_be_chosen(images: Path, dense_folder: Path) -> None:
     for device in ("cpu", None):
         assert evaluate([name], str(images), workers=0, device=device)[name]["images"] == 8
     for device in ("warp", "meta", "cuda:99"):
-        with pytest.raises(ValueError, match=f"device must be one of this machine.*'{device}'"):
+        with pytest.raises(ValueError, match=f"device must be one of cpu.* here, got '{device}'"):
             evaluate([name], str(images), workers=0, device=device)
 
 
