@@ -103,7 +103,7 @@ def test_the_command_runs_whole_without_optional_packages(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--device", "gpu", "--tiny"], "device must be one of cpu.* here, got 'gpu'"),
+        (["--device", "gpu", "--tiny"], "here, got 'gpu'"),
         (["--device", "cuda:99"], "device must be one of cpu"),
         (["--device", "cpu"], "on a CPU only --tiny models are run"),
     ],
