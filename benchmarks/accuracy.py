@@ -1,12 +1,12 @@
-"""Accuracy against cost: learned selection beside every alternative, each with the same budget.
+"""Accuracy against cost: learned selection and its alternatives, with the same training budget.
 
     PYTHONPATH=src python benchmarks/accuracy.py runs/accuracy --list
     PYTHONPATH=src python benchmarks/accuracy.py runs/accuracy --data_dir DIR --seeds 3
     PYTHONPATH=src python benchmarks/accuracy.py runs/accuracy --rows 'learned-0.7' '*-0.5*'
 
-Each row is a training run in a folder of its own, with its result beside it. The same command goes
-on where it was stopped: rows that are done are left alone, one that is half done is resumed. After
-each row all results so far are written as one JSON and drawn.
+Each row is a training run in its own folder, next to its result. The same command continues an
+interrupted one: finished rows are kept, an unfinished row is resumed. After each row all results
+are written to one JSON file and drawn.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ from benchmarks.tables import STEP_BASELINES, draw, print_table, summarise
 from dynamicvit import KeepSchedule, SparseViT, sparsify
 from dynamicvit.core.selectors import SELECTORS
 from dynamicvit.core.selectors.merging import Merger
-from dynamicvit.evaluation.data import create_image_loader, open_data
+from dynamicvit.evaluation.data import open_data
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.evaluate import evaluate_model
+from dynamicvit.evaluation.loader import create_image_loader
 from dynamicvit.io.embedded import ASSETS
 from dynamicvit.io.files import check_folder, write_text
 from dynamicvit.io.folder import save_folder
@@ -53,6 +54,7 @@ from dynamicvit.quickstart import RECIPE, unpack_images
 from dynamicvit.training.checkpoints import CHECKPOINTS, find_checkpoints
 from dynamicvit.training.config import RECIPES, TrainConfig
 from dynamicvit.training.fit import BEST, METRICS, train
+from dynamicvit.training.options import OLD_PRECISIONS
 from dynamicvit.training.task import DenseTask, SparseTask
 
 RESULT, FINAL, JSON, PLOT = "result.json", "final", "accuracy.json", "accuracy.png"
@@ -61,13 +63,12 @@ BASELINE_RATIOS = (0.7, 0.5)
 MERGING = tuple(name for name in BASELINES if issubclass(SELECTORS[name], Merger))
 LOSSES = ("cross_entropy", "ratio", "logit_kl", "token")
 WARM_START = 120  # steps, of those that a row has; half of them at most
-# Of what learns to choose, which begins at the ratio by default. With the paper's weight of 2, the
-# ratio loss leaves scorers above the ratio at the end of so few steps, and the model that then
-# keeps just the ratio is not the one that was trained.
+# For selectors that learn. They start at the ratio. With the paper's weight of 2, scorers still
+# keep more than the ratio after so few steps, and the measured model would not be the trained one.
 REACH_RATIO = {"ratio_weight": 10.0}
 BEST_START = {**REACH_RATIO, "warm_start": WARM_START}
-# What `train --recipe` sets, but for the number of steps; the paper's 30 epochs, of which the first
-# five freeze the backbone and warm up, are six here.
+# What `train --recipe` sets, except the number of steps. The paper's 30 epochs are six here; the
+# first freezes the backbone and warms up, as the paper's first five do.
 PAPER = {
     "epochs": 6,
     "freeze_epochs": 1,
@@ -78,18 +79,22 @@ PAPER = {
 FAST = {name: value for name, value in RECIPES["fast"].items() if name != "epochs"}
 
 
+# accelerate's names.
+PRECISIONS = {"float32": "no", "bfloat16": "bf16"}
+
+
 @dataclass(frozen=True)
 class Scale:
-    """How large models and budgets are.
+    """Sizes of models and budgets.
 
     Args:
-        model: what the dense model is trained from: TrainConfig's model and model_kwargs; None for
-            the embedded model, which is trained.
-        dense_steps: of its training.
-        tuning_steps: of fine-tuning, which stand for the paper's 30 epochs.
-        fewer_steps: budgets of the rows that tell how much training it takes.
-        batch_size: of all steps.
-        cluttered: whether images lie on a larger canvas, as `write_cluttered` makes them.
+        model: TrainConfig's options for the dense model to train. None: the embedded model, which
+            is trained already.
+        dense_steps: training steps of the dense model.
+        tuning_steps: steps of fine-tuning. They stand for the paper's 30 epochs.
+        fewer_steps: other numbers of steps, for the rows of accuracy against steps.
+        batch_size: images in a step.
+        cluttered: use the images that `write_cluttered` makes.
     """
 
     model: dict[str, Any] | None
@@ -110,8 +115,8 @@ def _vit(name: str, side: int = 28, weights: str | None = None, **sizes: Any) ->
 
 DENSE_49 = "benchmarks/results/small/dense/model.safetensors"  # of the small scale
 SCALES = {
-    # Two cores, some hours: width 64, and 49 tokens of a stem of one convolution of stride 2 and
-    # pooling of stride 2, with which it learns much faster than with patches of 4×4 pixels.
+    # Some hours on two cores. The stem (a convolution and pooling, both with stride 2) gives 49
+    # tokens. With it the model learns much faster than with patches of 4×4 pixels.
     "small": Scale(
         _vit("vit_tiny_r_s16_p8_224", patch_size=1, embed_dim=64, num_heads=2),
         dense_steps=9360,
@@ -119,7 +124,7 @@ SCALES = {
         fewer_steps=(100, 225, 450),
         batch_size=128,
     ),
-    # a GPU, or the headline rows on two cores
+    # For a GPU, or for the headline rows on two cores.
     "full": Scale(
         None,
         dense_steps=0,
@@ -127,8 +132,8 @@ SCALES = {
         fewer_steps=(100, 225, 450),
         batch_size=128,
     ),
-    # The small scale where images have a background: its dense model gone on with at 40 pixels, of
-    # which the same stem makes 10×10 tokens.
+    # Images with a background. The small scale's dense model is trained further at 40 pixels, where
+    # its stem gives 10×10 tokens.
     "cluttered": Scale(
         _vit(
             "vit_tiny_r_s16_p8_224",
@@ -144,7 +149,7 @@ SCALES = {
         batch_size=128,
         cluttered=True,
     ),
-    # to try the command
+    # To try the command.
     "tiny": Scale(
         _vit("vit_tiny_patch16_224", patch_size=7, embed_dim=16, num_heads=2, depth=4),
         dense_steps=4,
@@ -187,8 +192,8 @@ class Row:
 
 
 def plan(scale: Scale, seeds: int = 1, depth: int = 12) -> list[Row]:
-    """All rows, in the order of their importance: the main table, how much training it takes, other
-    seeds, other stages and losses, the static mask begun otherwise."""
+    """All rows, the most important first: the main table, fewer steps, more seeds, other stages,
+    losses left out, and the static mask without a warm start."""
     full = scale.tuning_steps
     learned = [
         Row(
@@ -210,7 +215,7 @@ def plan(scale: Scale, seeds: int = 1, depth: int = 12) -> list[Row]:
             untrained.append(Row(f"{row}-untrained", "main", 0, name, ratio))
             options = BEST_START if SELECTORS[name].learns else {}
             tuned.append(Row(row, "main", full, name, ratio, headline=headline, options=options))
-    # The dense model, fine-tuned as the others are: what they gain without anything that leaves.
+    # The dense model with the same fine-tuning: what fine-tuning gains when nothing leaves.
     kept = Row("all-kept", "main", full, "random", 1.0, headline=True)
     main = [*learned[:2], kept, *untrained, *tuned, *learned[2:]]
     variants: dict[str, tuple[str, float, dict[str, Any]]] = {
@@ -229,8 +234,7 @@ def plan(scale: Scale, seeds: int = 1, depth: int = 12) -> list[Row]:
             steps,
             scorer,
             ratio,
-            # A quarter of the steps is the fast recipe's: beside what it gives without selection,
-            # and this table's own settings.
+            # The fast recipe has a quarter of the steps. It is compared with these rows.
             headline=steps == full // 4 and (name == "all_kept" or "warm" in name),
             options=options,
         )
@@ -238,8 +242,7 @@ def plan(scale: Scale, seeds: int = 1, depth: int = 12) -> list[Row]:
         for name, (scorer, ratio, options) in variants.items()
         if steps < full or name not in in_main
     ]
-    # The fast recipe beside what it gives up: the other three quarters of the steps, and what the
-    # same quarter gives where no token leaves.
+    # The fast recipe, the same with all steps, and the same with all tokens kept.
     without_scorers = {k: v for k, v in FAST.items() if k not in ("start_at_ratio", "warm_start")}
     recipes = [
         Row("recipe-paper", "recipes", full, "learned", 0.7, options=PAPER),
@@ -282,7 +285,7 @@ def plan(scale: Scale, seeds: int = 1, depth: int = 12) -> list[Row]:
 
 
 def same_cost_ratio(keep_ratio: float, stages: int, depth: int) -> float:
-    """The ratio at which blocks see as many tokens, on the mean, as with three stages."""
+    """The keep ratio with which blocks see, on average, as many tokens as with three stages."""
 
     def share(ratio: float, stages: int) -> float:
         schedule = KeepSchedule.from_keep_ratio(ratio, depth, stages)
@@ -318,7 +321,7 @@ class Bench:
     def __post_init__(self) -> None:
         if self.model is not None and isinstance(dynamicvit.load(self.model), SparseViT):
             raise ValueError(f"model must be a dense model's folder, got the sparse {self.model}")
-        self.accelerator = Accelerator(mixed_precision=self.precision)
+        self.accelerator = Accelerator(mixed_precision=PRECISIONS[self.precision])
         self.images = {
             split: len(open_data(self.data, split, data_dir=self.data_dir, in_chans=1).dataset)
             for split in ("train", "val")
@@ -349,8 +352,8 @@ class Bench:
         if steps == 0:
             return None
         batch = self.scale.batch_size
-        # As few epochs as the data allows, since each ends with a validation; alike, so that
-        # there are as many steps as asked for, or nearly.
+        # Few epochs, because each ends with a validation. All have the same length, so that the
+        # number of steps is nearly the one asked for.
         epochs = row.options.get("epochs") or -(-steps // max(1, self.images["train"] // batch))
         of_dense: dict[str, Any] = {
             **(self.scale.model or {}),
@@ -359,8 +362,8 @@ class Bench:
             "crop_scale": [0.8, 1.0],
             "warmup_epochs": epochs // 6,
         }
-        # The backbone learns as fast as scorers do: at a tenth of that, it has not made up for the
-        # tokens lost at 0.5 by the end of so few steps.
+        # The backbone learns as fast as the scorers. At a tenth of that rate, it does not learn to
+        # work without half of the tokens in so few steps.
         of_sparse: dict[str, Any] = {
             "model": self.dense,
             "scorer": row.scorer,
@@ -386,7 +389,7 @@ class Bench:
             output=str(self.folder / row.folder),
             epoch_images=round(steps / epochs) * batch,
             batch_size=batch,
-            precision=self.precision,
+            precision=PRECISIONS[self.precision],
             checkpoint_steps=200,
             keep_checkpoints=1,
             seed=row.seed,
@@ -394,11 +397,11 @@ class Bench:
         )
 
     def schedule(self, row: Row) -> KeepSchedule:
-        """Of a sparse row."""
+        """The schedule of a sparse row."""
         return KeepSchedule.from_keep_ratio(cast(float, row.keep_ratio), self.depth, row.stages)
 
     def settings(self, row: Row, config: TrainConfig | None) -> dict[str, Any]:
-        """What a result depends on, places left out."""
+        """What a result depends on, without paths."""
         training = None
         if config is not None:
             training = {k: v for k, v in asdict(config).items() if k not in _PLACES}
@@ -406,22 +409,24 @@ class Bench:
         return {
             "data": images + (", cluttered" if self.scale.cluttered else ""),
             "dense": self.model_name,
-            "precision": self.precision,
+            "precision": PRECISIONS[self.precision],
             "train": training,
         }
 
     def check(self, row: Row) -> None:
-        """ValueError if a row's result has other settings."""
+        """Raise ValueError if a row's result has other settings."""
         path = self.folder / row.folder / RESULT
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is damaged, remove it: {error}") from error
         settings = json.loads(json.dumps(self.settings(row, self.config(row))))
-        # Rows without training did not tell their precision at first, which was float32.
+        # Early results of untrained rows lack the precision. It was float32.
         had = {"scale": result["scale"], "precision": "no"}
         had |= _flat(_completed(result["settings"]))
         have = {"scale": self.scale_name, **_flat(settings)}
+        for found in (had, have):  # earlier results have other names
+            found["precision"] = OLD_PRECISIONS.get(found["precision"], found["precision"])
         others = [key for key in {**had, **have} if had.get(key) != have.get(key)]
         if others:
             raise ValueError(
@@ -492,10 +497,10 @@ class Bench:
         del found["images_per_second"]  # of one pass, among whatever else runs
         return found
 
-    # What it will take.
+    # Estimates.
 
     def estimates(self, rows: Iterable[Row]) -> dict[str, float]:
-        """Seconds that each row is thought to take: measured, by a training step of each kind."""
+        """Estimated seconds of each row, from a measured training step of each kind."""
         dense: Any
         if self.model is None:
             given = cast(Any, self.scale.model)
@@ -532,7 +537,7 @@ class Bench:
                 kind = "dense"
             else:
                 kind = "similarity_merging" if row.scorer in MERGING else "learned"
-            # Over the validation images: after each epoch, when `train` and when the row ends.
+            # Validations: after each epoch, at the end of `train`, and at the end of the row.
             passes = 1 + -(-steps // max(1, self.images["train"] // batch))
             # An image's forward pass is about a third of its training.
             validation = passes * self.images["val"] / batch * seconds["dense"] / 3
@@ -541,7 +546,7 @@ class Bench:
 
 
 def _completed(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as written; options that have come since then had their default."""
+    """Settings as written. Options that were added later have their default."""
     if settings["train"] is None:
         return settings
     added = asdict(TrainConfig(data="", output=""))
@@ -551,7 +556,7 @@ def _completed(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings with those of the training among them."""
+    """Settings, with those of the training on the same level."""
     return {**settings, **(settings["train"] or {}), "train": settings["train"] is not None}
 
 
@@ -570,7 +575,7 @@ def report(bench: Bench, results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the rows that are not done yet; returns 0."""
+    """Run the rows that are not done yet. Returns 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", help="where runs and results go; the same one to go on")
     parser.add_argument("--scale", choices=SCALES, default="small")
@@ -583,7 +588,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="by default a GPU if there is one"
     )
-    parser.add_argument("--precision", choices=("no", "bf16"), help="by default bf16 on a GPU")
+    parser.add_argument("--precision", choices=PRECISIONS, help="by default bfloat16 on a GPU")
     parser.add_argument("--workers", type=int, default=0, help="data loading processes")
     parser.add_argument("--list", action="store_true", help="name the rows and what they take")
     options = parser.parse_args(arguments)
@@ -615,7 +620,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             data_dir=options.data_dir,
             model=str(ASSETS / "model") if embedded else options.model,
             model_name="embedded" if embedded else options.model and os.path.relpath(options.model),
-            precision=options.precision or ("bf16" if gpu else "no"),
+            precision=options.precision or ("bfloat16" if gpu else "float32"),
             workers=options.workers,
         )
     except (ValueError, OSError) as error:
@@ -661,7 +666,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _with_result(bench: Bench) -> list[Row]:
-    """The rows whose result is there, of any seed."""
+    """The rows that have a result, of all seeds."""
     seeds = (path.name.rpartition("-seed")[2] for path in bench.folder.glob("*-seed*"))
     most = max((int(seed) for seed in seeds if seed.isdigit()), default=0)
     rows = plan(bench.scale, most + 1, bench.depth)
@@ -669,7 +674,7 @@ def _with_result(bench: Bench) -> list[Row]:
 
 
 def _collect(bench: Bench) -> list[dict[str, Any]]:
-    """Write all results that are there; returns them, seeds taken together."""
+    """Write all results. Returns them, with seeds summarised."""
     results = [
         json.loads((bench.folder / row.folder / RESULT).read_text(encoding="utf-8"))
         for row in _with_result(bench)

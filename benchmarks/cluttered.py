@@ -1,4 +1,4 @@
-"""Images of which a part says nothing: each somewhere on a larger canvas, among bits of others."""
+"""Images with a background: each on a larger canvas, among pieces of other images."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ PIECES, PIECE = 4, 8
 
 
 def write_cluttered(folder: Path, data: str, data_dir: str | None = None) -> Path:
-    """Write grey images of 28×28 pixels anew as an image folder, `folder/{train,val}/CLASS/*.png`.
+    """Write an image folder, `folder/{train,val}/CLASS/*.png`, from grey images of 28×28 pixels.
 
-    As the cluttered and translated MNIST of Mnih et al. (arXiv 1406.6247): an image lies at random
-    on a black canvas of 40×40 pixels, with four pieces of 8×8 pixels of other images of its split,
-    the lighter pixel on top. Always the same for the same images; made once, and left alone then.
+    As in cluttered and translated MNIST (Mnih et al., arXiv 1406.6247), each image is placed at
+    random on a black canvas of 40×40 pixels, with four pieces of 8×8 pixels of other images of its
+    split. The lighter pixel wins. The same images give the same files. A finished folder is kept.
 
     Args:
-        folder: where they go.
+        folder: the folder to write.
         data: as TrainConfig's.
         data_dir: as TrainConfig's.
     """
@@ -36,7 +36,7 @@ def write_cluttered(folder: Path, data: str, data_dir: str | None = None) -> Pat
         )
         pixels = np.stack([np.asarray(picture) for picture in pictures])
         names = images.class_names or [str(label) for label in range(max(labels) + 1)]
-        # In the order of their indices, also when sorted by name.
+        # The label comes first, so that sorting by name sorts by label.
         folders = [
             folder / split / f"{label}_{re.sub(r'[^a-z]+', '_', name.lower())}"
             for label, name in enumerate(names)
@@ -58,8 +58,8 @@ def clutter(
 
     Args:
         pixels: uint8, (images, 28, 28).
-        index: of the image that is to be whole.
-        generator: draws places and pieces.
+        index: of the whole image.
+        generator: draws positions and pieces.
 
     Returns:
         uint8, (40, 40).

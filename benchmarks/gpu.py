@@ -1,11 +1,11 @@
-"""What this project claims of a GPU, measured in one command, in under nine minutes on one H100.
+"""The GPU benchmark in one command, in under nine minutes on one H100.
 
     PYTHONPATH=src python benchmarks/gpu.py benchmarks/results/gpu.json
 
 Four parts: the published outputs on the device (correct), dense against pruned (inference), a
-training step against a straightforward one (training), and a Fashion-MNIST table (accuracy). Rows
-are run by importance, as long as they fit into the time; the JSON names those that did not. It is
-written after each row, so that a killed run leaves what it had.
+training step against a plain one (training), and a Fashion-MNIST table (accuracy). The most
+important rows run first, as long as time is left. The JSON file names the rows that did not fit.
+It is written after each row, so a killed run leaves its results.
 """
 
 from __future__ import annotations
@@ -56,10 +56,11 @@ from dynamicvit.core.selectors.rules import RandomScorer
 from dynamicvit.deploy.benchmark import peak_bytes, random_batches, weight_bytes
 from dynamicvit.deploy.engines import Engine, build
 from dynamicvit.deploy.verify import TIE
-from dynamicvit.evaluation.data import create_image_loader, open_data
+from dynamicvit.evaluation.data import open_data
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.evaluate import evaluate_model, input_size, token_counts
 from dynamicvit.evaluation.launch import find_device
+from dynamicvit.evaluation.loader import create_image_loader
 from dynamicvit.evaluation.timing import interleave
 from dynamicvit.io.embedded import ASSETS, embedded_images
 from dynamicvit.io.files import write_text
@@ -79,7 +80,7 @@ GRADIENT_ERROR = 1e-4  # between both training steps, in float32
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to prune: keep ratio, and what kept counts are rounded to (None: nothing)."""
+    """A way to prune: keep ratio, and the multiple that kept counts are rounded to, if any."""
 
     keep_ratio: float
     align: int | None = None
@@ -112,7 +113,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is run. Models and batch sizes are in the order of their importance."""
+    """What is run. The most important models and batch sizes come first."""
 
     models: tuple[Model, ...]
     batch_sizes: tuple[int, ...]
@@ -165,8 +166,7 @@ TINY = Scale(
     accuracy_ratios=(0.7,),
 )
 
-# Seconds that a part's first row is taken to last, until one has been run; and those that earlier
-# parts leave for later ones.
+# Estimated seconds of a part's first row, and the seconds that earlier parts leave for later ones.
 GUESS = {"eager": 2.0, "compile": 20.0, "training": 90.0, "accuracy": 30.0}
 RESERVE = {"training": 120.0, "accuracy": 60.0}
 
@@ -208,12 +208,12 @@ class Run:
     def attempt(
         self, part: str, row: object, needed: float, until: float, work: Callable[[], None]
     ) -> float | None:
-        """Do a row's work if it fits into the seconds left before `until` seconds are left of all.
+        """Do a row's work if it can end before only `until` seconds are left.
 
-        What goes wrong in one row is written down and leaves the others alone.
+        An error in one row is recorded, and the other rows go on.
 
         Returns:
-            The seconds that it took; None if it was not done.
+            The seconds it took. None if it was not done.
         """
         left = self.left() - until
         if needed > left:
@@ -232,7 +232,7 @@ class Run:
 
 
 def release(device: torch.device) -> None:
-    """Give back what a row took: programs, CUDA graphs, memory."""
+    """Free a row's programs, CUDA graphs and memory."""
     torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
@@ -260,7 +260,7 @@ def exact_float32() -> Iterator[None]:
 
 
 def correct(run: Run) -> None:
-    """The published outputs on the device; and the tokens that it keeps beside the CPU's."""
+    """The published outputs on the device, and whether it keeps the same tokens as the CPU."""
     part: dict[str, Any] = run.report.setdefault("correct", {})
     with exact_float32():
         for name in parity.NAMES:
@@ -304,9 +304,9 @@ def same_tokens(model: SparseViT, images: Tensor, device: torch.device) -> dict[
     """Whether a device keeps the CPU's tokens, in float32.
 
     Returns:
-        `images`, `same` (for how many of them all tokens are the same) and `largest_gap`: where a
-        token differs, the lead by score, as a share of the largest, that the CPU gives it over one
-        that the device kept in its place. Rounding decides between tokens that tie.
+        `images`; `same`, the number of images whose tokens are all the same; and `largest_gap`. The
+        gap is that between the CPU's scores of a token which only the CPU kept and of one which
+        only the device kept, as a share of the largest score. Rounding decides between ties.
     """
     model = copy.deepcopy(model).eval()
     here = model.cpu().pruned(images.cpu())
@@ -329,8 +329,8 @@ def same_tokens(model: SparseViT, images: Tensor, device: torch.device) -> dict[
 
 
 def inference_rows(scale: Scale) -> deque[Row]:
-    """Eager is quick. Compiled, each side of a row is a program of its own, and costs far more: 0.7
-    first, in each model at the more telling batch sizes."""
+    """All rows. Eager rows are quick. A compiled row costs far more, because each side is its own
+    program: keep ratio 0.7 comes first, at the most useful batch sizes of each model."""
     plain = [Variant(ratio) for ratio in scale.ratios]
     aligned = Variant(scale.ratios[0], scale.align)
     rows = [
@@ -355,8 +355,8 @@ def create(model: Model, device: torch.device) -> Any:
 
 
 def inference(run: Run, rows: deque[Row], until: float, last: bool) -> None:
-    """Rows in their order, as long as `until` seconds are left; what does not fit stays in `rows`,
-    for when other parts were quicker than thought, unless this is the last time."""
+    """Run rows in order, while `until` seconds are left. Other rows stay in `rows`, in case later
+    parts are quicker than estimated, unless this is the last call."""
     waiting: deque[Row] = deque()
     while rows:
         row = rows.popleft()
@@ -379,7 +379,7 @@ def inference(run: Run, rows: deque[Row], until: float, last: bool) -> None:
 
 @torch.no_grad()
 def measure(run: Run, row: Row) -> None:
-    """Add to the report, for each variant, its speed beside the dense model's."""
+    """Add each variant's speed, compared with the dense model, to the report."""
     dense = create(row.model, run.device)
     models: list[nn.Module] = [dense]
     for variant in row.variants:
@@ -443,8 +443,8 @@ def measure(run: Run, row: Row) -> None:
 
 
 def _check(model: nn.Module, call: Engine, batches: Sequence[Tensor], engine: str) -> float | None:
-    """Raise ValueError unless logits are finite; compiled, how far they are from eager ones, after
-    replays over other images."""
+    """Raise ValueError unless logits are finite. For a compiled model, return how far they are from
+    the eager ones, after replays with other images."""
     outputs = [call(images) for images in (batches if engine == "compile" else batches[:1])]
     if not all(logits.isfinite().all() for logits in outputs):
         raise ValueError("logits are not finite")
@@ -459,9 +459,9 @@ def _check(model: nn.Module, call: Engine, batches: Sequence[Tensor], engine: st
 
 
 def best_settings(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each model, variant and batch size: dense in its faster engine against pruned in its own.
+    """For each model, variant and batch size: dense and pruned, each in its faster engine.
 
-    Rows of two engines were not timed in turn, so these are ratios of medians.
+    Different engines were not timed in turn, so these are ratios of medians.
     """
     groups: dict[Any, list[dict[str, Any]]] = {}
     for record in records:
@@ -530,7 +530,7 @@ def precompile(
 
 
 def _compile_row(row: Row, device: str, until: float) -> bool:
-    """Whether there was still time to."""
+    """Whether there was time for it."""
     if time.time() > until:
         return False
     place = _prepare_to_compile(device)
@@ -553,7 +553,7 @@ def _compile_step(setting: Setting, until: float) -> bool:
 
 
 def _prepare_to_compile(device: str) -> torch.device:
-    """In a process of `precompile`, which has run others before."""
+    """Run in a process of `precompile`."""
     from torch._inductor import config  # slow to import
 
     config.compile_threads = 2  # by default each of us would start as many as there are cores
@@ -565,7 +565,7 @@ def _prepare_to_compile(device: str) -> torch.device:
 
 
 def finish_compilation(run: Run, pool: ProcessPoolExecutor, jobs: list[Future[bool]]) -> None:
-    """Wait until nothing is compiled any more, and write down what was."""
+    """Wait until all compilation has ended, and record it."""
     pool.shutdown(wait=True)
     errors = [job.exception() for job in jobs]
     run.report["precompiled"] = {
@@ -602,7 +602,7 @@ def training(run: Run, until: float) -> None:
 
     run.attempt("training", "gradients", 0.0, until, gradients)
     needed = GUESS["training"] * run.gpu
-    # The reference compiled is not a straightforward implementation; it says what fusion leaves.
+    # The compiled reference is not a plain implementation. It shows what fusion alone gains.
     sides = (*SIDES[:3], SIDES[4])
     settings: list[tuple[int, tuple[str, ...]]] = [
         (batch, sides) for batch in run.scale.step_batches
@@ -682,7 +682,7 @@ def accuracy(run: Run, until: float, tiny: bool) -> None:
 
 
 def _accuracy_data(run: Run, folder: Path, tiny: bool) -> tuple[str, str, dict[str, Any]]:
-    """Model folder, data, and what a TrainConfig takes beside them."""
+    """Model folder, data, and further options of TrainConfig."""
     options = RECIPE | {"epochs": 1, "batch_size": 32}
     if tiny:
         sizes = {**_TINY, "img_size": 28, "patch_size": 7, "in_chans": 1, "num_classes": 10}
@@ -703,7 +703,7 @@ def _accuracy_data(run: Run, folder: Path, tiny: bool) -> tuple[str, str, dict[s
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the parts; 1 if a device computes something else than it should, else 0."""
+    """Run the parts. Returns 1 if the device computes something wrong, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("results", help="JSON file to write")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)

@@ -1,4 +1,4 @@
-"""What benchmarks/accuracy.py found: the tables of docs/results.md, and its diagrams."""
+"""Results of benchmarks/accuracy.py as tables for docs/results.md and as diagrams."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _UNTRAINED = ", not trained"
 
 
 def summarise(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows that differ in the seed alone as one: means, and the range of top-1."""
+    """Summarise rows that differ only in the seed: means, and the range of top-1."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         name = result["row"].removesuffix(f"-seed{result['seed']}")
@@ -54,10 +54,10 @@ def print_table(console: Console, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def curves(rows: Sequence[dict[str, Any]], axis: str) -> dict[str, list[dict[str, Any]]]:
-    """Named curves over `axis`: "gmacs", a curve a method, or "steps", one a variant."""
+    """Named curves over `axis`: one for each method ("gmacs") or for each variant ("steps")."""
     found: dict[str, list[dict[str, Any]]] = {}
     full = max((_cost("steps")(row) for row in rows if row["table"] == "main"), default=0)
-    # The main table's rows that end a variant's curve.
+    # Rows of the main table that are the last point of a variant's curve.
     ends = {("random", 1.0): "all_kept", ("learned", 0.7): "learned_warm_at_ratio"}
     ends |= {(name, 0.7): name for name in STEP_BASELINES}
     for row in rows:
@@ -85,7 +85,7 @@ def _cost(axis: str) -> Any:
 
 
 def tables(results: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """docs/results.md's tables in Markdown, each by its name, of the rows that are there."""
+    """The tables of docs/results.md in Markdown, by name, from the rows that exist."""
     rows = summarise(results)
     dense = next(row for row in rows if row["table"] == "dense")
     main = [row for row in rows if row["table"] == "main"]
@@ -205,7 +205,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """All diagrams as a PNG, without one that has no line yet; needs matplotlib."""
+    """Draw the diagrams that have a line, as a PNG. Needs matplotlib."""
     from matplotlib.figure import Figure  # an extra
 
     dense = [row["top1"] for row in rows if row["table"] == "dense"]
@@ -215,7 +215,7 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         "not trained": ("gmacs", {k: v for k, v in by_cost.items() if k.endswith(_UNTRAINED)}),
         "how much training it takes, at 0.7": ("steps", curves(rows, "steps")),
     }
-    # Untrained rules lose so much that beside them the others would lie on one another.
+    # Untrained rules lose so much that the other curves would overlap in the same diagram.
     shown = [title for title, (_, lines) in panels.items() if any(map(_is_line, lines.values()))]
     figure = Figure(figsize=(6 * max(1, len(shown)), 5.5), layout="constrained")
     for number, title in enumerate(shown):
@@ -253,7 +253,7 @@ def _is_line(points: Sequence[dict[str, Any]]) -> bool:
 
 
 def _style(name: str, row: dict[str, Any]) -> dict[str, Any]:
-    """A rule's colour and mark, the same in all diagrams; other starts of it have other lines."""
+    """A rule's colour and marker, the same in all diagrams. Its other starts have other lines."""
     index = [*SELECTORS, "nothing leaves"].index(_what_leaves(row))
     lines = {"learned_warm": "--", "learned_at_ratio": "-.", "learned": ":"}
     other = lines.get(name, "-") if row["table"] == "steps" else "-"

@@ -26,25 +26,34 @@ torch.set_num_threads(1)
 settings.register_profile("repeatable", max_examples=30, deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
-# What `make test` leaves to `make test-all`: tests that need one of these fixtures, and these.
-SLOW_FIXTURES = {"browser", "server", "launched", "place"}
-SLOW_TESTS = (
-    "tests/deploy/test_export.py::test_kinds_of_models_as_onnx",
-    "tests/deploy/test_gpu_benchmark.py::test_a_row_that_fails_is_written_down",
-    "tests/deploy/test_gpu_benchmark.py::test_the_command_runs_whole_without_optional_packages",
-    "tests/deploy/test_gpu_benchmark.py::test_what_does_not_fit_into_the_time_is_named",
-    "tests/test_configs.py::test_a_config_trains",
-    "tests/test_notebook.py",
-    "tests/training/test_accuracy_benchmark.py::test_it_runs_without_optional_packages",
-    "tests/training/test_fit.py::test_a_run_killed_ten_times_is_the_run_never_stopped",
-    "tests/views/test_report.py::test_the_page_passes_the_validator",
-)
+# `make test` leaves these to `make test-all`: tests with one of these fixtures, and tests of these
+# names.
+SLOW_FIXTURES = {"browser", "server", "launched", "place", "root"}
+SLOW_TESTS = {
+    "test_a_config_trains",
+    "test_a_notebook_shows_what_its_code_gives",
+    "test_a_row_that_fails_is_written_down_and_leaves_others_alone",
+    "test_a_run_killed_ten_times_is_the_run_never_stopped",
+    "test_benchmark_writes_what_it_measured",
+    "test_choosing_rules_are_exported",
+    "test_engines_of_files_are_candidates",
+    "test_exports_do_what_the_model_does[aoti-float32]",
+    "test_exports_do_what_the_model_does[onnx-int8]",
+    "test_exports_do_what_the_model_does[openvino-int8]",
+    "test_it_runs_without_optional_packages",
+    "test_kinds_of_models_as_onnx",
+    "test_more_shapes_are_compiled_than_torch_compiles_one_function_for",
+    "test_steps_are_timed_and_memory_is_measured",
+    "test_the_command_runs_whole_without_optional_packages",
+    "test_the_page_passes_the_validator",
+    "test_what_does_not_fit_into_the_time_is_named",
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        fixtures = set(getattr(item, "fixturenames", ()))
-        if fixtures & SLOW_FIXTURES or item.nodeid.startswith(SLOW_TESTS):
+        names = {item.name, getattr(item, "originalname", None)}
+        if names & SLOW_TESTS or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
 
 

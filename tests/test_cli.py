@@ -149,6 +149,31 @@ def test_config_file_with_overrides_and_dashes(
     assert seen == {"config": expected, "resume": True}
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"batch_size: \xff\xfe", "must be UTF-8"),
+        (b"batch_size: [1", "config"),
+        (b"- 1", "config"),
+        (b"colour: 1", "colour"),
+        (b"batch_size: many", "batch_size"),
+    ],
+)
+@pytest.mark.parametrize("command", ["evaluate", "train"])
+def test_a_bad_config_file_is_one_line(
+    content: bytes, message: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_bytes(content)
+    assert message in _fail([command, "--config", str(file)], capsys)
+
+
+def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m dynamicvit.cli models deit_256 | true"
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert run.stderr == ""
+
+
 def test_evaluate_from_the_command_line(
     images: Path,
     dense_folder: Path,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,11 +57,20 @@ def test_quickstart_on_the_user_s_own_data_and_model(
     images: Path,
     dense_folder: Path,
     tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "quickstart"
     (output / "mine").mkdir(parents=True)
-    for _ in range(2):  # it can be run again
-        metrics = quickstart(str(output), str(images), str(dense_folder), batch_size=4)
+    for quiet in (True, False):  # it can be run again
+        metrics = quickstart(str(output), str(images), str(dense_folder), batch_size=4, quiet=quiet)
+        told = capsys.readouterr().out
+        assert (told == "") == quiet
+    # Every main number is there in full, also in 80 columns, and batch 1 is not hidden.
+    assert "…" not in told
+    for speed in metrics["speed"]:
+        row = rf"{speed['batch_size']} +{speed['dense']:.0f} +{speed['sparse']:.0f} +"
+        assert re.search(rf"{row}{speed['speed_up']:.2f}×", told)
+    assert f"{metrics['speed'][0]['speed_up']:.2f}× at batch 1" in told
     assert json.loads((output / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
     assert (output / "mine").exists(), "what is not a quickstart's stays"
     sparse = dynamicvit.load(output / "sparse")
@@ -105,6 +115,38 @@ def test_quickstart_refuses_bad_options_before_it_writes(tmp_path: Path) -> None
     assert not (tmp_path / "new").exists()
 
 
-def test_data_and_model_go_together() -> None:
+def test_options_that_do_not_go_together(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data and model go together .* model='m'"):
         quickstart(model="m")
+    for options in ({"pretrained": False}, {"weights": "mine.pt"}):
+        with pytest.raises(ValueError, match="pretrained and weights go with model, got"):
+            quickstart(**options)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"output must be a folder, got .* is a file"):
+        quickstart(str(tmp_path / "file"))
+
+
+def test_quickstart_begins_with_other_weights_than_timm_s(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New ones, or those of a file: the model is written, and trained from there."""
+    asked: list[tuple[Any, ...]] = []
+
+    def load_model(name: str, pretrained: bool = True, **options: Any) -> Any:
+        asked.append((name, pretrained, options))
+        return tiny_vit(num_classes=2) if name == "some_vit" else dynamicvit.load(name)
+
+    monkeypatch.setattr(quickstart_module, "load_model", load_model)
+    for options in ({"pretrained": False}, {"weights": "mine.pt"}):
+        output = tmp_path / next(iter(options))
+        metrics = quickstart(
+            str(output), str(images), "some_vit", batch_size=4, quiet=True, **options
+        )
+        assert asked[-1] == (
+            "some_vit",
+            options.get("pretrained", True),
+            {key: value for key, value in options.items() if key == "weights"},
+        )
+        assert not isinstance(dynamicvit.load(output / "dense"), SparseViT)
+        assert metrics["settings"]["model"] == str(output / "dense")
+        assert metrics["settings"]["weights"] == options.get("weights")

@@ -53,24 +53,13 @@ def run(name: str, arguments: Sequence[str]) -> int:
     """Run the command of this name with its arguments. Returns 0; exits as `main` does."""
     function = find_function(name)
     parser, configs = build_parser(name)
-    given = [_underscored(item) for item in arguments]
-    if name == "train":
-        from dynamicvit.training.run_folder import resume_arguments
-
-        try:
-            given = [*resume_arguments(given), *given]
-        except USER_ERRORS as error:
-            fail(parser.prog, _one_line(error))
-    values = parser.parse_args(given).as_dict()
-    if "recipe" in values:  # what is given, also in a file, comes after it and so goes before it
-        from dynamicvit.training.config import find_recipe
-
-        recipe = find_recipe(values["recipe"]).items()
-        options = [f"--{option}={json.dumps(value)}" for option, value in recipe]
-        values = parser.parse_args([*options, *given]).as_dict()
-        del values["recipe"]
-    values.pop("config_file", None)
     try:
+        given = [_underscored(item) for item in arguments]
+        if name == "train":
+            from dynamicvit.training.run_folder import resume_arguments
+
+            given = [*resume_arguments(given), *given]
+        values = _parse(parser, given)
         for parameter, kind in configs.items():
             fields = [item.name for item in dataclasses.fields(kind)]
             values[parameter] = kind(**{field: values.pop(field) for field in fields})
@@ -89,6 +78,22 @@ def run(name: str, arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         fail(parser.prog, "interrupted", code=130)
     return 0
+
+
+def _parse(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = parser.parse_args(arguments).as_dict()
+        if "recipe" in values:  # what is given, also in a file, comes after it and so goes before
+            from dynamicvit.training.config import find_recipe
+
+            recipe = find_recipe(values.pop("recipe")).items()
+            options = [f"--{option}={json.dumps(value)}" for option, value in recipe]
+            values = parser.parse_args([*options, *arguments]).as_dict()
+            del values["recipe"]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the file given as --config must be UTF-8: {error}") from error
+    values.pop("config_file", None)
+    return values
 
 
 def find_function(name: str) -> Callable[..., object]:

@@ -513,6 +513,8 @@ def test_another_budget_takes_the_scorers_of_its_stages() -> None:
     last = sparse.schedule.blocks[-1]
     alone = sparse.at(schedule=KeepSchedule((last,), (0.5,)))
     assert list(alone.scorers) == [sparse.scorers[-1]]
+    outer = sparse.at(schedule=KeepSchedule((sparse.schedule.blocks[0], last), (0.8, 0.4)))
+    assert list(outer.scorers) == [sparse.scorers[0], sparse.scorers[-1]]
     moved = sparse.at(schedule=KeepSchedule((0, 1, 2), (0.9, 0.8, 0.7)))
     assert list(moved.scorers) == list(sparse.scorers)
 

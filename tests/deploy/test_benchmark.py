@@ -69,6 +69,8 @@ def test_compiled_weights_are_constants_on_a_cpu() -> None:
 )
 @torch.no_grad()
 def test_each_engine_computes_the_model(engine: str, precision: str) -> None:
+    if precision == "bfloat16" and not engines.available(engine, precision):
+        pytest.skip("this processor has no bfloat16")
     sparse = _sparse()
     images = torch.randn(3, 3, 32, 32)
     # In bfloat16 near-tied tokens of so small a model change places.
@@ -222,9 +224,9 @@ def test_progress_is_lines_without_a_terminal_and_can_be_silenced(
         ({"batch_sizes": [0]}, r"batch_sizes must be 1 or more, got \[0\]"),
         ({"batch_sizes": []}, r"batch_sizes must be 1 or more, got \[\]"),
         ({"seconds": -1.0}, "seconds must be 0 or more, got -1.0"),
-        ({"device": "gpu"}, "device must be cpu, cuda or cuda:NUMBER, got 'gpu'"),
-        ({"device": "mps"}, "device must be cpu, cuda or cuda:NUMBER, got 'mps'"),
-        ({"device": "cuda:99"}, r"device must be there, torch finds \d+ GPUs, got 'cuda:99'"),
+        ({"device": "gpu"}, "device must be one of cpu.* here, got 'gpu'"),
+        ({"device": "mps"}, "device must be one of cpu.* here, got 'mps'"),
+        ({"device": "cuda:99"}, r"device must be one of cpu.* here, got 'cuda:99'"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(

@@ -42,6 +42,8 @@ def trace(model, options=None, **more):
     return compile(model, backend="eager", **more)
 torch.compile = trace
 torch.set_num_threads(1)
+from dynamicvit.deploy import engines
+engines.has_bfloat16 = lambda: True  # as a GPU has; torch computes it on any processor
 from benchmarks import gpu
 sys.exit(gpu.main(sys.argv[1:]))
 """
@@ -101,8 +103,8 @@ def test_the_command_runs_whole_without_optional_packages(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--device", "gpu", "--tiny"], "device must be cpu, cuda or cuda:NUMBER, got 'gpu'"),
-        (["--device", "cuda:99"], "torch finds"),
+        (["--device", "gpu", "--tiny"], "here, got 'gpu'"),
+        (["--device", "cuda:99"], "device must be one of cpu"),
         (["--device", "cpu"], "on a CPU only --tiny models are run"),
     ],
 )

@@ -78,6 +78,7 @@ def test_an_engine_that_fails_is_out_and_says_why(monkeypatch: pytest.MonkeyPatc
         return engines.build(model, engine, *arguments)
 
     monkeypatch.setattr(module, "build", build)
+    monkeypatch.setattr(engines, "has_bfloat16", lambda: True)
     found = optimize(_sparse(), IMAGES, engines=["eager", "compile"], rounds=1)
     assert found.chosen.engine == "eager"
     assert {item.reason for item in found.candidates if item.engine == "compile"} == {

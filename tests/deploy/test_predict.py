@@ -117,9 +117,9 @@ def test_unreadable_images_are_skipped_on_request(
 
 def test_predict_names_what_is_wrong(files: list[str], dense_folder: Path) -> None:
     for device in ("warp", "meta", "cpu:x"):
-        with pytest.raises(ValueError, match=f"device must be one of this machine.*{device}"):
+        with pytest.raises(ValueError, match=f"device must be one of cpu.* here, got '{device}'"):
             predict(files, str(dense_folder), device=device)
-    with pytest.raises(TypeError, match="images must be a list of names, got 'x'"):
+    with pytest.raises(TypeError, match="images must be a list, each a string, got 'x'"):
         predict("x", str(dense_folder))  # type: ignore[arg-type]
 
 

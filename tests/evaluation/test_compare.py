@@ -15,8 +15,14 @@ import dynamicvit
 import dynamicvit.evaluation.compare as compare_module
 from dynamicvit import cli
 from dynamicvit.core.model import sparsify
-from dynamicvit.evaluation.compare import Comparison, compare_models, describe, draw_keep_rates
-from tests.conftest import CLASSES, tiny_vit
+from dynamicvit.evaluation.compare import (
+    Comparison,
+    compare,
+    compare_models,
+    describe,
+    draw_keep_rates,
+)
+from tests.conftest import CLASSES, tiny_vit, write_images
 
 
 @pytest.mark.parametrize(
@@ -128,6 +134,21 @@ def test_compare_from_the_command_line(
     with Image.open(output / "keep_maps.png") as picture:
         assert np.unique(np.asarray(picture.convert("L"))).size > 10
     assert "7 images: top-1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("count", "shown"), [(6, 6), (12, 12), (13, 10)])
+def test_the_class_table_shows_every_class_it_has_room_for(
+    count: int, shown: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = tuple(f"kind-{index:02}" for index in range(count))
+    data = write_images(tmp_path / "data", {"val": 1}, names)
+    sparsify(tiny_vit(num_classes=count), 0.7).save_pretrained(tmp_path / "sparse", names)
+    compare(str(tmp_path / "sparse"), str(data), workers=0, output=str(tmp_path / "out"))
+    text = capsys.readouterr().out
+    table = text.partition("points lost: against dense")[0]
+    assert sum(name in table for name in names) == shown
+    assert (f"{count - shown} more classes are in" in text) == (shown < count)
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_compare_names_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,20 @@ from accelerate import Accelerator
 from PIL import Image
 
 import dynamicvit
+import dynamicvit.evaluation.evaluate as evaluate_module
 from dynamicvit.core.model import sparsify
-from dynamicvit.evaluation.data import DataError
-from dynamicvit.evaluation.evaluate import compare_answers, evaluate, evaluate_model
-from tests.conftest import tiny_vit
+from dynamicvit.evaluation.compare import compare
+from dynamicvit.evaluation.evaluate import (
+    compare_answers,
+    count_confusion,
+    evaluate,
+    evaluate_model,
+    macro_f1,
+)
+from dynamicvit.evaluation.sweep import sweep
+from dynamicvit.evaluation.unreadable import DataError
+from dynamicvit.io.folder import save_folder
+from tests.conftest import CLASSES, tiny_vit
 
 
 def _batches(*batches: Any) -> Any:
@@ -109,8 +120,9 @@ def test_other_dense_models_are_evaluated_beside(images: Path) -> None:
 def test_evaluate_names_what_is_wrong(images: Path, dense_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="batch_size must be 1 or more, got 0"):
         evaluate([str(dense_folder)], str(images), batch_size=0)
-    with pytest.raises(ValueError, match="workers must be 0 or more, got -1"):
-        evaluate([str(dense_folder)], str(images), workers=-1)
+    for workers in (-1, 10**9):
+        with pytest.raises(ValueError, match=f"workers must be from 0 to 1024, got {workers}"):
+            evaluate([str(dense_folder)], str(images), workers=workers)
     with pytest.raises(ValueError, match="models must be a list of at least one model, got"):
         evaluate([], str(images))
     with pytest.raises(ValueError, match="precision must be"):
@@ -120,6 +132,80 @@ def test_evaluate_names_what_is_wrong(images: Path, dense_folder: Path, tmp_path
     (images / "val" / "dark").rename(images / "val" / "dim")
     with pytest.raises(ValueError, match="no data folder at nowhere"):
         evaluate([str(dense_folder)], "nowhere")
+
+
+def test_confusion_and_macro_f1() -> None:
+    targets = torch.tensor([0, 0, 0, 1, 1, 3])
+    answers = torch.tensor([0, 0, 1, 1, 3, 3])
+    found = count_confusion(targets, answers, 5)
+    assert found.tolist()[:2] == [[2, 1, 0, 0, 0], [0, 1, 0, 1, 0]]
+    assert (int(found.sum()), found.shape) == (6, (5, 5))
+    # Precision and recall by hand: class 0 has 1 and 2/3, class 1 1/2 and 1/2, class 3 1/2 and 1.
+    # Classes 2 and 4 neither occur nor are answered.
+    expected = [2 * (2 / 3) / (1 + 2 / 3), 0.5, 2 * 0.5 / 1.5]
+    assert macro_f1(targets, answers, 5) == pytest.approx(100 * sum(expected) / 3)
+    assert macro_f1(targets, targets, 5) == 100.0
+
+
+def test_the_confusion_is_written_and_printed(
+    images: Path, dense_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, name = tmp_path / "results.json", str(dense_folder)
+    [found] = evaluate([name], str(images), workers=0, output=str(output)).values()
+    matrix = torch.tensor(found["confusion"])
+    assert matrix.sum(dim=1).tolist() == [4, 4]
+    assert found["top1"] == pytest.approx(100 * float(matrix.diagonal().sum()) / 8)
+    assert found["classes"] == ["bright", "dark"]
+    assert json.loads(output.read_text())[name] == json.loads(json.dumps(found))
+    rows = [line.strip().rstrip(",") for line in output.read_text().splitlines()]
+    assert str(found["confusion"][0]) in rows, "a row a line"
+    printed = capsys.readouterr().out
+    for index, (label, row) in enumerate(zip(found["classes"], found["confusion"], strict=True)):
+        assert re.search(rf"{index + 1} {label} +{row[0]} +{row[1]}", printed)
+    assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_the_matrix_of_many_classes_is_not_printed(
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    names = [f"class {index:02}" for index in range(13)]
+    save_folder(tiny_vit(num_classes=13), tmp_path / "many", class_names=[*CLASSES, *names[2:]])
+    monkeypatch.setattr(evaluate_module, "_CLASSES_WRITTEN", 12)
+    [found] = evaluate([str(tmp_path / "many")], str(images), workers=0).values()
+    assert "class 05" not in capsys.readouterr().out
+    assert found["confusion"] is None
+    assert 0 <= found["macro_f1"] <= found["top1"] <= 100
+
+
+def test_quiet_prints_nothing(
+    images: Path, dense_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sparse = str(tmp_path / "sparse")
+    sparsify(dynamicvit.load(dense_folder), 0.7).save_pretrained(sparse)
+    evaluate([sparse], str(images), workers=0, quiet=True)
+    sweep(sparse, str(images), workers=0, seconds=1e-3, quiet=True)
+    compare(sparse, str(images), workers=0, output=str(tmp_path / "compare"), quiet=True)
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "")
+
+
+def test_a_device_can_be_chosen(images: Path, dense_folder: Path) -> None:
+    name = str(dense_folder)
+    for device in ("cpu", None):
+        assert evaluate([name], str(images), workers=0, device=device)[name]["images"] == 8
+    for device in ("warp", "meta", "cuda:99"):
+        with pytest.raises(ValueError, match=f"device must be one of cpu.* here, got '{device}'"):
+            evaluate([name], str(images), workers=0, device=device)
+
+
+def test_weights_need_a_timm_name(images: Path, dense_folder: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"weights go with a timm name among the models, got .*den"
+    ):
+        evaluate([str(dense_folder)], str(images), weights="x.pth")
 
 
 def _answers(images: int, lost: int, gained: int) -> tuple[torch.Tensor, torch.Tensor]:

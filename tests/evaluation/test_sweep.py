@@ -21,7 +21,6 @@ from dynamicvit.evaluation.sweep import (
     choose,
     evaluate_schedules,
     list_schedules,
-    reschedule,
     sweep,
 )
 from dynamicvit.io.folder import save_folder
@@ -32,17 +31,6 @@ from tests.conftest import CLASSES, tiny_vit
 def sparse_folder(dense_folder: Path, tmp_path: Path) -> Path:
     sparsify(dynamicvit.load(dense_folder), 0.7).save_pretrained(tmp_path / "sparse")
     return tmp_path / "sparse"
-
-
-def test_another_schedule_has_the_same_weights() -> None:
-    model = sparsify(tiny_vit(depth=6), schedule=KeepSchedule((1, 3, 5), (0.8, 0.6, 0.4)))
-    for blocks, scorers in (((1, 3, 5), (0, 1, 2)), ((1, 5), (0, 2)), ((0, 2, 4), (0, 1, 2))):
-        other = reschedule(model, KeepSchedule(blocks, (0.5,) * len(blocks)))
-        assert other.backbone is model.backbone
-        assert [*other.scorers] == [model.scorers[index] for index in scorers]
-        assert not other.training
-    with pytest.raises(ValueError, match=r"blocks must be some of \(1, 3, 5\).*got \(2, 4\)"):
-        reschedule(model, KeepSchedule((2, 4), (0.5, 0.5)))
 
 
 @pytest.mark.parametrize(
@@ -259,3 +247,18 @@ def test_points_are_told_apart_by_what_they_are() -> None:
     one = _point(1.0, 0.5, 1.0)
     assert one == replace(one)
     assert one != replace(one, gmacs=2.0)
+
+
+def test_points_lost_are_printed_with_the_sign_that_compare_has(
+    images: Path, sparse_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = sweep(str(sparse_folder), str(images), workers=0, seconds=1e-3)
+    text = capsys.readouterr().out
+    assert "points lost" in text
+    for point in found["points"]:
+        low, high = point["change"]["interval"]
+        row = f"{point['change']['points_lost']:.2f} ({low:.1f} to {high:.1f})"
+        assert any(f"{point['top1']:.2f}" in line and row in line for line in text.splitlines())
+    assert "0.8" in text
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80

@@ -147,10 +147,13 @@ def test_a_result_of_other_settings_is_not_passed_off(
     with pytest.raises(SystemExit):
         _run(folder, "random-0.7")
     assert "dense/result.json is damaged, remove it: " in capsys.readouterr().err
-    result.write_text(written.replace('"precision": "no"', '"precision": "bf16"'))
+    result.write_text(written.replace('"precision": "float32"', '"precision": "bfloat16"'))
     with pytest.raises(SystemExit):
         _run(folder, "random-0.7")
-    assert "it, got precision no (not bf16), batch_size 10 (not 20)" in capsys.readouterr().err
+    assert (
+        "it, got precision float32 (not bfloat16), batch_size 10 (not 20)"
+        in capsys.readouterr().err
+    )
     assert not (folder / "random-0.7").exists()
 
 

@@ -913,5 +913,5 @@ def test_where_there_is_no_terminal_lines_tell_of_the_steps(
     train(TrainConfig(**options | {"output": options["output"] + "_2"}))
     lines = [line for line in capsys.readouterr().out.splitlines() if "images/s" in line]
     assert len(lines) == 8
-    pattern = r"epoch 1/2  step 3/8  loss \d+\.\d+  .*kept .* \d+ images/s  0:\d\d:\d\d left"
+    pattern = r"epoch 1/2  step 3/8  loss \d+\.\d+  .*kept .* \d+\.\d images/s  0:\d\d:\d\d left"
     assert re.fullmatch(pattern, lines[2])

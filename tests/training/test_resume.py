@@ -21,6 +21,7 @@ from dynamicvit.training.checkpoints import find_checkpoints, load_place
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.fit import train
 from dynamicvit.training.metrics import METRICS
+from dynamicvit.training.run import Run
 from dynamicvit.training.run_folder import BEST, CONFIG, LOCK, folder_locked, resume_arguments
 from tests.training.worker import Stopped, stopped_after
 
@@ -65,6 +66,26 @@ def test_what_is_given_goes_before_the_run_s_own_config(
     assert [line["step"] for line in _lines(output) if line["kind"] == "validation"] == [4, 8]
 
 
+def test_a_run_without_a_checkpoint_starts_again(
+    options: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(TrainConfig(**options))
+    train(TrainConfig(**options), resume=True)
+    assert "has no checkpoint yet: the run starts from the beginning" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert [line["step"] for line in _lines(options["output"]) if line["kind"] == "train"] == [
+        *range(1, 9)
+    ]
+
+
+def _interrupt(_: Run) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_missing_best_model_is_written_again(
     options: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,6 +112,18 @@ def test_a_broken_config_of_the_run_is_named(
         cli.main(["train", "--output", options["output"], "--resume"])
     error = capsys.readouterr().err
     assert str(path) in error
+    assert error.count("\n") == 1
+
+
+def test_a_given_config_that_is_not_text_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(b"data: caf\xe9\n")
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--config", str(file), "--output", "x"])
+    error = capsys.readouterr().err
+    assert f"{file} must be UTF-8 text" in error
     assert error.count("\n") == 1
 
 

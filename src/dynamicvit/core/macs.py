@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,7 +19,23 @@ def count_gmacs(model: nn.Module, input_size: tuple[int, int, int]) -> float:
     Args:
         model: any classification model, on any device; on the meta device no arithmetic is done.
         input_size: (channels, height, width) of an image.
+
+    Raises:
+        TypeError: if `model` is not a module or `input_size` not three integers.
+        ValueError: if the model does not take images of this size.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module, got {type(model).__name__}")
+    if not (
+        isinstance(input_size, Sequence)
+        and len(input_size) == 3
+        and all(isinstance(side, int) and not isinstance(side, bool) for side in input_size)
+    ):
+        raise TypeError(f"input_size must be three integers (C, H, W), got {input_size!r}")
+    if min(input_size) < 1:
+        raise ValueError(f"input_size must be 1 or more, got {input_size!r}")
+    if next(model.parameters(), None) is None:
+        raise ValueError(f"model must have parameters, got {type(model).__name__} without any")
     like = next(model.parameters())
     image = torch.zeros(1, *input_size, device=like.device, dtype=like.dtype)
     modes = [(module, module.training) for module in model.modules()]
@@ -32,6 +50,10 @@ def count_gmacs(model: nn.Module, input_size: tuple[int, int, int]) -> float:
             FlopCounterMode(display=False) as counter,
         ):
             model.eval()(image)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"input_size must be one that {type(model).__name__} takes, got {input_size!r}: {error}"
+        ) from error
     finally:
         for module, training in modes:
             module.training = training

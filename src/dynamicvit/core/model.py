@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
 import torch
@@ -211,6 +212,8 @@ class SparseViT(nn.Module):
             raise TypeError(
                 f"masked needs scorers that choose tokens, got {kind}, which merges them"
             )
+        if not isinstance(temperature, Real) or isinstance(temperature, bool):
+            raise TypeError(f"temperature must be a number, got {temperature!r}")
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
         self.adapter.check_images(self.backbone, images)
@@ -406,7 +409,15 @@ class SparseViT(nn.Module):
         return self.backbone.get_classifier()
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classification head (and, if given, the pooling)."""
+        """Replace the classification head (and, if given, the pooling).
+
+        Raises:
+            TypeError, ValueError, UnsupportedBackbone: naming the argument and what was got.
+        """
+        if not isinstance(num_classes, int) or isinstance(num_classes, bool):
+            raise TypeError(f"num_classes must be an integer, got {num_classes!r}")
+        if num_classes < 0:
+            raise ValueError(f"num_classes must be 0 or more, got {num_classes}")
         if global_pool is not None:
             check_pooling(global_pool)
         try:
@@ -429,7 +440,24 @@ class SparseViT(nn.Module):
         self.backbone.set_grad_checkpointing(enable)
 
     def set_input_size(self, img_size: tuple[int, int]) -> None:
-        """Change the input height and width in pixels; timm resamples position embeddings."""
+        """Change the input height and width in pixels; timm resamples position embeddings.
+
+        Raises:
+            TypeError, ValueError: unless `img_size` is two integers, multiples of the patch size.
+        """
+        if not (
+            isinstance(img_size, Sequence)
+            and len(img_size) == 2
+            and all(isinstance(side, int) and not isinstance(side, bool) for side in img_size)
+        ):
+            raise TypeError(f"img_size must be two integers (height, width), got {img_size!r}")
+        height, width = cast(tuple[int, int], self.backbone.patch_embed.feat_ratio(as_scalar=False))
+        if any(
+            side < 1 or side % patch for side, patch in zip(img_size, (height, width), strict=True)
+        ):
+            raise ValueError(
+                f"img_size must be multiples of the patch size {height}×{width}, got {img_size!r}"
+            )
         self.backbone.set_input_size(img_size=img_size)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

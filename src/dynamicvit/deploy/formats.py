@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.paths import Pruned
 from dynamicvit.deploy.verify import Found, load_images
+from dynamicvit.evaluation.processor import has_bfloat16
 from dynamicvit.evaluation.setup import input_size
 from dynamicvit.evaluation.timing import Engine
 
@@ -315,7 +316,9 @@ def check_openvino(precision: str) -> None:
     import openvino
 
     needed = {"float16": "FP16", "bfloat16": "BF16", "int8": "INT8"}.get(precision, "FP32")
-    able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    able = set(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    if not has_bfloat16():  # OpenVINO names it even where ONEDNN_MAX_CPU_ISA takes it away
+        able.discard("BF16")
     if needed not in able:
         raise ValueError(
             f"this processor has no {precision} for OpenVINO, which finds {', '.join(sorted(able))}"

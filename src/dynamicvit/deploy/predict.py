@@ -15,6 +15,7 @@ from rich.console import Console
 
 from dynamicvit.evaluation.console import cell, make_table, plain, track
 from dynamicvit.evaluation.launch import find_device
+from dynamicvit.io.arguments import check_types
 from dynamicvit.io.files import check_file, write_text
 from dynamicvit.io.images import find_images
 from dynamicvit.io.load import load_model
@@ -33,6 +34,7 @@ _BATCH = 32  # images in memory at a time
 _PRINTED = 50  # images in the table
 
 
+@check_types
 def predict(
     images: list[str],
     model: str,

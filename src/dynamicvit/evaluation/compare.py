@@ -33,6 +33,7 @@ from dynamicvit.evaluation.setup import (
     open_images,
     seeded,
 )
+from dynamicvit.io.arguments import check_types
 from dynamicvit.io.files import check_folder, write_bytes, write_text
 
 JSON, ARRAYS, PICTURE = "compare.json", "keep_maps.npz", "keep_maps.png"
@@ -57,6 +58,7 @@ class Comparison:
     kept: Tensor
 
 
+@check_types
 def compare(
     model: str,
     /,

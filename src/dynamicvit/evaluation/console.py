@@ -91,7 +91,7 @@ def show_steps(quiet: bool = False) -> Iterator[Callable[..., None]]:
 def make_table(first: str, *others: str) -> Table:
     """A table without lines between columns. The first column, of names, takes what room there is
     and goes on in the next line; the others are numbers, which are never cut."""
-    table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1))
+    table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column(first, overflow="fold")
     for title in others:
         table.add_column(title, justify="right", no_wrap=True)

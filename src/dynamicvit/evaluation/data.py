@@ -5,13 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
-import signal
-import sys
-import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,9 +16,10 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from PIL import Image
-from timm.data import ImageDataset, IterableImageDataset, create_dataset, create_loader
-from torch.utils.data import DataLoader, Dataset
+from timm.data import ImageDataset, IterableImageDataset, create_dataset
+from torch.utils.data import Dataset
 
+from dynamicvit.evaluation.unreadable import DataError, Unreadable
 from dynamicvit.io.images import IMAGE_SUFFIXES, MODES, check_regular, convert_image
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "test")}
@@ -37,10 +35,6 @@ EXTRAS = {
     "hfids": ("datasets", "hf"),
     "wds": ("webdataset", "webdataset"),
 }
-
-
-class DataError(ValueError):
-    """The data is not what was promised; the message names the folder, class or file."""
 
 
 @dataclass
@@ -220,116 +214,10 @@ def seed_of(*place: int | str) -> int:
     return zlib.crc32(repr(place).encode())
 
 
-def create_image_loader(
-    data: ImageData,
-    batch_size: int,
-    data_config: dict[str, Any],
-    *,
-    training: bool,
-    workers: int,
-    device: torch.device,
-    **augmentation: Any,
-) -> DataLoader:
-    """timm's loader, yielding normalised float32 images [B, C, H, W] and class indices [B].
-
-    Args:
-        data: what `open_data` gave.
-        batch_size: images a batch (a training loader leaves out a last, smaller one).
-        data_config: from `timm.data.resolve_input_data_config`: size, mean, std, interpolation.
-        training: shuffle and augment.
-        workers: loader processes; 0 loads in this one.
-        device: where batches will go (memory is pinned for CUDA).
-        augmentation: further arguments of `timm.data.create_loader`.
-    """
-    config = {k: v for k, v in data_config.items() if k in _LOADER_KEYS}
-    shards = getattr(getattr(data.dataset, "reader", None), "split_info", None)
-    if isinstance(data.dataset, IterableImageDataset) and shards is not None:
-        # A worker without a shard reads nothing, and timm then ends the epoch early.
-        workers = min(workers, len(getattr(shards, "filenames", range(workers))))
-    loader = create_loader(
-        data.dataset,
-        batch_size=batch_size,
-        is_training=training,
-        use_prefetcher=False,  # accelerate moves batches, on any device
-        num_workers=workers,
-        persistent_workers=False,  # fresh workers are seeded anew each epoch, so runs can resume
-        pin_memory=device.type == "cuda",
-        **config,
-        **augmentation,
-    )
-    loader.worker_init_fn = partial(_start_worker, cast(Any, loader.worker_init_fn))
-    _keep_one_bit(data.dataset.transform)
-    return loader
-
-
-def _start_worker(start: Callable[[int], None], number: int) -> None:
-    """Begin a loader process, which outlives a SIGTERM to the whole process group: the main one
-    still needs its images, to end the step and save."""
-    if sys.platform == "linux":
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_end_when_told_by_parent, daemon=True).start()
-    start(number)
-
-
-def _end_when_told_by_parent() -> None:
-    # Only the parent means this process: Python, when it exits, so ends those that are left, and
-    # would wait for ever for one that ignores it. (A handler is not told who sent a signal.)
-    if sys.platform == "linux":
-        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-
 def check_labels(targets: torch.Tensor, num_classes: int) -> None:
     """Raise DataError if class indices [B] are not below `num_classes` (-1: no image)."""
     if targets.numel() and int(targets.max()) >= num_classes:
         raise DataError(f"the data has class {int(targets.max())}, the model {num_classes} classes")
-
-
-_LOADER_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-
-
-def _keep_one_bit(transforms: Any) -> None:
-    """Make timm's posterize keep at least one bit: at full magnitude it asks Pillow for none, which
-    Pillow 13 refuses (older ones gave a black image)."""
-    for transform in getattr(transforms, "transforms", []):
-        policies = [getattr(transform, "ops", []), *getattr(transform, "policy", [])]
-        for operation in (operation for policy in policies for operation in policy):
-            if operation.name.startswith("Posterize"):
-                operation.level_fn = partial(_at_least_one_bit, operation.level_fn)
-
-
-def _at_least_one_bit(level_to_bits: Callable[..., tuple[int]], *arguments: Any) -> tuple[int]:
-    return (max(1, level_to_bits(*arguments)[0]),)
-
-
-class Unreadable:
-    """Which images could not be read, in memory that loader processes share.
-
-    Args:
-        size: numbers that images may have.
-    """
-
-    _ROWS, _BYTES = 64, 512
-
-    def __init__(self, size: int) -> None:
-        self.flags = torch.zeros(size, dtype=torch.uint8).share_memory_()
-        self._names = torch.zeros(self._ROWS, self._BYTES, dtype=torch.uint8).share_memory_()
-
-    def add(self, number: int, name: str) -> None:
-        """Note an image; once, however often it is met."""
-        if not self.flags[number]:
-            row = torch.zeros(self._BYTES, dtype=torch.uint8)
-            text = os.fsencode(name)[-self._BYTES :]  # of a long path the end tells more
-            row[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
-            # Of two images with the same row the later name stays: these are examples.
-            self._names[number % self._ROWS] = row
-            self.flags[number] = 1
-
-    def names(self) -> list[str]:
-        """The names of some of the images."""
-        texts = (bytes(row.tolist()).rstrip(b"\0") for row in self._names)
-        return [text.decode(errors="backslashreplace") for text in texts if text]
 
 
 class _Images(Dataset):

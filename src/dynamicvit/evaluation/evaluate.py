@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dynamicvit.core.macs import count_gmacs
 from dynamicvit.evaluation.console import cell, make_table, plain, track
-from dynamicvit.evaluation.data import DataError, check_labels
+from dynamicvit.evaluation.data import check_labels
 from dynamicvit.evaluation.launch import start_processes
 from dynamicvit.evaluation.setup import (
     check_loading,
@@ -30,6 +30,8 @@ from dynamicvit.evaluation.setup import (
     seeded,
     token_counts,
 )
+from dynamicvit.evaluation.unreadable import DataError
+from dynamicvit.io.arguments import check_types
 from dynamicvit.io.files import check_file, write_text
 from dynamicvit.io.load import is_timm_name, load_model
 
@@ -135,7 +137,7 @@ def macro_f1(targets: Tensor, answers: Tensor, num_classes: int) -> float:
     right = torch.bincount(targets[targets == answers], minlength=num_classes)
     both = sum(torch.bincount(found, minlength=num_classes) for found in (targets, answers))
     there = torch.as_tensor(both) > 0
-    return 100.0 * float((2 * right / both)[there].mean())
+    return 100.0 * float((2 * right.double() / both)[there].mean())
 
 
 def run_batches(
@@ -215,6 +217,7 @@ def compare_answers(one: Tensor, other: Tensor) -> Change:
     )
 
 
+@check_types
 def evaluate(
     models: list[str],
     data: str,
@@ -299,7 +302,7 @@ def evaluate(
         if output:
             text = json.dumps(results, indent=2)
             # A matrix has a line a row, not a line a number.
-            text = re.sub(r"\[[\d\s,]+\]", lambda match: " ".join(match[0].split()), text)
+            text = re.sub(r"\[\s+([\d\s,]+?)\s+\]", _on_one_line, text)
             write_text(Path(output), text + "\n")
         if not quiet:
             print_evaluations(results)
@@ -307,6 +310,10 @@ def evaluate(
                 if len(row["classes"]) <= _CLASSES_PRINTED:
                     _print_confusion(name, row["classes"], row["confusion"])
     return results
+
+
+def _on_one_line(match: re.Match[str]) -> str:
+    return "[" + " ".join(match[1].split()) + "]"
 
 
 def print_evaluations(results: dict[str, dict[str, Any]]) -> None:

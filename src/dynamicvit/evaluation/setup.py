@@ -14,9 +14,13 @@ from torch.utils.data import DataLoader
 
 from dynamicvit.core.backbones import Backbone
 from dynamicvit.core.model import SparseViT
-from dynamicvit.evaluation.data import DataError, ImageData, create_image_loader, open_data
+from dynamicvit.evaluation.data import ImageData, open_data
+from dynamicvit.evaluation.loader import create_image_loader
+from dynamicvit.evaluation.unreadable import DataError
 from dynamicvit.io.load import load_model
 from dynamicvit.io.predictions import class_names
+
+_MOST_WORKERS = 1024  # a slip of the keyboard should not start processes until memory is full
 
 
 @contextmanager
@@ -115,8 +119,8 @@ def check_loading(batch_size: int, workers: int, crop_pct: float | None) -> None
     """Raise ValueError, which names the argument, unless images can be loaded so."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
-    if workers < 0:
-        raise ValueError(f"workers must be 0 or more, got {workers}")
+    if not 0 <= workers <= _MOST_WORKERS:
+        raise ValueError(f"workers must be from 0 to {_MOST_WORKERS}, got {workers}")
     if crop_pct is not None and not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct must lie in (0, 1], got {crop_pct}")
 

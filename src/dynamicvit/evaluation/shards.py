@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from timm.data.readers.reader_wds import ReaderWds
 
-from dynamicvit.evaluation.data import DataError, Unreadable
+from dynamicvit.evaluation.unreadable import DataError, Unreadable
 
 _FLAGS = 1 << 20
 

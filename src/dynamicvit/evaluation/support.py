@@ -21,6 +21,7 @@ from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.evaluation.console import cell, make_table, track
+from dynamicvit.io.arguments import check_types
 from dynamicvit.io.files import check_file, write_text
 from dynamicvit.io.folder import CONFIG
 from dynamicvit.io.hub import offline_if_unreachable, one_line
@@ -110,6 +111,7 @@ def check(name: str, keep_ratio: float = 0.7) -> Support:
     )
 
 
+@check_types
 def models(
     filter: str = "*", /, keep_ratio: float = 0.7, output: str | None = None, quiet: bool = False
 ) -> list[Support]:

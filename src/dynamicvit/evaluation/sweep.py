@@ -30,6 +30,7 @@ from dynamicvit.evaluation.setup import (
     seeded,
 )
 from dynamicvit.evaluation.timing import Speed, compare_speed
+from dynamicvit.io.arguments import check_types
 from dynamicvit.io.files import check_file, check_folder, write_text
 from dynamicvit.io.folder import save_folder
 
@@ -59,6 +60,7 @@ class Point:
     speed: Speed | None = None
 
 
+@check_types
 def sweep(
     model: str,
     /,
@@ -194,34 +196,10 @@ def sweep(
         if output:
             write_text(Path(output), json.dumps(result, indent=2) + "\n")
         if save and chosen is not None:
-            save_folder(reschedule(sparse, chosen.schedule), save)
+            save_folder(sparse.at(schedule=chosen.schedule), save)
     if save and chosen is None:
         raise ValueError(f"save needs a schedule within the budget, and none is, got {save!r}")
     return result
-
-
-def reschedule(model: SparseViT, schedule: KeepSchedule) -> SparseViT:
-    """The same weights, not copied, with another schedule.
-
-    Args:
-        model: whose scorers serve.
-        schedule: at blocks that the model prunes before, each with its scorer; or at as many other
-            blocks, which take the scorers in order.
-
-    Raises:
-        ValueError: if the schedule's blocks are neither, or do not fit the backbone.
-    """
-    own = model.schedule.blocks
-    if set(schedule.blocks) <= set(own):
-        scorers = [model.scorers[own.index(block)] for block in schedule.blocks]
-    elif len(schedule.blocks) == len(own):
-        scorers = list(model.scorers)
-    else:
-        raise ValueError(
-            f"blocks must be some of {own}, where the model has scorers, or {len(own)} others, "
-            f"got {schedule.blocks}"
-        )
-    return SparseViT(model.backbone, schedule, scorers)
 
 
 def list_schedules(
@@ -254,7 +232,7 @@ def list_schedules(
             *(shares for shares in ratios or () if len(shares) == len(place)),
         ):
             schedule = KeepSchedule(place, tuple(shares))
-            reschedule(model, schedule)  # refuses what does not fit
+            model.at(schedule=schedule)  # refuses what does not fit
             found.setdefault(_key(schedule, num_tokens), schedule)
     return list(found.values())
 
@@ -271,7 +249,7 @@ def evaluate_schedules(
 
     Args:
         model, dense: moved to the accelerator's device, in eval mode.
-        schedules: each as `reschedule` takes it.
+        schedules: each as `SparseViT.at` takes it.
         loader: of normalised images and class indices.
         accelerator: device, precision and processes; by default accelerate's choice of device.
 
@@ -285,7 +263,7 @@ def evaluate_schedules(
     accelerator = accelerator or Accelerator()
     model = model.to(accelerator.device).eval()
     dense = dense.to(accelerator.device).eval()
-    candidates = [dense, *(reschedule(model, schedule) for schedule in schedules)]
+    candidates = [dense, *(model.at(schedule=schedule) for schedule in schedules)]
 
     def classify(inputs: Tensor) -> tuple[Tensor, ...]:
         return (torch.stack([item(inputs).argmax(dim=-1) for item in candidates], dim=1),)
@@ -352,7 +330,7 @@ def _time(
     fused = model.fuse()
     timed = []
     for point in track(points, "timing schedules", quiet):
-        pruned = reschedule(fused, point.schedule)
+        pruned = fused.at(schedule=point.schedule)
         [speed] = compare_speed(dense, pruned, input_size(model), (batch_size,), seconds, precision)
         timed.append(replace(point, speed=speed))
     return timed

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dynamicvit.core.backbones import Backbone, UnsupportedBackbone, adapter_of
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.schedule import KeepSchedule
+from dynamicvit.io.arguments import check_types
 from dynamicvit.io.files import check_folder
 from dynamicvit.io.folder import save_folder
 from dynamicvit.io.weights import load_strictly, read_weights, unwrap
@@ -69,6 +70,7 @@ def from_released(
     return sparse.eval()
 
 
+@check_types
 def convert(
     file: str,
     output: str,

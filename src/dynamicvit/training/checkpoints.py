@@ -18,13 +18,15 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from dynamicvit.io.files import read_checkpoint, write_checkpoint
+from dynamicvit.io.files import name_in_errors, read_checkpoint, write_checkpoint
 from dynamicvit.io.weights import check_weights
 from dynamicvit.training.distributed import on_first_process
-from dynamicvit.training.run_folder import write_errors_named
 
 FORMAT = "dynamicvit training checkpoint 3"
 CHECKPOINTS = "checkpoints"
+
+# Its path, the place in the run, and the tensors (in the first process).
+Checkpoint = tuple[Path, dict[str, Any], dict[str, Any]]
 
 
 def find_checkpoints(output: Path) -> list[Path]:
@@ -50,13 +52,13 @@ def save_checkpoint(output: Path, place: dict[str, Any], parts: dict[str, Any], 
     for left in (output / CHECKPOINTS).glob(".epoch-*.tmp"):  # of a process that was killed
         left.unlink()
     path = output / CHECKPOINTS / f"epoch-{place['epoch']:04}-image-{place['seen']:010}.pt"
-    with write_errors_named(path):
+    with name_in_errors(path):
         write_checkpoint(path, {"format": FORMAT, "place": place, **state})
     for old in find_checkpoints(output)[:-keep]:
         old.unlink()
 
 
-def load_place(output: Path) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
+def load_place(output: Path) -> Checkpoint | None:
     """Read the last whole checkpoint. Call in every process: the first one reads.
 
     Returns:

@@ -14,6 +14,7 @@ from torch import Tensor
 from dynamicvit.core.model import SparseViT
 from dynamicvit.evaluation.data import check_labels, seed_of
 from dynamicvit.evaluation.evaluate import Evaluation, evaluate_model
+from dynamicvit.io.files import name_in_errors
 from dynamicvit.io.folder import save_folder
 from dynamicvit.training.checkpoints import full_weights
 from dynamicvit.training.determinism import Draws
@@ -21,7 +22,7 @@ from dynamicvit.training.distributed import clip_gradients, gradients_summed, si
 from dynamicvit.training.losses import weigh_targets
 from dynamicvit.training.progress import Clock, Status
 from dynamicvit.training.run import Run
-from dynamicvit.training.run_folder import BEST, write_errors_named
+from dynamicvit.training.run_folder import BEST
 
 Batch = tuple[Tensor, Tensor]  # images [B, C, H, W] and targets, [B] or [B, K]
 
@@ -178,7 +179,7 @@ def validate(run: Run) -> Evaluation:
     if evaluation.top1 > run.best:
         run.best, run.best_epoch = evaluation.top1, run.epoch
         if run.accelerator.is_main_process:
-            with write_errors_named(run.output / BEST):
+            with name_in_errors(run.output / BEST):
                 save_folder(model, run.output / BEST, run.feed.data.class_names)
     return evaluation
 

@@ -14,9 +14,8 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from rich.console import Console
 
-from dynamicvit.io.files import write_bytes
+from dynamicvit.io.files import name_in_errors, write_bytes
 from dynamicvit.training.config import TrainConfig
-from dynamicvit.training.run_folder import write_errors_named
 
 METRICS = "metrics.jsonl"
 
@@ -77,7 +76,7 @@ class Records:
         if not self.accelerator.is_main_process:
             return
         line = {key: _without_nan(value) for key, value in line.items()}
-        with write_errors_named(self.path), self.path.open("a", encoding="utf-8") as file:
+        with name_in_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
         numbers = {}
         for key, value in line.items():

@@ -249,7 +249,7 @@ class LossOptions:
     ratio_weight: float = 2.0
     logit_kl_weight: float = 0.5
     token_weight: float = 0.5
-    class_weights: str | list[float] | None = None
+    class_weights: list[float] | str | None = None
 
     def __post_init__(self) -> None:
         names = ("cross_entropy_weight", "ratio_weight", "logit_kl_weight", "token_weight")
@@ -277,9 +277,9 @@ class HardwareOptions:
         checkpoint_activations: compute the student's activations a second time in the backward
             pass, instead of keeping them: less memory, more time.
         kept_gradients: leave out the gradients of dropped tokens, which are next to nothing
-            (docs/training.md). It takes less time and memory on a CPU with models that are wide
-            enough, and null chooses it there. It does not go with compile or
-            checkpoint_activations. Training of dense models ignores it.
+            (docs/training.md): less time and memory for wide models on a CPU. Null chooses it on a
+            CPU from width 384 on. It does not go with compile or checkpoint_activations. Training
+            of dense models ignores it.
         shard: divide weights, gradients and optimizer over the processes (FSDP2), where they do not
             fit into each. A launcher's own FSDP setting asks for the same.
     """

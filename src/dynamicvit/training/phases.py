@@ -19,6 +19,7 @@ from dynamicvit.io.load import load_model
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.distributed import clip_gradients
 from dynamicvit.training.loop import Batch, Means, fit
+from dynamicvit.training.progress import Status
 from dynamicvit.training.run import Prepared, Session
 from dynamicvit.training.run_folder import BEST, CONFIG, DENSE, has_best, own_config
 from dynamicvit.training.setup import check_new_run, prepare, start
@@ -76,47 +77,61 @@ def warm_start(ready: Prepared) -> None:
     """Fit the scorers to the teacher's attention for `warm_start` steps of the config.
 
     Their learning rate falls from 1 / width to 0: higher than in the training that follows, because
-    targets have no noise and steps are few; the wider a model, the smaller the steps it bears. The
-    scorers are small: their gradients are averaged over processes one by one. With them a loss that
-    is not finite in one process makes all of them skip the step.
+    targets have no noise and steps are few; the wider a model, the smaller the steps it bears.
     """
     config, accelerator, student = ready.config, ready.accelerator, ready.student
     if not config.warm_start or not isinstance(student, SparseViT):
         return
     task = WarmStartTask(student, cast(Backbone, ready.teacher).to(accelerator.device)).train()
     student.backbone.requires_grad_(False).eval()  # nothing of it learns, nothing of it is dropped
-    learnt = list(student.scorers.parameters())
     lr = 1 / student.embed_dim
-    optimizer = AdamW(learnt, lr=lr, weight_decay=config.weight_decay, fused=True)
+    optimizer = AdamW(
+        student.scorers.parameters(), lr=lr, weight_decay=config.weight_decay, fused=True
+    )
     batches = _endless(ready)
-    for done in range(config.warm_start):
-        means = Means(config.accumulate, ready.skips.last_chance)
-        for micro in range(config.accumulate):
-            images, targets = next(batches)
-            images = images.contiguous(memory_format=torch.channels_last)
-            set_seed(seed_of(config.seed, "warm start", done, micro, accelerator.process_index))
-            with accelerator.autocast():
-                result = task(images, targets)
-            (result["loss"] / config.accumulate).backward()
-            means.add(result, (images, targets))
-        for parameter in learnt:
-            parameter.grad = accelerator.reduce(parameter.grad, "mean")
-        numbers = accelerator.reduce(means.total, "mean")
-        norm = clip_gradients(student.scorers, None)
-        if numbers["loss"].isfinite() and norm.isfinite():  # means over processes: they agree
-            ready.skips.in_row = 0
-            optimizer.step()
-        else:
-            ready.skips.add(done + 1, means.bad, of=" of the warm start")
-        optimizer.zero_grad()
-        optimizer.param_groups[0]["lr"] = lr * (1 - (done + 1) / config.warm_start)
-        if (done + 1) % config.log_steps == 0 or done + 1 == config.warm_start:
-            line = {name: value.tolist() for name, value in numbers.items()}
-            skipped = {"skipped": ready.skips.total}
-            ready.records.log({"kind": "warm_start", "step": done + 1, **line, **skipped})
+    status = Status(ready.session.console, config.warm_start, 0, ready.layout.total)
+    with status.shown():
+        for done in range(1, config.warm_start + 1):
+            numbers = _warm_start_step(ready, done, task, optimizer, batches)
+            optimizer.param_groups[0]["lr"] = lr * (1 - done / config.warm_start)
+            status.step(done, "warm start", numbers)
+            if done % config.log_steps == 0 or done == config.warm_start:
+                skipped = {"skipped": ready.skips.total}
+                ready.records.log({"kind": "warm_start", "step": done, **numbers, **skipped})
     student.backbone.requires_grad_(True)
     optimizer.zero_grad()
     ready.skips.in_row = 0
+
+
+def _warm_start_step(
+    ready: Prepared, number: int, task: WarmStartTask, optimizer: AdamW, batches: Iterator[Batch]
+) -> dict[str, Any]:
+    """One step, counted from 1; returns its mean numbers.
+
+    The scorers are small: their gradients are averaged over processes one by one. With them a loss
+    that is not finite in one process makes all of them skip the step.
+    """
+    config, accelerator = ready.config, ready.accelerator
+    means = Means(config.accumulate, ready.skips.last_chance)
+    for micro in range(config.accumulate):
+        images, targets = next(batches)
+        images = images.contiguous(memory_format=torch.channels_last)
+        set_seed(seed_of(config.seed, "warm start", number - 1, micro, accelerator.process_index))
+        with accelerator.autocast():
+            result = task(images, targets)
+        (result["loss"] / config.accumulate).backward()
+        means.add(result, (images, targets))
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = accelerator.reduce(parameter.grad, "mean")
+    numbers = accelerator.reduce(means.total, "mean")
+    norm = clip_gradients(task.student.scorers, None)
+    if numbers["loss"].isfinite() and norm.isfinite():  # means over processes: they agree
+        ready.skips.in_row = 0
+        optimizer.step()
+    else:
+        ready.skips.add(number, means.bad, of=" of the warm start")
+    optimizer.zero_grad()
+    return {name: value.tolist() for name, value in numbers.items()}
 
 
 def _endless(ready: Prepared) -> Iterator[Batch]:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dynamicvit.evaluation.data import DataError
+from dynamicvit.evaluation.unreadable import DataError
 
 _SHOWN = ("loss", "cross_entropy", "ratio", "logit_kl", "token")
 
@@ -95,7 +95,7 @@ class Status:
         speed = (step - before) / max(seconds, 1e-9)
         left = timedelta(seconds=round((self.total - step) / speed))
         self.console.print(
-            f"{epoch}  step {step}/{self.total}  {text}  {speed * self.batch:.0f} images/s  "
+            f"{epoch}  step {step}/{self.total}  {text}  {speed * self.batch:.1f} images/s  "
             f"{left} left",
             soft_wrap=True,
             highlight=False,

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 
 from dynamicvit.core.backbones import Backbone
 from dynamicvit.evaluation.data import ImageData
-from dynamicvit.training.checkpoints import load_parts, save_checkpoint
+from dynamicvit.io.files import name_in_errors
+from dynamicvit.training.checkpoints import Checkpoint, load_parts, save_checkpoint
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.determinism import Feed, KeyedDropPath, Layout
 from dynamicvit.training.distributed import on_first_process
@@ -97,7 +98,8 @@ class Skips:
         if bad is not None:
             images, targets = (tensor.contiguous().cpu() for tensor in bad)
             tensors = {"images": images, "targets": targets, "step": torch.tensor(step)}
-            save_file(tensors, self.path)
+            with name_in_errors(self.path):
+                save_file(tensors, self.path)
             where = f"; the batch whose loss was not is in {self.path}"
         # A warm start has a learning rate of its own.
         advice = "" if of else "; a lower lr or a clip_grad may help"
@@ -137,7 +139,7 @@ class Prepared:
     drop_paths: list[KeyedDropPath]
     records: Records
     skips: Skips
-    checkpoint: tuple[Path, dict[str, Any], dict[str, Any]] | None
+    checkpoint: Checkpoint | None
 
     @property
     def accelerator(self) -> Accelerator:

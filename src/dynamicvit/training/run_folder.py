@@ -11,8 +11,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from safetensors import SafetensorError
-
 from dynamicvit.io.folder import CONFIG as MODEL_CONFIG
 from dynamicvit.training.config import read_options
 
@@ -58,20 +56,6 @@ def resume_arguments(arguments: list[str]) -> list[str]:
 def has_best(output: Path) -> bool:
     """Whether a run's folder holds a best model."""
     return (output / BEST / MODEL_CONFIG).is_file()
-
-
-@contextmanager
-def write_errors_named(path: Path) -> Iterator[None]:
-    """Name the file when it cannot be written, for example because the disk is full."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, OSError) and error.filename:
-            raise
-        # torch tells of a full disk with a RuntimeError that was caused by an OSError.
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
-        raise OSError(f"cannot write {path}: {reason}") from error
 
 
 @contextmanager

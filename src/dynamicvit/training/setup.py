@@ -17,12 +17,13 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from dynamicvit.core.backbones import adapter_of
 from dynamicvit.core.model import SparseViT
-from dynamicvit.evaluation.data import ImageData, create_image_loader, open_data
+from dynamicvit.evaluation.data import ImageData, open_data
 from dynamicvit.evaluation.launch import start_processes
+from dynamicvit.evaluation.loader import create_image_loader
 from dynamicvit.evaluation.setup import backbone_of
 from dynamicvit.io.files import check_folder, write_text
 from dynamicvit.io.load import load_model
-from dynamicvit.training.checkpoints import find_checkpoints, load_place
+from dynamicvit.training.checkpoints import Checkpoint, find_checkpoints, load_place
 from dynamicvit.training.config import TrainConfig, complete
 from dynamicvit.training.determinism import EpochOrder, Feed, Layout, key_drop_paths
 from dynamicvit.training.metrics import METRICS, CollapseWatch, Records, check_trackers
@@ -117,9 +118,7 @@ def prepare(config: TrainConfig, session: Session, dense: Any, resume: bool) -> 
     if config.checkpoint_activations:
         cast(Any, student).set_grad_checkpointing()
     student.to(accelerator.device)
-    checkpoint = load_place(output) if resume else None
-    if checkpoint is not None:
-        check_same_run(checkpoint[0], config, data.class_names, checkpoint[1])
+    checkpoint = _find_checkpoint(config, session) if resume else None
     records = Records(config, accelerator, session.console, checkpoint and checkpoint[1])
     for name, images_of in (("training", data), ("validation", session.val_data)):
         session.console.print(f"{name} data: {images_of.describe()}", markup=False, soft_wrap=True)
@@ -139,6 +138,19 @@ def prepare(config: TrainConfig, session: Session, dense: Any, resume: bool) -> 
         skips=Skips.of(config, layout.rank),
         checkpoint=checkpoint,
     )
+
+
+def _find_checkpoint(config: TrainConfig, session: Session) -> Checkpoint | None:
+    """The last whole checkpoint of the run, which must be one of this config and data."""
+    output = Path(config.output)
+    found = load_place(output)
+    if found is not None:
+        check_same_run(found[0], config, session.train_data.class_names, found[1])
+    elif (output / METRICS).exists():
+        session.console.print(
+            f"{output} has no checkpoint yet: the run starts from the beginning", soft_wrap=True
+        )
+    return found
 
 
 def start(ready: Prepared) -> Run:

@@ -2,52 +2,46 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 import signal
 import tempfile
 import threading
-import warnings
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Callable
+from functools import partial, wraps
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
 from rich.console import Console
 
-from dynamicvit.core.backbones import UnsupportedBackbone
-from dynamicvit.core.macs import count_gmacs
-from dynamicvit.core.model import SparseViT, sparsify
-from dynamicvit.core.schedule import KeepSchedule
-from dynamicvit.evaluation.environment import environment
-from dynamicvit.evaluation.evaluate import input_size
 from dynamicvit.evaluation.launch import find_device
-from dynamicvit.evaluation.sweep import reschedule
-from dynamicvit.evaluation.timing import compare_speed
-from dynamicvit.io.embedded import ASSETS, embedded_images
-from dynamicvit.io.load import load_model
-from dynamicvit.io.predictions import Prediction
-from dynamicvit.views.drawing import hatch, spread
-from dynamicvit.views.explain import explain
-from dynamicvit.views.explanation import Explanation
+from dynamicvit.views.demo_answers import Answers
+from dynamicvit.views.demo_photos import Photos, find_photos
 
-_EMBEDDED = "embedded"
 _SLIDER = (0.2, 1.0, 0.05)  # lowest, highest and step of the keep ratio
-_SMALL = 128  # images of fewer pixels than that are enlarged with sharp edges
 _LOCAL = ("127.0.0.1", "localhost", "::1")
+# The page needs no more than this: its own files, and what is in it. Gradio has scripts and styles
+# within the page.
+_HEADERS = {
+    "content-security-policy": "default-src 'self'; script-src 'self' 'unsafe-inline'; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
+    "connect-src 'self'; worker-src 'self' blob:; object-src 'none'; base-uri 'self'; "
+    "form-action 'self'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+}
 
 
 def demo(
     models: list[str] | None = None,
     /,
+    images: str | None = None,
+    device: str | None = None,
     host: str = "127.0.0.1",
     port: int = 7860,
     max_upload: float = 20.0,
+    quiet: bool = False,
 ) -> None:
     """Serve a page where images are dropped in and the keep ratio is moved, on this machine alone.
 
@@ -59,10 +53,14 @@ def demo(
         models: model folders, hub ids or names of pretrained timm models to choose from. Of a dense
             one, the patches stay that its class token attends to most, since it has no trained
             scorers. By default the dense model that the package carries.
-        host: address to listen on; 0.0.0.0 lets others use the page, who can then read nothing but
-            it, but do make this machine work.
+        images: folder of photos to offer on the page, the first 100 of them; by default some that
+            the package carries.
+        device: where models run: cpu, cuda or cuda:NUMBER; by default a GPU if there is one.
+        host: address to listen on; 0.0.0.0 lets others use the page. They can read nothing but the
+            page and the photos on it, but they make this machine work.
         port: to listen on.
         max_upload: largest file that may be uploaded, in millions of bytes.
+        quiet: print the address, and nothing else.
 
     Raises:
         ValueError, FileNotFoundError, OSError: naming what is wrong with an option or a model, or
@@ -72,12 +70,18 @@ def demo(
         raise ValueError(f"max_upload must be above 0, got {max_upload}")
     if not 0 < port < 1 << 16:
         raise ValueError(f"port must lie between 1 and 65535, got {port}")
-    console = Console()
-    # Gradio keeps uploads in files, which are to go when the page does.
+    files = None if images is None else find_photos(Path(images))
+    where = find_device(device)
+    console = Console(quiet=quiet, soft_wrap=True, highlight=False)
+    # Gradio keeps uploads in files, which are deleted when the page ends.
     with tempfile.TemporaryDirectory(prefix="dynamicvit-demo-") as folder:
         gradio = _import_gradio(Path(folder) / "uploads")
-        answers = Answers(models or (), Path(folder))
-        page = _build(gradio, answers, _write_photos(Path(folder) / "photos"))
+        answers = Answers(models or (), Path(folder), where)
+        for name, note in answers.notes.items():
+            if note:
+                console.print(f"{name}: {note}", markup=False)
+        photos = Photos(Path(folder) / "photos", files, quiet)
+        page = _build(gradio, answers, photos)
         _, address, _ = page.launch(
             server_name=host,
             server_port=port,
@@ -85,6 +89,7 @@ def demo(
             theme=_theme(gradio),
             css=_CSS,
             footer_links=[],
+            app_kwargs={"middleware": [_headers()]},
             run_history=False,  # it would keep what users uploaded
             enable_monitoring=False,
             share=False,
@@ -96,7 +101,7 @@ def demo(
             prevent_thread_lock=True,
         )
         try:
-            console.print(f"{address}  (Ctrl-C ends it)", markup=False)
+            Console(soft_wrap=True).print(f"{address}  (Ctrl-C ends it)", markup=False)
             if host not in _LOCAL:
                 console.print(f"others can reach this page, at {host}, port {port}", markup=False)
             _wait_for_the_end()
@@ -113,135 +118,24 @@ def _wait_for_the_end() -> None:
         pass
 
 
-class Answers:
-    """What the page shows: HTML for a model and a keep ratio. To be asked one thing at a time.
+def _headers() -> Any:
+    """Middleware of Starlette's that adds security headers to every answer."""
+    from starlette.datastructures import MutableHeaders  # Gradio's own foundation
+    from starlette.middleware import Middleware
 
-    Args:
-        names: as `demo`'s `models`.
-        within: the folder that images may be read from; None for any. Who asks names a file of this
-            machine, and should see none but uploads and photos.
+    class Headers:
+        def __init__(self, app: Any) -> None:
+            self.app = app
 
-    Attributes:
-        models: name → the model, on a GPU if there is one.
-        notes: name → HTML that tells where its choice of patches comes from, if untrained.
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            async def add(message: Any) -> None:
+                if message["type"] == "http.response.start":
+                    MutableHeaders(scope=message).update(_HEADERS)
+                await send(message)
 
-    Raises:
-        ValueError, FileNotFoundError: as `demo`.
-    """
+            await self.app(scope, receive, add)
 
-    def __init__(self, names: Iterable[str] = (), within: Path | None = None) -> None:
-        device = find_device(None)
-        self._within = within
-        self.models: dict[str, SparseViT] = {}
-        self.notes: dict[str, str] = {}
-        for name in list(names) or [_EMBEDDED]:
-            model = load_model(str(ASSETS / "model") if name == _EMBEDDED else name)
-            self.notes[name] = ""
-            if not isinstance(model, SparseViT):
-                try:
-                    model = sparsify(model, keep_ratio=0.7, scorer="class_attention")
-                except UnsupportedBackbone as error:
-                    raise ValueError(
-                        "models must be sparse, or have a class token whose attention chooses, "
-                        f"got the dense model {name}: {error}"
-                    ) from error
-                self.notes[name] = _UNTRAINED
-            if model.merges:
-                kind = type(model.scorers[0]).__name__
-                raise ValueError(f"models must choose tokens, got {name} with {kind}")
-            self.models[name] = model.to(device).eval().requires_grad_(False)
-        self._fused = {name: model.fuse() for name, model in self.models.items()}
-        self._costs: dict[tuple[str, KeepSchedule], str] = {}
-        around = environment()
-        self._machine = (
-            around["gpu"]
-            if device.type == "cuda"
-            else f"{around['processor']}, threads: {torch.get_num_threads()}"
-        )
-
-    def show(self, upload: dict[str, Any] | None, name: str, keep_ratio: float) -> tuple[str, str]:
-        """What stays of an uploaded image and what it is taken for, or what is wrong with it; and
-        its keep scores.
-
-        Args:
-            upload: with the file's `path`, and its original name as `orig_name`.
-            name: of a model.
-            keep_ratio: share of the patches that reach a stage which it keeps.
-        """
-        if not upload:
-            return '<p class="dv-note">Drop an image, or take one of the photos.</p>', ""
-        try:
-            model = reschedule(*self._at(self.models, name, keep_ratio))
-            found = _explain(model, self._find(upload["path"]), upload.get("orig_name"))
-        except (ValueError, TypeError, OSError) as error:
-            return _message(error), ""
-        return _draw(found), _draw_scores(found) + self.notes[name]
-
-    def _find(self, path: str) -> Path:
-        found = Path(path).resolve()
-        if self._within is not None and not found.is_relative_to(self._within.resolve()):
-            raise ValueError("image must be an upload or one of the photos")
-        return found
-
-    def cost(self, name: str, keep_ratio: float, again: bool = False) -> str:
-        """Operations and time of dense and pruned: a table. Each setting is measured once, unless
-        `again` is asked for."""
-        try:
-            model, schedule = self._at(self._fused, name, keep_ratio)
-            pruned = reschedule(model, schedule)
-        except (ValueError, TypeError) as error:
-            return _message(error)
-        if again or (name, schedule) not in self._costs:
-            self._costs[name, schedule] = self._measure(pruned, keep_ratio)
-        return self._costs[name, schedule]
-
-    def _at(
-        self, models: dict[str, SparseViT], name: str, keep_ratio: float
-    ) -> tuple[SparseViT, KeepSchedule]:
-        if not isinstance(name, str) or name not in models:
-            raise ValueError(f"model must be one of {', '.join(models)}, got {name!r}")
-        blocks = models[name].schedule.blocks
-        ratios = KeepSchedule.from_keep_ratio(keep_ratio, len(blocks) + 1, len(blocks)).ratios
-        return models[name], KeepSchedule(blocks, ratios)
-
-    def _measure(self, pruned: SparseViT, keep_ratio: float) -> str:
-        dense, size = pruned.backbone, input_size(pruned)
-        gmacs = [count_gmacs(model, size) for model in (dense, pruned)]
-        [speed] = compare_speed(dense, pruned, size, batch_sizes=(1,), seconds=0.5)
-        fewer = 100 * (1 - gmacs[1] / gmacs[0])
-        low, high = speed.spread
-        rows = [
-            ("GMACs an image", *(f"{number:.3f}" for number in gmacs), f"{fewer:.0f}% fewer"),
-            (
-                "ms an image",
-                *(f"{1e3 / rate:.1f}" for rate in (speed.dense, speed.sparse)),
-                f"{speed.speed_up:.2f}× as fast ({low:.2f} to {high:.2f})",
-            ),
-        ]
-        body = "".join(
-            f'<tr><th scope="row">{row[0]}</th>'
-            + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
-            + "</tr>"
-            for row in rows
-        )
-        return (
-            '<div class="dv"><table class="dv-cost"><caption><b>What it saves</b> keep ratio '
-            f'{keep_ratio:g}</caption><thead><tr><th scope="col">cost</th>'
-            '<th scope="col">dense</th><th scope="col">pruned</th><th scope="col">gain</th></tr>'
-            f"</thead><tbody>{body}</tbody></table>"
-            '<p class="dv-note">Time was measured here, in PyTorch and float32, one random image '
-            "after the other, dense and pruned in turn: medians of both and of the gain, whose "
-            "quartiles are in brackets. What else this machine was doing is in it: where quartiles "
-            f"lie far apart, measure again. {escape(self._machine)}.</p></div>"
-        )
-
-
-_UNTRAINED = (
-    '<p class="dv-note">This is a dense model without trained scorers: the patches stay that its '
-    "class token attends "
-    "to most (EViT’s rule, not DynamicViT’s). Expect more answers to change than after training: "
-    "“dynamicvit quickstart” trains a model, “dynamicvit demo quickstart/sparse” shows it.</p>"
-)
+    return Middleware(Headers)
 
 
 def _import_gradio(uploads: Path) -> Any:
@@ -261,31 +155,29 @@ def _import_gradio(uploads: Path) -> Any:
     return gradio
 
 
-def _write_photos(folder: Path) -> list[Path]:
-    """One of the embedded images a class, as files; the last of them an ankle boot."""
-    folder.mkdir()
-    files = []
-    for name, index, picture in embedded_images("val"):
-        if index == 3:
-            files.append(folder / f"{name[2:]}.png")
-            picture.save(files[-1])
-    return files
-
-
-def _build(gradio: Any, answers: Answers, photos: Sequence[Path]) -> Any:
+def _build(gradio: Any, answers: Answers, photos: Photos) -> Any:
     """The page, not yet served."""
-    gradio.set_static_paths([photos[0].parent])  # served from there, and not thrown away
+    gradio.set_static_paths([photos.pick(0).parents[1]])  # served from there, and not thrown away
     first = next(iter(answers.models.values()))
     lowest, highest, step = _SLIDER
     start = round(round(first.schedule.ratios[0] / step) * step, 2)
+    pictures = {
+        "format": "png",
+        "columns": 4,
+        "object_fit": "contain",
+        "show_label": False,
+        "buttons": ["fullscreen"],
+        "interactive": False,
+        "elem_classes": "pictures",
+    }
     with gradio.Blocks(
         title="dynamicvit", analytics_enabled=False, delete_cache=(600, 3600)
     ) as page:
-        gradio.HTML("<h1>What leaves, what stays, what it saves</h1>", padding=False)
+        gradio.Markdown("# dynamicvit\nWhich patches leave, which stay, and what that saves.")
         with gradio.Row():
             with gradio.Column(scale=1, min_width=280):
                 image = gradio.Image(
-                    photos[-1],
+                    photos.pick(photos.first),
                     label="picture",  # Gradio would translate "image"
                     type="filepath",
                     sources=["upload", "clipboard"],
@@ -294,12 +186,13 @@ def _build(gradio: Any, answers: Answers, photos: Sequence[Path]) -> Any:
                     elem_id="image",
                     alt_text="the image as it was given",
                 )
-                gradio.Examples(
-                    [[str(path)] for path in photos],
-                    image,
-                    label="photos (Fashion-MNIST)",
-                    cache_examples=False,
-                    api_visibility="private",
+                offered = gradio.Dataset(
+                    components=[gradio.Image(render=False)],
+                    samples=[[str(path)] for path in photos.thumbnails],
+                    samples_per_page=12,
+                    type="index",
+                    label=photos.label,
+                    elem_id="photos",
                 )
                 model = gradio.Dropdown(
                     list(answers.models), label="model", elem_id="model", filterable=False
@@ -314,10 +207,50 @@ def _build(gradio: Any, answers: Answers, photos: Sequence[Path]) -> Any:
                     elem_id="ratio",
                 )
             with gradio.Column(scale=3, min_width=300):
-                shown = gradio.HTML(elem_id="shown", padding=False)
-                cost = gradio.HTML(elem_id="cost", padding=False)
+                note = gradio.Markdown(elem_id="note")
+                gradio.Markdown("### What stays\nStriped: patches that have left.")
+                kept = gradio.Gallery(label="what stays", elem_id="kept", **pictures)
+                gradio.Markdown("### What it is taken for")
+                with gradio.Row():
+                    dense = gradio.Label(label="dense", min_width=260, elem_id="dense")
+                    pruned = gradio.Label(label="pruned", min_width=260, elem_id="pruned")
+                gradio.Markdown("### What it saves")
+                cost = gradio.Dataframe(
+                    headers=["an image", "dense", "pruned", "gain"],
+                    column_widths=["28%", "22%", "22%", "28%"],
+                    show_label=False,
+                    interactive=False,
+                    wrap=True,
+                    buttons=[],
+                    elem_id="cost",
+                )
                 again = gradio.Button("Measure again", size="sm", elem_id="again")
-                scores = gradio.HTML(elem_id="scores", padding=False)
+                gradio.Markdown(
+                    "Time was measured here, in PyTorch and float32, one random image after the "
+                    "other, dense and pruned in turn: medians, their quotient, and the quartiles "
+                    "of the quotients of the rounds. Other work of this machine is in it: where "
+                    f"quartiles lie far apart, measure again. {escape(answers.machine)}."
+                )
+                gradio.Markdown(
+                    "### Keep scores\nBright is high, grey had left before; each stage has its own "
+                    "scale."
+                )
+                scores = gradio.Gallery(label="keep scores", elem_id="scores", **pictures)
+
+        def told(function: Callable[..., Any]) -> Callable[..., Any]:
+            """The function, whose errors the page shows."""
+
+            @wraps(function)
+            def call(*arguments: Any) -> Any:
+                try:
+                    return function(*arguments)
+                except (ValueError, TypeError, OSError) as error:
+                    raise gradio.Error(
+                        escape(str(error)), duration=None, print_exception=False
+                    ) from error
+
+            return call
+
         # One call at a time, so that nothing of ours disturbs what is timed. Inputs come as they
         # are: Gradio would read an image file itself, whatever is in it and however large it is.
         # Of moves made while one waits, the last is answered: what is shown is what is set.
@@ -326,31 +259,31 @@ def _build(gradio: Any, answers: Answers, photos: Sequence[Path]) -> Any:
             "concurrency_limit": 1,
             "concurrency_id": "models",
             "preprocess": False,
-            "show_progress": "minimal",
         }
         gradio.on(
             [page.load, image.change, model.change, ratio.change],
-            answers.show,
+            told(answers.show),
             [image, model, ratio],
-            [shown, scores],
+            [kept, dense, pruned, scores, note],
             api_name="show",
             **options,
         )
         gradio.on(
             [page.load, model.change, ratio.change],
-            answers.cost,
+            told(answers.cost),
             [model, ratio],
             cost,
             api_name="cost",
             **options,
         )
         again.click(
-            partial(answers.cost, again=True),
+            told(partial(answers.cost, again=True)),
             [model, ratio],
             cost,
             api_visibility="private",
             **options,
         )
+        offered.click(told(photos.pick), offered, image, api_visibility="private", **options)
     return page
 
 
@@ -368,115 +301,13 @@ def _theme(gradio: Any) -> Any:
     )
 
 
-def _explain(model: SparseViT, path: Path, name: str | None) -> Explanation:
-    """ValueError, calling the file by the name that the user knows, if it is not to be read."""
-    called = name or path.name
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return explain(model, path)
-    except (ValueError, FileNotFoundError) as error:
-        bomb = Image.DecompressionBombWarning | Image.DecompressionBombError
-        if isinstance(error.__cause__, bomb):
-            most = (Image.MAX_IMAGE_PIXELS or 0) // 10**6
-            raise ValueError(
-                f"cannot read image {called}: it has more than {most} million pixels"
-            ) from error
-        raise ValueError(str(error).replace(str(path), called)) from error
-
-
-# HTML. Everything that is not ours (class names, file names) is escaped.
-
-
-def _message(error: Exception) -> str:
-    return f'<p class="dv-error" role="alert">{escape(str(error))}</p>'
-
-
-def _draw(found: Explanation) -> str:
-    start, *counts = found.counts
-    height, width = found.pixels.shape[:2]
-    panels = [_figure(found.pixels, "input", f"{width} × {height} pixels", "the model’s input")]
-    for stage, (block, count) in enumerate(zip(found.blocks, counts, strict=True)):
-        title = f"stage {stage + 1}"
-        below = f"{count} of {start} patches, before block {block}"
-        gone = ~spread(found.masks[stage], found.patch_size, (height, width))
-        dimmed = hatch(found.pixels, gone)
-        panels.append(_figure(dimmed, title, below, f"{title}: {below}; the others dimmed"))
-    sides = "<p>The model has no classes.</p>"
-    if found.dense:
-        sides = '<div class="dv-sides">{}{}</div>'.format(
-            _predictions("dense", found.dense_model, found.dense),
-            _predictions("pruned", " → ".join(map(str, counts)) + " patches", found.pruned),
-        )
-    return (
-        f'<div class="dv"><h2>What stays</h2><div class="dv-panels">{"".join(panels)}</div>'
-        f"<h2>What it is taken for</h2>{sides}</div>"
-    )
-
-
-def _draw_scores(found: Explanation) -> str:
-    panels = []
-    for stage in range(len(found.blocks)):
-        heat, lowest, highest = found.heat_map(stage)
-        title, below = f"stage {stage + 1}", f"{lowest:.3g} to {highest:.3g}"
-        panels.append(_figure(heat, title, below, f"keep scores of {title}: {below}"))
-    return (
-        f'<div class="dv"><h2>Keep scores</h2><div class="dv-panels">{"".join(panels)}</div>'
-        '<p class="dv-note">Bright is high, grey had left before; each stage on its own scale.'
-        "</p></div>"
-    )
-
-
-def _figure(pixels: np.ndarray, title: str, below: str, alternative: str) -> str:
-    content = io.BytesIO()
-    Image.fromarray(pixels).save(content, format="PNG")
-    data = base64.b64encode(content.getvalue()).decode()
-    sharp = ' class="dv-sharp"' if min(pixels.shape[:2]) < _SMALL else ""
-    return (
-        f'<figure><img{sharp} alt="{alternative}" src="data:image/png;base64,{data}">'
-        f"<figcaption><b>{title}</b> {below}</figcaption></figure>"
-    )
-
-
-def _predictions(side: str, note: str, found: Sequence[Prediction]) -> str:
-    rows = "".join(
-        f'<tr><th scope="row">{escape(item.name)}</th><td class="dv-bar">'
-        f'<div style="width:{100 * item.probability:.1f}%"></div></td>'
-        f"<td>{item.probability:.1%}</td></tr>"
-        for item in found
-    )
-    return (
-        f'<table class="dv-{side}"><caption><b>{side}</b> {escape(note)}</caption>'
-        f"<tbody>{rows}</tbody></table>"
-    )
-
-
+# Gradio's gallery has room for two rows, squares of one size, and captions over the pictures.
 _CSS = """
-.dv h2 { font-size: 1.05rem; margin: 1rem 0 .4rem; }
-.dv table, .dv tr, .dv th, .dv td { border: 0; }
-.dv-panels { display: grid; gap: .75rem;
-  grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); }
-.dv-panels figure { margin: 0; max-width: 20rem; }
-.dv-panels img { display: block; width: 100%; }
-.dv-panels img.dv-sharp { image-rendering: pixelated; }
-.dv figcaption, .dv-note { font-size: .875rem; color: var(--body-text-color-subdued); }
-.dv figcaption b, .dv caption b { color: var(--body-text-color); }
-.dv-note { margin: .5rem 0; max-width: 50rem; }
-.dv-sides { display: grid; gap: .75rem 2rem; align-items: start;
-  grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); }
-.dv table { width: 100%; border-collapse: collapse; font-size: .9375rem; }
-.dv caption { text-align: start; color: var(--body-text-color-subdued); }
-.dv th, .dv td { padding: .2rem .5rem .2rem 0; text-align: start; font-weight: normal; }
-.dv tbody th { overflow-wrap: anywhere; }
-.dv td { font-variant-numeric: tabular-nums; }
-.dv .dv-bar { width: 45%; }
-.dv .dv-bar div { height: .8rem; min-width: 1px; }
-.dv-dense .dv-bar div { background: #7e869c; }
-.dv-pruned .dv-bar div { background: #2f7fc4; }
-.dv .dv-cost th, .dv .dv-cost td { border-bottom: 1px solid var(--border-color-primary); }
-.dv-cost thead th { font-weight: bold; }
-.dv-error { padding: .75rem 1rem; border-left: 4px solid #c62828; color: var(--body-text-color);
-  background: var(--background-fill-secondary); overflow-wrap: anywhere; }
 #image img { width: 100%; height: 100%; object-fit: contain; }
-.gallery img { image-rendering: pixelated; }
+.pictures img { image-rendering: pixelated; }
+.pictures .grid-wrap { min-height: 6rem; max-height: none; }
+.pictures .grid-container { padding-top: 0;
+  grid-template-columns: repeat(auto-fill, minmax(min(11rem, 40%), 1fr)); }
+.pictures .thumbnail-item { aspect-ratio: auto; height: auto; }
+.pictures .caption-label { position: static; max-width: none; white-space: normal; border: 0; }
 """

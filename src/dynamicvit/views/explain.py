@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Column, Table
 from timm.data import resolve_input_data_config
 from timm.data.transforms import CenterCropOrPad
 from torch import Tensor, nn
 from torchvision.transforms import CenterCrop
 
 from dynamicvit.core.model import SparseOutput, SparseViT
+from dynamicvit.evaluation.console import cell, make_table, plain, track
 from dynamicvit.evaluation.launch import find_device
 from dynamicvit.io.files import check_folder, written_whole
 from dynamicvit.io.images import IMAGE_SUFFIXES
@@ -36,11 +35,11 @@ from dynamicvit.io.predictions import (
 )
 from dynamicvit.views import video
 from dynamicvit.views.explanation import SIDE, SUFFIXES, Explanation, draw_sheet
-from dynamicvit.views.progress import track
 
 _TOP_K = 5
 _BATCH = 32  # images in memory at a time
 _SHEET = 96  # images that a contact sheet holds: more are not looked at
+_PRINTED = 50  # images in the table
 _CONTACT_SHEET = "contact_sheet"
 
 
@@ -148,27 +147,32 @@ def explain_files(
     films = [source for source in targets if _is_video(source)]
     stills = [source for source in targets if not _is_video(source)]
     # What cannot be read is named before anything is written.
-    lengths = {source: video.check_video(source) for source in films}
+    for source in films:
+        video.check_video(source)
     mode, _ = preprocessing(sparse)
-    for source in track(stills, "reading", len(stills), quiet=quiet):
+    for source in track(stills, "reading images", quiet):
         read_image(source, mode, "images")
 
     console = Console(quiet=quiet)
     written: list[Path] = []
     sheet: list[Explanation] = []
-    table = Table(Column("image", overflow="fold"), "dense", "pruned")
+    table = make_table("image")
+    for title in ("dense", "pruned"):
+        table.add_column(title, overflow="fold")
 
-    def explained() -> Iterator[tuple[Path, Explanation]]:
+    def explained() -> Iterator[Explanation]:
         for start in range(0, len(stills), _BATCH):
-            batch = stills[start : start + _BATCH]
-            yield from zip(batch, explain(sparse, batch, other), strict=True)
+            yield from explain(sparse, stills[start : start + _BATCH], other)
 
-    for source, found in track(explained(), "explaining", len(stills), quiet=quiet):
+    explanations = explained()
+    for source in track(stills, "explaining images", quiet):
+        found = next(explanations)
         for kind in kinds:
             path = targets[source].with_name(f"{targets[source].name}.{kind}")
             found.save(path)
             written.append(path)
-        table.add_row(escape(str(source)), _best(found.dense), _best(found.pruned))
+        if table.row_count < _PRINTED:
+            table.add_row(cell(source), _best(found.dense), _best(found.pruned))
         if len(sheet) < _SHEET:
             sheet.append(found)
     if len(stills) > 1:
@@ -183,20 +187,31 @@ def explain_files(
     for source in films:
         path = targets[source].with_name(f"{targets[source].name}.mp4")
         frames = video.redraw_video(source, path, draw)
-        what = f"explaining {source.name}"
-        *_, count = track(frames, what, lengths[source], "frames", quiet)
-        table.add_row(escape(str(source)), f"{count} frames", "")
+        *_, count = track(frames, f"explaining frames of {source.name}", quiet)
+        table.add_row(cell(source), f"{count} frames", "")
         written.append(path)
     console.print(table)
+    if len(stills) > _PRINTED:
+        console.print(f"{len(stills) - _PRINTED} more images: the files have their classes")
     if sheet:
         console.print(f"patches: {' → '.join(map(str, sheet[0].counts))}")
+    if is_untrained(sparse):
+        console.print("the scorers are not trained: they choose patches at random", style="bold")
     cropped = min(sheet, key=lambda item: item.visible, default=None)
     if cropped is not None and cropped.cropped:
         console.print(f"the pictures show the model's crop: at least {cropped.cropped}")
     if len(stills) > len(sheet):
         console.print(f"the contact sheet has the first {len(sheet)} images")
-    console.print(f"files written to {output}: {len(written)}", markup=False, soft_wrap=True)
+    console.print(f"files written to {plain(output)}: {len(written)}", markup=False, soft_wrap=True)
     return written
+
+
+def is_untrained(model: SparseViT) -> bool:
+    """Whether learned scorers are as they were made: training changes every parameter of theirs."""
+    norms = [item for item in model.scorers.modules() if isinstance(item, nn.LayerNorm)]
+    return bool(norms) and all(
+        bool((item.weight == 1).all() and (item.bias == 0).all()) for item in norms
+    )
 
 
 def _prepare(
@@ -364,4 +379,4 @@ def _targets(
 
 
 def _best(found: Sequence[Prediction]) -> str:
-    return escape(f"{found[0].name} {found[0].probability:.1%}") if found else ""
+    return f"{cell(found[0].name)} {found[0].probability:.1%}" if found else ""

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 
 from dynamicvit.core.schedule import KeepSchedule
+from dynamicvit.evaluation.console import plain
 from dynamicvit.io.files import check_file, write_bytes
 from dynamicvit.training.fit import BEST, CONFIG
 from dynamicvit.training.metrics import METRICS
@@ -96,7 +96,7 @@ def plot(run: str, /, output: str | None = None, quiet: bool = False) -> Path:
         figure.savefig(picture, format=kind, dpi=120)
     write_bytes(path, picture.getvalue())
     if not quiet:
-        Console().print(f"the picture is in {path}", markup=False, soft_wrap=True, highlight=False)
+        print(f"the picture is in {plain(path)}")
     return path
 
 

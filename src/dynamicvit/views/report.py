@@ -22,6 +22,7 @@ from timm.data import resolve_input_data_config
 from torch.utils.data import IterableDataset
 
 from dynamicvit import __version__
+from dynamicvit.evaluation.console import plain, track
 from dynamicvit.evaluation.launch import find_device, start_processes
 from dynamicvit.evaluation.setup import input_size, open_images
 from dynamicvit.io.embedded import ASSETS
@@ -32,7 +33,6 @@ from dynamicvit.views.drawing import heat_colours
 from dynamicvit.views.explain import explain
 from dynamicvit.views.explanation import Explanation
 from dynamicvit.views.plot import METRICS
-from dynamicvit.views.progress import track
 from dynamicvit.views.result_files import USUAL, Findings, ForeignFile, arrows, gather
 
 _PAGE = "report.html"  # what is written, and its template
@@ -111,7 +111,7 @@ def report(
     console = Console(quiet=quiet)
     for gap in missing.values():
         console.print(f"missing: {gap.what}", markup=False, soft_wrap=True)
-    console.print(f"the report is in {target}", markup=False, soft_wrap=True)
+    console.print(f"the report is in {plain(target)}", markup=False, soft_wrap=True)
     return target
 
 
@@ -310,12 +310,12 @@ def _look_at(
     )
     names = images.class_names or class_names(sparse)
     read: Iterator[tuple[torch.Tensor, int]]
+    what = "looking at examples"
     if isinstance(images.dataset, IterableDataset):  # from all over cannot be had of a stream
-        count, read = None, islice(_each(loader), _LOOKED_AT)
+        read = track(islice(_each(loader), _LOOKED_AT), what, quiet)
     else:
         chosen = _spread(range(len(images.dataset)), _LOOKED_AT)
-        count, read = len(chosen), (images.dataset[index] for index in chosen)
-    read = track(read, "looking at examples", count, quiet=quiet)
+        read = (images.dataset[index] for index in track(chosen, what, quiet))
     examples = _Examples(f"{data}, {split}", [], [], [])
     while batch := list(islice(read, _BATCH)):
         there = [(image, int(target)) for image, target in batch if int(target) >= 0]

@@ -17,17 +17,12 @@ _BATCH = 16  # frames in memory at a time
 _CLOCK = Fraction(1, 90_000)  # seconds a tick: of what is written, fine enough for any frame rate
 
 
-def check_video(source: Path) -> int | None:
-    """How many frames a video has, if its file says so.
-
-    Raises:
-        ValueError: if the first frame cannot be read.
-    """
+def check_video(source: Path) -> None:
+    """Raise ValueError unless the first frame of a video can be read."""
     av = _import_av()
     try:
         with av.open(str(source)) as film:
             next(_frames(film))
-            return film.streams.video[0].frames or None
     except (av.FFmpegError, StopIteration) as error:
         raise ValueError(f"cannot read video {source}: {error or 'no frames'}") from error
 
@@ -49,6 +44,7 @@ def redraw_video(
 
     Raises:
         ValueError: if the file cannot be read, or holds no picture.
+        OSError: naming the target, if it cannot be written.
     """
     av = _import_av()
     try:
@@ -80,6 +76,9 @@ def redraw_video(
                     raise ValueError("no frames")
                 result.mux(stream.encode(None))
     except (av.FFmpegError, ValueError) as error:
+        # FFmpeg's errors of writing, such as of a full disk, name the temporary file.
+        if isinstance(error, OSError) and error.filename not in (None, str(source)):
+            raise OSError(error.errno, error.strerror, str(target)) from error
         raise ValueError(f"cannot explain video {source}: {error}") from error
 
 

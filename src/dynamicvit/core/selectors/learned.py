@@ -21,7 +21,7 @@ class TokenScorer(Selector):
         dim: channels C of the tokens, divisible by 4.
 
     Raises:
-        ValueError: if `dim` is not a positive multiple of 4.
+        TypeError, ValueError: if `dim` is not a positive multiple of 4.
 
     Source: DynamicViT, arXiv 2106.02034. The paper takes the log-softmax of two outputs. Their
     difference, returned here, carries the same information: it orders tokens as the keep
@@ -36,6 +36,8 @@ class TokenScorer(Selector):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
+        if not isinstance(dim, int) or isinstance(dim, bool):
+            raise TypeError(f"dim must be an integer, got {dim!r}")
         if dim < 4 or dim % 4:
             raise ValueError(f"dim must be a positive multiple of 4, got {dim}")
         self.norm = nn.LayerNorm(dim)
