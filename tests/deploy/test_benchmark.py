@@ -41,6 +41,20 @@ def folder(tmp_path: Path) -> str:
 QUIET = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
+@torch.no_grad()
+@pytest.mark.skipif(not engines.installed("packed"), reason="torch has no MKL or oneDNN")
+def test_packed_layers_serve_any_number_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    for model in (_sparse(), _sparse(name="eva02_tiny_patch14_224")):
+        run = engines.build(model, "packed", "float32")
+        for batch in (1, 3, 1):
+            images = torch.randn(batch, 3, 32, 32)
+            torch.testing.assert_close(run(images), model(images), atol=1e-5, rtol=1e-4)
+    monkeypatch.setattr(engines, "can_pack", lambda: False)
+    with pytest.raises(ValueError, match="'packed' needs a torch with MKL and oneDNN"):
+        engines.build(model, "packed", "float32")
+    assert not engines.installed("packed")
+
+
 @QUIET
 def test_compiled_weights_are_constants_on_a_cpu() -> None:
     run = engines.build(tiny_vit(depth=1), "compile", "float32")
@@ -198,7 +212,10 @@ def test_progress_is_lines_without_a_terminal_and_can_be_silenced(
         ({"precisions": []}, r"precisions must be one or more of float32, .*, got \[\]"),
         ({"output": "."}, "output must be a file, got the folder"),
         ({"plot": "."}, "plot must be a file, got the folder"),
-        ({"engines": ["tensorrt"]}, "engines must be of eager, compile, onnx, openvino, got 'tens"),
+        (
+            {"engines": ["tensorrt"]},
+            "engines must be of eager, packed, compile, onnx, openvino, got 'tens",
+        ),
         ({"keep_ratio": 0.5}, "keep_ratio and align are for dense models, got 0.5 and None with"),
         ({"img_size": 48}, "img_size is for timm's names, got it with "),
         ({"precisions": ["float32", "float16"]}, "'eager' does not compute in float16 here"),

@@ -27,6 +27,7 @@ from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.deploy.engines import (
     DEFAULT_PRECISIONS,
     ENGINES,
+    GPU_ENGINES,
     PRECISIONS,
     TORCH_ENGINES,
     available,
@@ -105,9 +106,10 @@ def benchmark(
             (they take as long as trained ones).
         keep_ratio: for a dense model; by default 0.7.
         align: for a dense model, round kept counts to multiples of this.
-        engines: eager; compile (torch.compile, on a CPU frozen: weights are constants, packed once
-            for the kernels that read them); onnx (ONNX Runtime) and openvino, which compute on the
-            CPU alone. By default all that are installed.
+        engines: eager; packed (eager, with weights packed once for the kernels that read them);
+            compile (torch.compile, on a CPU frozen: weights are constants, packed once too); onnx
+            (ONNX Runtime); openvino. By default all that are installed; a GPU has eager and
+            compile alone.
         precisions: float32, bfloat16, float16; by default the first two, where the engine has them.
         batch_sizes: images a call; by default 1, 8 and 32.
         pretrained: for a timm name, load timm's weights (they do not change the time).
@@ -131,7 +133,7 @@ def benchmark(
     check_engines(engines, precisions, place.type)
     pairs = [
         (engine, precision)
-        for engine in engines or (TORCH_ENGINES if gpu else filter(installed, ENGINES))
+        for engine in engines or (GPU_ENGINES if gpu else filter(installed, ENGINES))
         for precision in precisions or DEFAULT_PRECISIONS
         # What was asked for by name and cannot be had is an error, below.
         if (engines and precisions) or available(engine, precision, place.type)
@@ -247,7 +249,7 @@ def _peaks(
 
 
 def _candidates(model: nn.Module, engine: str, precision: str) -> dict[str | None, Engine]:
-    if engine not in ("eager", "compile"):
+    if engine not in TORCH_ENGINES:
         return {None: build(model, engine, precision)}
     return {
         name: build(model, engine, precision, fused_attention=name == "fused")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dynamicvit.core.model import SparseViT
 from dynamicvit.deploy import formats
+from dynamicvit.deploy.packed import can_pack, pack
 from dynamicvit.evaluation.processor import has_bfloat16
 from dynamicvit.evaluation.timing import Engine
 from dynamicvit.io.files import write_bytes
@@ -26,15 +27,19 @@ DEFAULT_PRECISIONS = ("float32", "bfloat16")
 # The packages that an engine takes, and the precisions it computes in on a CPU.
 ENGINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "eager": ((), ("float32", "bfloat16")),
+    "packed": ((), ("float32", "bfloat16")),
     "compile": ((), ("float32", "bfloat16")),
     "onnx": (("onnx", "onnxscript", "onnxruntime"), ("float32",)),
     "openvino": (("onnx", "onnxscript", "openvino"), ("float32", "bfloat16")),
 }
-TORCH_ENGINES = ("eager", "compile")  # which compute on a GPU too, in every precision
+GPU_ENGINES = ("eager", "compile")  # which compute on a GPU too, in every precision
+TORCH_ENGINES = (*GPU_ENGINES, "packed")
 
 
 def installed(engine: str) -> bool:
     """Whether the packages that an engine takes are there."""
+    if engine == "packed" and not can_pack():
+        return False
     return all(importlib.util.find_spec(package) for package in ENGINES[engine][0])
 
 
@@ -45,8 +50,10 @@ def check_engine(engine: str, precision: str, device: str = "cpu") -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"precisions must be of {', '.join(PRECISIONS)}, got {precision!r}")
     gpu = device != "cpu"
-    if gpu and engine not in TORCH_ENGINES:
+    if gpu and engine not in GPU_ENGINES:
         raise ValueError(f"engine {engine!r} computes on the CPU here, got device {device!r}")
+    if engine == "packed" and not can_pack():
+        raise ValueError("engine 'packed' needs a torch with MKL and oneDNN")
     if not installed(engine):
         raise ValueError(f"engine {engine!r} needs the extra: pip install 'dynamicvit[export]'")
     if not gpu and precision not in ENGINES[engine][1]:
@@ -166,6 +173,8 @@ def _call(model: nn.Module, engine: str, precision: str) -> Engine:
     dtype = PRECISIONS[precision]
     if engine == "compile":
         return _compile(model, dtype, next(model.parameters()).device)
+    if engine == "packed":
+        model = pack(model)
 
     @torch.inference_mode()
     def run(images: Tensor) -> Tensor:
