@@ -212,7 +212,7 @@ def test_mistakes_of_the_one_who_starts_it(tmp_path: Path, monkeypatch: pytest.M
         demo(images=str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"images must hold .* files, got the folder .* without"):
         demo(images=str(tmp_path))
-    with pytest.raises(ValueError, match="device must be one of cpu.* here, got 'tpu'"):
+    with pytest.raises(ValueError, match=r"device must be one of cpu.* here, got 'tpu'"):
         demo(device="tpu")
     merging = sparsify(tiny_vit(), keep_ratio=0.5, scorer="similarity_merging")
     save_folder(merging, tmp_path / "merging")

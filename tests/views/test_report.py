@@ -351,7 +351,7 @@ def test_a_report_names_what_is_wrong(bare: Path, run: Path, tmp_path: Path) -> 
     (tmp_path / "folder.html").mkdir()
     with pytest.raises(ValueError, match=r"output must be a file, got the folder .*folder.html"):
         report("nowhere", output=str(tmp_path / "folder.html"))
-    with pytest.raises(ValueError, match="device must be one of cpu.* here, got 'tpu'"):
+    with pytest.raises(ValueError, match=r"device must be one of cpu.* here, got 'tpu'"):
         report("nowhere", device="tpu")
     save_folder(tiny_vit(), tmp_path / "dense")
     with pytest.raises(ValueError, match="model must be sparse, got the dense model"):
