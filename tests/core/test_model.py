@@ -506,6 +506,9 @@ def test_another_budget_shares_all_weights() -> None:
     assert torch.equal(sparse(images), before)
     torch.testing.assert_close(sparse.at(keep_ratio=1.0)(images), sparse.backbone(images))
     assert half.training == sparse.training
+    sparse.train().backbone.norm.eval()
+    assert sparse.at(keep_ratio=0.5).training
+    assert not sparse.backbone.norm.training, "the shared parts stay as they are"
 
 
 def test_another_budget_takes_the_scorers_of_its_stages() -> None:

@@ -237,6 +237,16 @@ def test_forward_compiles_whole(scorer: str) -> None:
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("scorer", [name for name in SELECTORS if name != "random"])
+def test_programs_of_any_batch_size_are_exported(scorer: str) -> None:
+    sparse = tiny(scorer)
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(sparse, (_images(2),), dynamic_shapes=({0: batch},))
+    images = _images(3)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(images), sparse(images))
+
+
 @pytest.mark.parametrize("scorer", ["class_attention", "similarity_merging"])
 def test_a_training_step_compiles_whole(scorer: str) -> None:
     task = SparseTask(tiny(scorer).train(), tiny_vit())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dynamicvit.core.tokens import (
     MIN_KEEP,
+    Tokens,
     attention_bias,
     best_keep,
     gather_tokens,
@@ -239,3 +240,25 @@ def test_a_dropped_token_sees_itself_and_what_is_kept() -> None:
     assert bias[0, 0][~visible].exp().tolist() == pytest.approx([MIN_KEEP] * 6, rel=1e-5)
     # With nothing to learn from it, a dropped token is blocked outright.
     assert (attention_bias(keep.detach(), num_prefix=1)[0, 0][~visible] < -80).all()
+
+
+def test_what_belongs_to_a_token_leaves_with_it() -> None:
+    values = torch.arange(8.0).view(1, 8)
+    rope = values.view(1, 1, 1, 8, 1)
+    tokens = Tokens(
+        torch.cat([torch.tensor([[-1.0]]), values], dim=1)[..., None],
+        num_prefix=1,
+        grid=(2, 4),
+        rope=rope,
+        keep=values,
+        size=values,
+        bias=torch.zeros(1, 1, 9, 9),
+    )
+    once = tokens.take(torch.tensor([[6, 1, 3]]))
+    twice = once.take(torch.tensor([[2, 0]]))
+    assert twice.x.flatten().tolist() == [-1, 3, 6]
+    assert twice.positions is not None
+    for found in (twice.rope, twice.positions, twice.keep, twice.size):
+        assert found is not None
+        assert found.flatten().tolist() == [3, 6]
+    assert twice.bias is None

@@ -505,7 +505,7 @@ def _swap(sparse: SparseViT) -> Callable[..., Any]:
         best = scores.masked_fill(keep > 0, float("-inf")).argmax(1)
         worst = scores.masked_fill(keep == 0, float("inf")).argmin(1)
         kept = torch.where(kept == worst[:, None], best[:, None], kept)
-        final, _ = sparse.run(images, verify._Given([kept]))
+        final, _ = sparse.run(images, verify.GivenTokens([kept]))
         return sparse.forward_head(final.x), kept
 
     return run

@@ -69,7 +69,7 @@ def test_the_usual_ratios_leave_a_token() -> None:
             r"ratios must be one a stage for blocks \[\(1, 2, 3\)\], got \[0.5\]",
         ),
         ({"blocks": [[0, 9, 10]]}, "blocks must be below the backbone's depth of 4"),
-        ({"blocks": [[0]]}, r"blocks must be some of \(1, 2, 3\)"),
+        ({"blocks": [[0]]}, r"blocks among \(1, 2, 3\)"),
     ],
 )
 def test_a_grid_that_cannot_be(options: dict[str, Any], message: str) -> None:

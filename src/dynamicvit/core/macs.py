@@ -39,7 +39,7 @@ def count_gmacs(model: nn.Module, input_size: tuple[int, int, int]) -> float:
     like = next(model.parameters())
     image = torch.zeros(1, *input_size, device=like.device, dtype=like.dtype)
     modes = [(module, module.training) for module in model.modules()]
-    # torch's counter follows what requires a gradient, and stumbles over an expanded parameter.
+    # torch's counter follows what requires a gradient, and fails on an expanded parameter.
     learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     try:

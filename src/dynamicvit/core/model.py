@@ -32,8 +32,8 @@ class SparseOutput(NamedTuple):
             auxiliary logits. [B, N, C] from `masked`, [B, K, C] (the kept ones) from `pruned`.
         keep: for each stage, [B, N] float: 1 where a token is still there, 0 where it has left.
             Empty, as `scores` is, where tokens are merged.
-        scores: for each stage, [B, N]: log-odds of keeping. From `pruned`, tokens that had left
-            before a stage have score -inf there.
+        scores: for each stage, [B, N]: what tokens are ranked by, from a learned scorer log-odds of
+            keeping. From `pruned`, tokens that had left before a stage have score -inf there.
     """
 
     logits: Tensor
@@ -46,7 +46,7 @@ class Choice(NamedTuple):
     """What one stage chose.
 
     Attributes:
-        scores: [B, n] of the tokens that reached it. None if its selector was not asked.
+        scores: [B, n] of the tokens that reached it. None if they were not scored.
         before: [B, n] int64, where those tokens lie in the grid. None: all, in order.
         kept: [B, K] int64, where those lie that went on. None: all, in order, or merged ones.
         keep: [B, N] float keep mask of the masked path; None in others.
@@ -94,6 +94,8 @@ class SparseViT(nn.Module):
             schedule.counts(num_patches)  # refuses a schedule that keeps no token, here not later
         if isinstance(scorers, str):
             scorers = create(scorers, model, len(schedule.blocks))
+        if not isinstance(scorers, Iterable):
+            raise TypeError(f"scorers must be one selector a stage, got {scorers!r:.200}")
         scorers = list(scorers)
         _check_scorers(scorers, model, len(schedule.blocks))
         self.backbone = model
@@ -170,7 +172,7 @@ class SparseViT(nn.Module):
             keep.append(keep_mask(choice.kept, num_tokens))
             score = choice.scores
             if choice.before is not None:
-                left = score.new_full((len(score), num_tokens), float("-inf"))
+                left = score.new_full((score.shape[0], num_tokens), float("-inf"))
                 score = left.scatter(1, choice.before, score)
             scores.append(score)
         return SparseOutput(self.forward_head(final.x), tokens, tuple(keep), tuple(scores))
@@ -188,9 +190,10 @@ class SparseViT(nn.Module):
 
         This is the differentiable path that training uses. In `train()` decisions are drawn from
         the scorers' log-odds by straight-through Gumbel sampling, so the number of kept tokens
-        varies from image to image. In `eval()` the best are kept, the same tokens as in `pruned`.
-        Scorers that only rank (random, class attention) keep their best in both modes, and
-        gradients go to the backbone alone.
+        varies from image to image. In `eval()` the best are kept, the same tokens as in `pruned`,
+        up to rounding and ties between scores. Scorers that only rank (class attention, random)
+        keep their best in both modes, and gradients go to the backbone alone. Random ones draw
+        anew in each call.
 
         Args:
             images: as for `forward`.
@@ -212,6 +215,8 @@ class SparseViT(nn.Module):
             raise TypeError(
                 f"masked needs scorers that choose tokens, got {kind}, which merges them"
             )
+        if not (isinstance(path, type) and issubclass(path, Masked)):
+            raise TypeError(f"path must be Masked or a subclass of it, got {path!r}")
         if not isinstance(temperature, Real) or isinstance(temperature, bool):
             raise TypeError(f"temperature must be a number, got {temperature!r}")
         if not temperature > 0:
@@ -222,8 +227,7 @@ class SparseViT(nn.Module):
         for name, values in (("decisions", decisions), ("noise", noise)):
             if values is not None:
                 self._check_stages(name, values, len(images), rows * columns)
-        way = path(self.training, decisions, noise, temperature)
-        final, choices = self.run(images, way)
+        final, choices = self.run(images, path(self.training, decisions, noise, temperature))
         logits, tokens = self.adapter.masked_head(self.backbone, final.x, final.keep)
         return SparseOutput(
             logits,
@@ -236,6 +240,8 @@ class SparseViT(nn.Module):
         self, keep_ratio: float | None = None, *, schedule: KeepSchedule | None = None
     ) -> SparseViT:
         """The same model at another budget. Backbone and scorers are shared, not copied.
+
+        So `train()` and `eval()` of one switch the shared parts of the other.
 
         Args:
             keep_ratio: share of tokens that each of the model's stages keeps, in (0, 1].
@@ -270,7 +276,9 @@ class SparseViT(nn.Module):
                 f"schedule must have blocks among {own}, where the model has scorers, or "
                 f"{len(own)} others, got {schedule.blocks}"
             )
-        return SparseViT(self.backbone, schedule, scorers).train(self.training)
+        other = SparseViT(self.backbone, schedule, scorers)
+        other.training = self.training  # not train(): the shared parts stay as they are
+        return other
 
     @property
     def merges(self) -> bool:

@@ -31,7 +31,7 @@ class Path:
         return None
 
     def apply(self, stage: Stage, selector: Selector) -> tuple[Tokens, Tensor | None]:
-        """The tokens that go on from a stage, and the scores, [B, N], if the selector was asked."""
+        """The tokens that go on from a stage, and the scores, [B, N], if they were scored."""
         raise NotImplementedError
 
     def run_block(self, adapter: Adapter, model: Backbone, block: int, tokens: Tokens) -> Tensor:
@@ -85,11 +85,11 @@ class Masked(Path):
     ) -> None:
         self.sample = sample
         self.decisions = decisions
-        self.draws = noise
+        self.given_noise = noise
         self.temperature = temperature
 
     def noise(self, stage: int) -> Tensor | None:
-        return None if self.draws is None else self.draws[stage]
+        return None if self.given_noise is None else self.given_noise[stage]
 
     def apply(self, stage: Stage, selector: Selector) -> tuple[Tokens, Tensor | None]:
         tokens = stage.tokens

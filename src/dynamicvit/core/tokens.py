@@ -29,7 +29,7 @@ class Tokens(NamedTuple):
         rope: rotary embeddings of the patch tokens, [L, B, H, N, D]. L (blocks), B and H (heads)
             are 1 where they share them. None for models without.
         positions: [B, N] int64, where each patch token lies in the grid, row by row. None while all
-            are there in order, and after a merge, whose tokens lie nowhere.
+            are there in order, and for merged tokens, which have no place in the grid.
         keep: [B, N] float, 1 for tokens that stay and 0 for blocked ones. None: all stay.
         size: [B, N], how many patches each token stands for. None: one.
         bias: added to the attention of every block: [B, 1, 1 or P + N, P + N], or None.
@@ -55,11 +55,17 @@ class Tokens(NamedTuple):
         return self.x.shape[1] - self.num_prefix
 
     def take(self, kept_BK: Tensor) -> Tokens:
-        """The patch tokens at `kept_BK` (along N), with all that belongs to them."""
+        """The patch tokens at `kept_BK` (along N), with all that belongs to each of them.
+
+        A bias, which belongs to pairs of tokens, is left to the path.
+        """
         prefix = torch.arange(self.num_prefix, device=kept_BK.device).expand(kept_BK.shape[0], -1)
         return self._replace(
             x=gather_tokens(self.x, torch.cat([prefix, kept_BK + self.num_prefix], dim=1)),
             rope=None if self.rope is None else gather_rope(self.rope, kept_BK),
+            keep=None if self.keep is None else gather_tokens(self.keep, kept_BK),
+            size=None if self.size is None else gather_tokens(self.size, kept_BK),
+            bias=None,
             positions=(
                 kept_BK if self.positions is None else gather_tokens(self.positions, kept_BK)
             ),
@@ -167,7 +173,7 @@ def key_bias(keep_BN: Tensor) -> Tensor:
     """log(keep), floored at -28, as an additive attention bias on the keys: [B, N].
 
     Its gradient is 1 / max(keep, e⁻²⁸) even at 0: a dropped token must still learn what it would
-    have contributed. Where no gradient is asked for, a dropped token is blocked outright.
+    have contributed. Where no gradient is asked for, the floor is lower: about -87.
     """
     keep = keep_BN.float()
     floor = MIN_KEEP if keep.requires_grad else torch.finfo(torch.float32).tiny

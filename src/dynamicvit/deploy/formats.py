@@ -81,7 +81,7 @@ def trace(model: nn.Module, dtype: torch.dtype) -> torch.export.ExportedProgram:
         ValueError: if its selectors merge tokens or draw lots.
     """
     for scorer in getattr(model, "scorers", ()):
-        if scorer.merges or scorer.draws:
+        if scorer.merges or scorer.random:
             raise ValueError(
                 "model must have a deterministic selector that drops tokens to be exported, got "
                 f"{type(scorer).__name__}"

@@ -265,7 +265,7 @@ def _judge(
     given, gap = expected.logits.clone(), torch.zeros(len(images))
     other = share < 1
     if other.any():
-        path = _Given([stage[other] for stage in stages])
+        path = GivenTokens([stage[other] for stage in stages])
         given[other] = model.forward_head(model.run(images[other], path)[0].x)
         gap[other] = path.gap
     right = torch.where((gap <= TIE)[:, None], given, expected.logits)
@@ -280,7 +280,7 @@ def _compare_logits(
     return _Verdict(difference, named, named == right.argmax(1), kept, gap)
 
 
-class _Given(Path):
+class GivenTokens(Path):
     """The pruned path with given tokens.
 
     Args:

@@ -45,13 +45,13 @@ class Selector(nn.Module):
     means all), and the stage. It gives scores [B, N], or `Merged` if it `merges`.
 
     Attributes:
-        merges: it makes new tokens. They have no place in the grid, and no keep mask.
+        merges: it makes new tokens, which have no place in the grid. It ignores keep masks.
         counts_size: attention counts a merged token as often as it has patches.
         log_odds: scores are log-odds of keeping. Training samples them. Others only rank: the best
             are kept in training too.
         learns: it has something of its own to learn.
         reads_blocks: it reads weights of the backbone's blocks, which must be there in full.
-        draws: it draws random numbers.
+        random: it draws random numbers.
     """
 
     merges: ClassVar[bool] = False
@@ -59,7 +59,7 @@ class Selector(nn.Module):
     log_odds: ClassVar[bool] = False
     learns: ClassVar[bool] = False
     reads_blocks: ClassVar[bool] = False
-    draws: ClassVar[bool] = False
+    random: ClassVar[bool] = False
 
     @classmethod
     def create(cls, model: Backbone) -> Self:
@@ -82,8 +82,14 @@ class Selector(nn.Module):
         raise NotImplementedError
 
 
-def asked(selector: Selector, stage: Stage | None) -> Stage:
+def require_stage(selector: Selector, stage: Stage | None) -> Stage:
     """The stage, for selectors that need to know where they are asked."""
     if stage is None:
         raise TypeError(f"stage must be given to a {type(selector).__name__}, got None")
     return stage
+
+
+def check_probability(probability: float) -> None:
+    """Raise ValueError unless this is the probability of keeping tokens."""
+    if not 0.0 < probability <= 1.0:
+        raise ValueError(f"probability must lie in (0, 1], got {probability!r}")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynamicvit.core.backbones import Backbone
-from dynamicvit.core.selectors.base import Selector, Stage
+from dynamicvit.core.selectors.base import Selector, Stage, check_probability
 from dynamicvit.core.tokens import masked_mean
 
 
@@ -55,6 +55,13 @@ class TokenScorer(Selector):
     def create(cls, model: Backbone) -> Self:
         return cls(model.embed_dim)
 
+    def check(self, model: Backbone) -> None:
+        if self.embed.in_features != model.embed_dim:
+            raise ValueError(
+                f"scorers must be for tokens of width {model.embed_dim}, got one of width "
+                f"{self.embed.in_features}"
+            )
+
     def forward(
         self, x_BNC: Tensor, keep_BN: Tensor | None = None, stage: Stage | None = None
     ) -> Tensor:
@@ -88,8 +95,7 @@ class TokenScorer(Selector):
         Raises:
             ValueError: if `probability` does not lie in (0, 1].
         """
-        if not 0.0 < probability <= 1.0:
-            raise ValueError(f"probability must lie in (0, 1], got {probability!r}")
+        check_probability(probability)
         probability = min(probability, 1.0 - 1e-3)
         bias = cast(nn.Linear, self.head[-1]).bias
         bias[0], bias[1] = math.log(probability), math.log1p(-probability)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dynamicvit.core.backbones import Backbone, UnsupportedBackbone
 from dynamicvit.core.backbones.attention import check_attention, class_attention, mean_keys
-from dynamicvit.core.selectors.base import Merged, Selector, Stage, asked
+from dynamicvit.core.selectors.base import Merged, Selector, Stage, require_stage
 from dynamicvit.core.tokens import gather_tokens
 
 
@@ -39,7 +39,7 @@ class Merger(Selector):
 class ClassAttentionMerger(Merger):
     """`ClassAttentionScorer`'s choice; all that it drops is merged into one token, as in EViT.
 
-    That token is the mean of what is dropped, weighted by attention, and counts as one of `count`.
+    That token is the mean of what is dropped, weighted by attention. It counts as a kept one.
     """
 
     reads_blocks = True
@@ -51,7 +51,7 @@ class ClassAttentionMerger(Merger):
     def forward(
         self, x_BNC: Tensor, keep_BN: Tensor | None = None, stage: Stage | None = None
     ) -> Merged:
-        at = asked(self, stage)
+        at = require_stage(self, stage)
         attention = class_attention(at.model, at.block, at.tokens)
         order = attention.argsort(dim=1, descending=True)
         kept, rest = order[:, : at.num_kept - 1], order[:, at.num_kept - 1 :]
@@ -93,7 +93,7 @@ class SimilarityMerger(Merger):
     def forward(
         self, x_BNC: Tensor, keep_BN: Tensor | None = None, stage: Stage | None = None
     ) -> Merged:
-        at = asked(self, stage)
+        at = require_stage(self, stage)
         keys = mean_keys(at.model, at.block, x_BNC)
         return Merged(*merge_similar(x_BNC, keys, self.sizes(x_BNC, at), at.num_kept))
 
@@ -136,22 +136,22 @@ def merge_similar(
 
 
 class PoolingMerger(Merger):
-    """Structural downsampling: the image's area is cut anew into `count` cells, averaged over.
+    """Structural downsampling: the image's area is cut anew into `stage.num_kept` cells.
 
-    The paper pools a grid once, 2×2. Here each stage has its count. The area is cut into rows of
-    equal height, and rows into cells of equal width, as near to the patches' proportions as `count`
-    cells can be (a row may have one cell more than another). A new token is the mean of the present
-    ones, weighted by the area in which their cells meet its own. With a quarter of an even grid
-    that is 2×2 pooling.
+    The paper pools a grid once, 2×2. Here each stage has its own number. The area is cut into rows
+    of equal height, and each row into cells of equal width. Cells have about the proportions of the
+    patches; a row may have one cell more than another. A new token is the mean of the present ones,
+    weighted by the area that their cells share with its own. With a quarter of an even grid this is
+    2×2 pooling.
     """
 
     def forward(
         self, x_BNC: Tensor, keep_BN: Tensor | None = None, stage: Stage | None = None
     ) -> Merged:
-        at = asked(self, stage)
+        at = require_stage(self, stage)
         rows, columns = at.tokens.grid
         share = pooling_shares(x_BNC.shape[1], at.num_kept, at.tokens.grid).to(x_BNC.device)
-        size = x_BNC.new_full((len(x_BNC), at.num_kept), rows * columns / at.num_kept)
+        size = x_BNC.new_full((x_BNC.shape[0], at.num_kept), rows * columns / at.num_kept)
         return Merged(share.to(x_BNC.dtype) @ x_BNC, size)
 
 

@@ -1,4 +1,4 @@
-"""Rules that rank tokens: what a learned scorer is compared with."""
+"""Rules that rank tokens without the paper's scorer: random, static, class attention."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from dynamicvit.core.backbones import Backbone
 from dynamicvit.core.backbones.attention import check_attention, class_attention
-from dynamicvit.core.selectors.base import Selector, Stage, asked
+from dynamicvit.core.selectors.base import Selector, Stage, check_probability, require_stage
 
 
 class RandomScorer(Selector):
     """Scores drawn at random: what any other selector has to beat."""
 
-    draws = True
+    random = True
 
     def forward(
         self, x_BNC: Tensor, keep_BN: Tensor | None = None, stage: Stage | None = None
@@ -54,7 +54,7 @@ class StaticScorer(Selector):
         self, x_BNC: Tensor, keep_BN: Tensor | None = None, stage: Stage | None = None
     ) -> Tensor:
         """[B, N] log-odds. Raises ValueError for an image of another number of patches."""
-        tokens = asked(self, stage).tokens
+        tokens = require_stage(self, stage).tokens
         rows, columns = tokens.grid
         if rows * columns != len(self.weight):
             raise ValueError(
@@ -62,11 +62,12 @@ class StaticScorer(Selector):
             )
         scores = self.SCALE * self.weight
         if tokens.positions is None:
-            return scores.expand(len(x_BNC), -1)
+            return scores.expand(x_BNC.shape[0], -1)
         return scores[tokens.positions]
 
     @torch.no_grad()
     def set_keep_prior(self, probability: float) -> None:
+        check_probability(probability)
         odds = torch.tensor(min(probability, 1.0 - 1e-3)).logit()
         self.weight.add_(odds / self.SCALE - self.weight.mean())
 
@@ -74,8 +75,8 @@ class StaticScorer(Selector):
 class ClassAttentionScorer(Selector):
     """Attention of the class token, mean over heads: EViT's rule (arXiv 2202.07800).
 
-    EViT drops tokens inside a block, between attention and MLP. Here they leave before the block,
-    by the attention that it is about to pay, computed from its own weights.
+    EViT drops tokens inside a block, between attention and MLP. Here they leave before the block.
+    The attention is computed from that block's own weights.
     """
 
     reads_blocks = True
@@ -87,5 +88,5 @@ class ClassAttentionScorer(Selector):
         self, x_BNC: Tensor, keep_BN: Tensor | None = None, stage: Stage | None = None
     ) -> Tensor:
         """[B, N] shares of attention."""
-        at = asked(self, stage)
+        at = require_stage(self, stage)
         return class_attention(at.model, at.block, at.tokens)
