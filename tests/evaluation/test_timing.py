@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from dynamicvit.evaluation import timing
 from dynamicvit.evaluation.timing import compare_speed, compare_times, interleave, medians
 
 
@@ -66,6 +67,18 @@ def test_rounds_alternate() -> None:
     assert [len(took) for took in times] == [2] * 7
     assert "".join(calls) == "ab" + "abba" * 3 + "ab"
     assert seen == [0, 0, *([0, 0, 1, 1] * 3), 0, 0], "each round has the next batch, for both"
+
+
+def test_the_first_call_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It compiles, for longer than the seconds that are given."""
+    now = 0.0
+
+    def compile_first(images: torch.Tensor) -> None:
+        nonlocal now
+        now += 100.0 if now == 0 else 1.0
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    assert interleave([compile_first], [torch.zeros(1)], seconds=20, rounds=1) == [(1.0,)] * 21
 
 
 def test_rounds_are_summed_up_by_medians_of_times_and_of_ratios() -> None:

@@ -120,8 +120,8 @@ def interleave(
     calls: Sequence[Engine], batches: Sequence[Tensor], seconds: float, rounds: int = 7
 ) -> list[Round]:
     """Rounds of `take_turns`, for `seconds` at least and `rounds` at least."""
-    times: list[Round] = []
     turns = take_turns(calls, batches)
+    times = [next(turns)]  # with it come the calls without a clock, which may compile for minutes
     start = time.perf_counter()
     while len(times) < rounds or time.perf_counter() - start < seconds:
         times.append(next(turns))
