@@ -353,6 +353,19 @@ def test_the_model_is_left_as_it_was(tmp_path: Path, quick: Callable[..., Export
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
 
 
+def test_small_models_are_compared_in_one_thread(
+    tmp_path: Path, quick: Callable[..., Exported], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(module.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(module.torch, "set_num_threads", threads.append)
+    quick(tmp_path / "model.pt2")
+    assert threads == [1, 2]
+    monkeypatch.setattr(module, "_SMALL", 0)
+    quick(tmp_path / "model.pt2")
+    assert threads == [1, 2, 2, 2]
+
+
 @pytest.mark.parametrize("format", ["openvino", "torch"])
 def test_a_full_disk_leaves_no_file(
     format: str,

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -47,6 +48,9 @@ __all__ = ["FORMATS", "Exported", "export", "export_model", "print_exported", "r
 _ONNX_LIMIT = 2**31 - 2**20  # bytes in one ONNX file, some of them the graph's
 # Images that int8 ranges are measured on, at most: NNCF passes over them several times.
 _CALIBRATION = 128
+# Models of fewer parameters are compared in one thread: they hardly gain from a second one, and
+# where others use the cores, threads wait for each other several times as long as they compute.
+_SMALL = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -206,11 +210,12 @@ def export_model(
                     write_aoti(program, path, metadata)
         except OSError as error:
             raise OSError(f"cannot write {target}: {error}") from error
-        try:
-            engine = LOADERS[format](path, precision)
-        except Exception as error:  # each engine has its own
-            raise _cannot_run(format, precision, error) from error
-        agreement = compare(reference, _Named(engine, format, precision), found, report=report)
+        with _threads(1 if size < _SMALL else torch.get_num_threads()):
+            try:
+                engine = LOADERS[format](path, precision)
+            except Exception as error:  # each engine has its own
+                raise _cannot_run(format, precision, error) from error
+            agreement = compare(reference, _Named(engine, format, precision), found, report=report)
         agreement.check(precision)
         del engine  # some systems do not move open files
         weights = path.with_suffix(".bin")  # beside an OpenVINO graph
@@ -224,6 +229,17 @@ def export_model(
     if (format, precision) == ("onnx", "float16"):
         name += ", which computes in float32 on a CPU"
     return Exported(str(target), format, precision, name, megabytes, agreement)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Compute with so many threads, in PyTorch and in engines that are loaded here."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
