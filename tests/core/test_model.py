@@ -367,6 +367,7 @@ DENSE = tiny_vit()
         ({"keep_ratio": float("nan")}, ValueError, r"keep_ratio must lie in \(0, 1\], got nan"),
         ({"keep_ratio": "a"}, TypeError, "keep_ratio must be a number.*got 'a'"),
         ({"keep_ratio": True}, TypeError, "keep_ratio must be a number.*got True"),
+        ({"schedule": 3, "align": 16}, TypeError, "schedule must be a KeepSchedule, got 3"),
         ({"keep_ratio": 0.2}, ValueError, "at least one of the 16 patch tokens"),
         (
             {"keep_ratio": 0.7, "schedule": THREE},

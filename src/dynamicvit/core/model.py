@@ -528,6 +528,8 @@ def sparsify(
     if schedule is None:
         ratio = 0.7 if keep_ratio is None else keep_ratio
         schedule = KeepSchedule.from_keep_ratio(ratio, depth=depth)
+    if not isinstance(schedule, KeepSchedule):
+        raise TypeError(f"schedule must be a KeepSchedule, got {schedule!r}")
     if align is not None:
         schedule = _aligned(schedule, cast(Backbone, model), align)
     return SparseViT(copy.deepcopy(model), schedule, scorer)
