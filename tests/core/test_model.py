@@ -526,8 +526,12 @@ def test_another_budget_takes_the_scorers_of_its_stages() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({}, ValueError, "give keep_ratio or schedule, got keep_ratio=None and schedule=None"),
-        ({"keep_ratio": 0.5, "schedule": KeepSchedule((1,), (0.5,))}, ValueError, "give keep_rat"),
+        ({}, ValueError, "give one of keep_ratio, schedule and gmacs, got keep_ratio=None"),
+        (
+            {"keep_ratio": 0.5, "schedule": KeepSchedule((1,), (0.5,))},
+            ValueError,
+            "give one of keep_rat",
+        ),
         ({"keep_ratio": 0}, ValueError, r"keep_ratio must lie in \(0, 1\], got 0"),
         ({"keep_ratio": "a"}, TypeError, "keep_ratio must be a number.*got 'a'"),
         ({"schedule": (1, 2)}, TypeError, r"schedule must be a KeepSchedule, got \(1, 2\)"),

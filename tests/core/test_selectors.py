@@ -389,6 +389,9 @@ def test_a_static_mask_is_for_one_size() -> None:
     sparse = tiny("static", dynamic_img_size=True)
     with pytest.raises(ValueError, match="images of 16 patches, got 6×5"):
         sparse(torch.randn(1, 3, 48, 40))
+    larger = tiny_vit(img_size=48)
+    with pytest.raises(ValueError, match="must be for images of 36 patches, got one for 16"):
+        SparseViT(larger, sparse.schedule, sparse.scorers)
 
 
 # Merging.

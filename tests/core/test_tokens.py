@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 import torch
@@ -262,3 +263,12 @@ def test_what_belongs_to_a_token_leaves_with_it() -> None:
         assert found is not None
         assert found.flatten().tolist() == [3, 6]
     assert twice.bias is None
+
+
+def test_only_the_blocks_that_are_left_keep_their_rotary_embeddings() -> None:
+    kept = torch.tensor([[2, 0]])
+    own = torch.arange(12.0).view(3, 1, 1, 4, 1)  # of three blocks
+    tokens = Tokens(torch.zeros(1, 4, 1), num_prefix=0, grid=(2, 2), rope=own)
+    assert cast(Any, tokens.take(kept, 2).rope).flatten().tolist() == [6, 4, 10, 8]
+    shared = tokens._replace(rope=own[:1]).take(kept, 2)
+    assert cast(Any, shared.rope).flatten().tolist() == [2, 0]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dynamicvit.core.backbones import Backbone, adapter_of
 from dynamicvit.core.backbones.base import check_pooling
+from dynamicvit.core.budget import Budget
 from dynamicvit.core.paths import Masked, Path, Pruned
 from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.core.selectors import Selector, Stage, check_name, create
@@ -89,7 +90,7 @@ class SparseViT(nn.Module):
         if not isinstance(schedule, KeepSchedule):
             raise TypeError(f"schedule must be a KeepSchedule, got {schedule!r}")
         schedule.check_depth(self.adapter.depth(model))
-        num_patches = model.patch_embed.num_patches
+        num_patches = self.adapter.num_patches(model)
         if num_patches is not None:
             schedule.counts(num_patches)  # refuses a schedule that keeps no token, here not later
         if isinstance(scorers, str):
@@ -223,7 +224,7 @@ class SparseViT(nn.Module):
             raise ValueError(f"temperature must be above 0, got {temperature}")
         self.adapter.check_images(self.backbone, images)
         _check_masked_dtype(images)
-        rows, columns = self.adapter.grid(self.backbone, images)
+        rows, columns = self.adapter.grid(self.backbone, images.shape)
         for name, values in (("decisions", decisions), ("noise", noise)):
             if values is not None:
                 self._check_stages(name, values, len(images), rows * columns)
@@ -237,7 +238,11 @@ class SparseViT(nn.Module):
         )
 
     def at(
-        self, keep_ratio: float | None = None, *, schedule: KeepSchedule | None = None
+        self,
+        keep_ratio: float | None = None,
+        *,
+        schedule: KeepSchedule | None = None,
+        gmacs: float | None = None,
     ) -> SparseViT:
         """The same model at another budget. Backbone and scorers are shared, not copied.
 
@@ -248,6 +253,8 @@ class SparseViT(nn.Module):
             schedule: the stages in full, instead of `keep_ratio`. Its blocks are some of the
                 model's own, which bring their scorers; or as many others, which take the scorers in
                 order.
+            gmacs: billions of multiply-adds an image. The result is the model that keeps most
+                tokens within them, with one keep ratio for all of its stages.
 
         Raises:
             TypeError, ValueError: naming the argument and what was got.
@@ -258,13 +265,14 @@ class SparseViT(nn.Module):
         (98, 49, 24)
         """
         own = self.schedule.blocks
-        if (keep_ratio is None) == (schedule is None):
-            raise ValueError(
-                f"give keep_ratio or schedule, got keep_ratio={keep_ratio!r} and "
-                f"schedule={schedule!r}"
-            )
-        if schedule is None:
-            schedule = self.schedule.with_keep_ratio(cast(float, keep_ratio))
+        given = {"keep_ratio": keep_ratio, "schedule": schedule, "gmacs": gmacs}
+        if sum(value is not None for value in given.values()) != 1:
+            named = ", ".join(f"{name}={value!r}" for name, value in given.items())
+            raise ValueError(f"give one of keep_ratio, schedule and gmacs, got {named}")
+        if gmacs is not None:
+            schedule = self.budget().within(gmacs, self.schedule)
+        elif keep_ratio is not None:
+            schedule = self.schedule.with_keep_ratio(keep_ratio)
         elif not isinstance(schedule, KeepSchedule):
             raise TypeError(f"schedule must be a KeepSchedule, got {schedule!r}")
         if set(schedule.blocks) <= set(own):
@@ -279,6 +287,10 @@ class SparseViT(nn.Module):
         other = SparseViT(self.backbone, schedule, scorers)
         other.training = self.training  # not train(): the shared parts stay as they are
         return other
+
+    def budget(self) -> Budget:
+        """What schedules of this model cost. Raises ValueError for images of any size."""
+        return Budget(self.adapter, self.backbone, list(cast(Any, self.scorers)))
 
     @property
     def merges(self) -> bool:
@@ -530,24 +542,8 @@ def sparsify(
         schedule = KeepSchedule.from_keep_ratio(ratio, depth=depth)
     if not isinstance(schedule, KeepSchedule):
         raise TypeError(f"schedule must be a KeepSchedule, got {schedule!r}")
-    if align is not None:
-        schedule = _aligned(schedule, cast(Backbone, model), align)
-    return SparseViT(copy.deepcopy(model), schedule, scorer)
-
-
-def _aligned(schedule: KeepSchedule, model: Backbone, align: int) -> KeepSchedule:
-    num_tokens = model.patch_embed.num_patches
-    if num_tokens is None:
-        raise ValueError(f"align needs a model of a fixed input size, got {align}")
-    depth = len(model.blocks)
-    # Every matrix of a block meets every token once; attention, each pair of tokens twice.
-    matrices = [weight.numel() for weight in model.blocks.parameters() if weight.ndim == 2]
-    per_token = sum(matrices) / depth
-
-    def block_cost(tokens: int) -> float:
-        return tokens * per_token + 2 * tokens**2 * model.embed_dim
-
-    return schedule.aligned(align, num_tokens, model.num_prefix_tokens, depth, block_cost)
+    sparse = SparseViT(copy.deepcopy(model), schedule, scorer)
+    return sparse if align is None else sparse.at(schedule=sparse.budget().aligned(schedule, align))
 
 
 def _check_scorers(scorers: list[Any], model: Backbone, stages: int) -> None:

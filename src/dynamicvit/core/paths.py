@@ -56,7 +56,8 @@ class Pruned(Path):
             return tokens, None
         given = selector(tokens.patches, None, stage)
         if not selector.merges:
-            return tokens.take(topk_keep(given, stage.num_kept)), given
+            left = stage.adapter.depth(stage.model) - stage.block
+            return tokens.take(topk_keep(given, stage.num_kept), left), given
         x = torch.cat([tokens.x[:, : tokens.num_prefix], given.x], dim=1)
         bias = None
         if selector.counts_size:

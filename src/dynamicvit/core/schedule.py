@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any, cast
 
@@ -83,71 +83,6 @@ class KeepSchedule:
         _check_ratio("keep_ratio", keep_ratio)
         steps = range(1, len(self.blocks) + 1)
         return KeepSchedule(self.blocks, tuple(keep_ratio**step for step in steps))
-
-    def aligned(
-        self,
-        multiple: int,
-        num_tokens: int,
-        num_prefix: int,
-        depth: int,
-        block_cost: Callable[[int], float],
-    ) -> KeepSchedule:
-        """The nearest schedule whose tensors hold a multiple of `multiple` tokens.
-
-        Matrix engines work on tiles: 144 tokens may take no longer than 138. Each stage's count is
-        rounded up or down: to the nearest, as far as the cost of all stays within 2%. A stage that
-        keeps all tokens goes on doing so.
-
-        Args:
-            multiple: of tokens, prefix tokens included.
-            num_tokens: patch tokens at the start.
-            num_prefix: prefix tokens.
-            depth: number of blocks of the backbone.
-            block_cost: tokens, prefix tokens included → multiply-adds of a block.
-
-        Raises:
-            TypeError, ValueError: if `multiple` is not an integer of 1 or more, or is so large that
-                the cost would change by more than 2%.
-        """
-        if not isinstance(multiple, Integral) or isinstance(multiple, bool):
-            raise TypeError(f"align must be an integer, got {multiple!r}")
-        if multiple < 1:
-            raise ValueError(f"align must be 1 or more, got {multiple}")
-        counts = self.counts(num_tokens)
-        choices = []
-        for count in counts:
-            down = (count + num_prefix) // multiple * multiple - num_prefix
-            up = -(-(count + num_prefix) // multiple) * multiple - num_prefix
-            fitting = {rounded for rounded in (down, up) if 1 <= rounded <= num_tokens}
-            choices.append({count} if count == num_tokens else fitting)  # nothing was to leave
-
-        def cost(counts: tuple[int, ...]) -> float:
-            edges = (*self.blocks, depth)
-            spans = [after - before for before, after in pairwise(edges)]
-            return sum(
-                span * block_cost(count + num_prefix)
-                for span, count in zip(spans, counts, strict=True)
-            )
-
-        start = self.blocks[0] * block_cost(num_tokens + num_prefix)
-        asked = cost(counts)
-        possible = [
-            rounded
-            for rounded in product(*choices)
-            if all(before >= after for before, after in pairwise(rounded))
-            and abs(cost(rounded) - asked) <= 0.02 * (start + asked)
-        ]
-        if not possible:
-            raise ValueError(
-                f"align must leave the cost within 2%, which no rounding of {counts} tokens and "
-                f"{num_prefix} prefix tokens does, got {multiple}"
-            )
-
-        def change(rounded: tuple[int, ...]) -> int:
-            return sum(abs(a - b) for a, b in zip(rounded, counts, strict=True))
-
-        best = min(possible, key=change)
-        return KeepSchedule(self.blocks, tuple(count / num_tokens for count in best))
 
     def counts(self, num_tokens: int) -> tuple[int, ...]:
         """Patch tokens kept after each stage, `floor(ratio * num_tokens)`.

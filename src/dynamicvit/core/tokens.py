@@ -27,7 +27,8 @@ class Tokens(NamedTuple):
         num_prefix: P; class, distillation and register tokens. They always stay.
         grid: rows and columns of patches in the whole image.
         rope: rotary embeddings of the patch tokens, [L, B, H, N, D]. L (blocks), B and H (heads)
-            are 1 where they share them. None for models without.
+            are 1 where they share them. Where blocks have their own, these are of the last L
+            blocks. None for models without.
         positions: [B, N] int64, where each patch token lies in the grid, row by row. None while all
             are there in order, and for merged tokens, which have no place in the grid.
         keep: [B, N] float, 1 for tokens that stay and 0 for blocked ones. None: all stay.
@@ -54,15 +55,21 @@ class Tokens(NamedTuple):
         """N."""
         return self.x.shape[1] - self.num_prefix
 
-    def take(self, kept_BK: Tensor) -> Tokens:
+    def take(self, kept_BK: Tensor, blocks_left: int = 0) -> Tokens:
         """The patch tokens at `kept_BK` (along N), with all that belongs to each of them.
 
         A bias, which belongs to pairs of tokens, is left to the path.
+
+        Args:
+            kept_BK: int64.
+            blocks_left: how many blocks the tokens still pass. Rotary embeddings of earlier ones
+                are left out. 0 keeps those of all.
         """
         prefix = torch.arange(self.num_prefix, device=kept_BK.device).expand(kept_BK.shape[0], -1)
+        rope = self.rope if self.rope is None else self.rope[-blocks_left:]
         return self._replace(
             x=gather_tokens(self.x, torch.cat([prefix, kept_BK + self.num_prefix], dim=1)),
-            rope=None if self.rope is None else gather_rope(self.rope, kept_BK),
+            rope=None if rope is None else gather_rope(rope, kept_BK),
             keep=None if self.keep is None else gather_tokens(self.keep, kept_BK),
             size=None if self.size is None else gather_tokens(self.size, kept_BK),
             bias=None,

@@ -20,6 +20,7 @@ from timm.models.vision_transformer import (
 from torch import Tensor, nn
 
 from dynamicvit.core.backbones import register
+from dynamicvit.core.backbones.base import count_weights
 from dynamicvit.core.backbones.vit import ViTAdapter
 
 # What the published models divide their residual branches by, by their depth.
@@ -115,6 +116,10 @@ class LVViTAdapter(ViTAdapter):
     ) -> tuple[Tensor, Tensor]:
         features = VisionTransformer.forward_head(model, x, pre_logits=True)
         return model.head(features), model.aux_head(x[:, model.num_prefix_tokens :])
+
+    def head_macs(self, model: Any, tokens: int) -> float:
+        patches = tokens - model.num_prefix_tokens
+        return super().head_macs(model, tokens) + patches * count_weights(model.aux_head)
 
 
 register(LVViTAdapter())

@@ -9,6 +9,7 @@ from typing import Any
 import timm
 from timm.models import register_model
 
+from dynamicvit.core.backbones import adapter_of
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.schedule import KeepSchedule
 
@@ -45,7 +46,7 @@ def _entrypoint(backbone: str) -> Callable[..., SparseViT]:
         dense: Any = timm.create_model(backbone, pretrained=pretrained, **kwargs)
         if schedule is None:
             ratio = 0.7 if keep_ratio is None else keep_ratio
-            schedule = KeepSchedule.from_keep_ratio(ratio, depth=len(dense.blocks))
+            schedule = KeepSchedule.from_keep_ratio(ratio, depth=adapter_of(dense).depth(dense))
         return SparseViT(dense, schedule)
 
     create.__name__ = create.__qualname__ = f"dynamicvit_{backbone}"

@@ -201,8 +201,7 @@ def _draw(run: Run, images: Tensor) -> Draws:
     """What the step draws for its global batch."""
     stages, tokens = 0, 0
     if isinstance(run.student, SparseViT):
-        height, width = images.shape[-2:]
-        grid = run.student.backbone.patch_embed.dynamic_feat_size((height, width))
+        grid = run.student.adapter.grid(run.student.backbone, images.shape)
         stages, tokens = len(run.student.schedule.blocks), math.prod(grid)
     seed = seed_of(run.config.seed, "step", run.epoch, run.seen)
     return Draws.of_step(run.layout, seed, stages, tokens, len(run.drop_paths), images.device)

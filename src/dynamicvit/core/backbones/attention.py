@@ -14,7 +14,7 @@ from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
-from dynamicvit.core.backbones.base import Backbone, UnsupportedBackbone
+from dynamicvit.core.backbones.base import Backbone, UnsupportedBackbone, block_rope
 from dynamicvit.core.tokens import Tokens, key_bias
 
 # Blocks that normalise, then attend; and attention whose queries and keys can be read.
@@ -55,7 +55,7 @@ def class_attention(model: Backbone, index: int, tokens: Tokens) -> Tensor:
     rope = tokens.rope
     if rope is not None:  # prefix tokens, the class token among them, are not rotated
         prefix, patches = keys.split([attn.num_prefix_tokens, rope.shape[3]], dim=2)
-        layer = rope[index if len(rope) > 1 else 0]
+        layer = block_rope(model, index, rope)
         rotated = apply_rot_embed_cat(patches, layer, half=attn.rotate_half)
         keys = torch.cat([prefix, rotated.type_as(prefix)], dim=2)
     groups = query.shape[1] // keys.shape[1]  # query heads that share a head of keys

@@ -8,7 +8,7 @@ Axes: B images, N patch tokens, P prefix tokens, C channels, K kept tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
@@ -120,10 +120,34 @@ class Adapter:
         """How many blocks the model has."""
         return len(model.blocks)
 
-    def grid(self, model: Backbone, images: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches in images of this size."""
-        rows, columns = model.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
+    def num_patches(self, model: Backbone) -> int | None:
+        """How many patches an image has. None for a model of images of any size."""
+        number: int | None = model.patch_embed.num_patches
+        return number
+
+    def grid(self, model: Backbone, size: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of patches in images of this size: [..., H, W] pixels."""
+        rows, columns = model.patch_embed.dynamic_feat_size((size[-2], size[-1]))
         return rows, columns
+
+    def block_macs(self, model: Backbone) -> tuple[float, float]:
+        """Multiply-adds of a block, for each token and for each pair of tokens: mean over blocks.
+
+        Norms and activations are not counted.
+        """
+        # Every matrix of a block meets every token once; attention, each pair of tokens twice.
+        attentions = sum(hasattr(module, "fused_attn") for module in model.blocks.modules())
+        depth = len(model.blocks)
+        return count_weights(model.blocks) / depth, 2 * attentions * model.embed_dim / depth
+
+    def head_macs(self, model: Backbone, tokens: int) -> float:
+        """Multiply-adds of the head for an image with this many tokens at the end."""
+        heads = model.get_classifier()
+        macs = sum(map(count_weights, heads if isinstance(heads, tuple) else (heads,)))
+        pool = getattr(model, "attn_pool", None)
+        if isinstance(pool, nn.Module):  # its queries are few, and kept tokens are its keys
+            macs += count_weights(pool) + count_weights(cast(nn.Module, pool.kv)) * (tokens - 1)
+        return macs
 
     def embed(self, model: Backbone, images: Tensor) -> Tokens:
         """Images [B, in_chans, H, W] → tokens, absolute positions added.
@@ -136,7 +160,7 @@ class Adapter:
         """Tokens through one of timm's own blocks: [B, P + N, C]."""
         options: dict[str, Any] = {"attn_mask": tokens.bias}
         if tokens.rope is not None:
-            options["rope"] = tokens.rope[block if len(tokens.rope) > 1 else 0]
+            options["rope"] = block_rope(model, block, tokens.rope)
         module = model.blocks[block]
         if model.grad_checkpointing and model.training:
             return checkpoint_block(module, tokens.x, **options)
@@ -176,6 +200,16 @@ class Adapter:
             case "avgmax":
                 pooled = 0.5 * (_masked_max(x, keep_BN) + masked_mean(x, keep_BN))
         return model.head(model.head_drop(model.fc_norm(pooled))), tokens
+
+
+def block_rope(model: Backbone, block: int, rope: Tensor) -> Tensor:
+    """The rotary embeddings [B, H, N, D] of one block, out of those of `Tokens.rope`."""
+    return rope[block - len(model.blocks) if len(rope) > 1 else 0]
+
+
+def count_weights(module: nn.Module) -> int:
+    """Elements of a module's matrices: its multiply-adds for one token."""
+    return sum(weight.numel() for weight in module.parameters() if weight.ndim == 2)
 
 
 def unsupported(model: nn.Module, reason: str) -> UnsupportedBackbone:

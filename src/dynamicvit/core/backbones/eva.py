@@ -28,4 +28,4 @@ class EvaAdapter(Adapter):
         x, rope = eva._pos_embed(eva.patch_embed(images))
         if rope is not None:  # one layout for all kinds: [L, B, H, N, D]
             rope = rope[:, None] if eva.rope_mixed else rope[None, None, None]
-        return Tokens(eva.norm_pre(x), eva.num_prefix_tokens, self.grid(model, images), rope)
+        return Tokens(eva.norm_pre(x), eva.num_prefix_tokens, self.grid(model, images.shape), rope)

@@ -20,7 +20,7 @@ class ViTAdapter(Adapter):
 
     def embed(self, model: Backbone, images: Tensor) -> Tokens:
         x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
-        return Tokens(x, model.num_prefix_tokens, self.grid(model, images))
+        return Tokens(x, model.num_prefix_tokens, self.grid(model, images.shape))
 
 
 class DistilledAdapter(ViTAdapter):

@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple, Self
 from torch import Tensor, nn
 
 from dynamicvit.core.backbones import Adapter, Backbone
+from dynamicvit.core.backbones.base import count_weights
 from dynamicvit.core.tokens import Tokens
 
 
@@ -71,6 +72,11 @@ class Selector(nn.Module):
 
     def set_keep_prior(self, probability: float) -> None:
         """Start from tokens being kept with this probability, if that can be learned."""
+
+    def macs(self, model: Backbone, tokens: int) -> float:
+        """Multiply-adds for an image with this many patch tokens."""
+        of_block = model.embed_dim**2 if self.reads_blocks else 0  # keys of all tokens
+        return tokens * (count_weights(self) + of_block)
 
     def fused(self) -> Selector:
         """Its inference form: the same up to rounding, in fewer operations."""

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from dynamicvit.core.backbones import Backbone
+from dynamicvit.core.backbones import Backbone, adapter_of
 from dynamicvit.core.backbones.attention import check_attention, class_attention
 from dynamicvit.core.selectors.base import Selector, Stage, check_probability, require_stage
 
@@ -45,10 +45,18 @@ class StaticScorer(Selector):
 
     @classmethod
     def create(cls, model: Backbone) -> Self:
-        num_tokens = model.patch_embed.num_patches
+        num_tokens = adapter_of(model).num_patches(model)
         if num_tokens is None:
             raise ValueError("scorer must not be static for images of any size, got 'static'")
         return cls(num_tokens)
+
+    def check(self, model: Backbone) -> None:
+        num_tokens = adapter_of(model).num_patches(model)
+        if num_tokens not in (None, len(self.weight)):
+            raise ValueError(
+                f"scorers must be for images of {num_tokens} patches, got one for "
+                f"{len(self.weight)}"
+            )
 
     def forward(
         self, x_BNC: Tensor, keep_BN: Tensor | None = None, stage: Stage | None = None
