@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -38,25 +39,35 @@ def count_gmacs(model: nn.Module, input_size: tuple[int, int, int]) -> float:
         raise ValueError(f"model must have parameters, got {type(model).__name__} without any")
     like = next(model.parameters())
     image = torch.zeros(1, *input_size, device=like.device, dtype=like.dtype)
-    modes = [(module, module.training) for module in model.modules()]
     # torch's counter follows what requires a gradient, and fails on an expanded parameter.
     learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     try:
         # Plain attention is made of operations that the counter knows on every device.
         with (
+            in_eval_mode(model),
             torch.no_grad(),
             sdpa_kernel(SDPBackend.MATH),
             FlopCounterMode(display=False) as counter,
         ):
-            model.eval()(image)
+            model(image)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"input_size must be one that {type(model).__name__} takes, got {input_size!r}: {error}"
         ) from error
     finally:
-        for module, training in modes:
-            module.training = training
         for parameter in learnt:
             parameter.requires_grad_()
     return counter.get_total_flops() / 2 / 1e9
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards each module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

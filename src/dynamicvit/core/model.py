@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynamicvit.core.backbones import Backbone, adapter_of
-from dynamicvit.core.backbones.base import check_pooling
 from dynamicvit.core.budget import Budget
+from dynamicvit.core.levels import KEEP_RATIOS, Calibration, Levels, check_levels, plan
+from dynamicvit.core.macs import in_eval_mode
 from dynamicvit.core.paths import Masked, Path, Pruned
 from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.core.selectors import Selector, Stage, check_name, create
+from dynamicvit.core.timm_model import TimmModel
 from dynamicvit.core.tokens import Tokens, keep_mask
 
 if TYPE_CHECKING:
@@ -59,7 +62,7 @@ class Choice(NamedTuple):
     keep: Tensor | None
 
 
-class SparseViT(nn.Module):
+class SparseViT(TimmModel):
     """A vision transformer whose uninformative patch tokens leave on the way.
 
     Made by `sparsify`; `forward` really removes tokens, `masked` only blocks them (for training).
@@ -103,6 +106,8 @@ class SparseViT(nn.Module):
         self.scorers = nn.ModuleList(scorers).train(model.training)
         self.schedule = schedule
         self.training = model.training
+        self.calibration: Calibration | None = None
+        self.levels: Levels | None = None
 
     # One loop, and the ways to call it.
 
@@ -116,12 +121,37 @@ class SparseViT(nn.Module):
         Returns:
             The tokens after the final norm, and what each stage chose.
         """
-        adapter, model = self.adapter, self.backbone
-        adapter.check_images(model, images)
-        tokens = adapter.embed(model, images)
+        tokens = self._embed(images)
         counts = self.schedule.counts(tokens.num_patches)
+        tokens, choices = self._run_blocks(tokens, path, counts)
+        return self._norm(tokens), choices
+
+    def _embed(self, images: Tensor) -> Tokens:
+        self.adapter.check_images(self.backbone, images)
+        return self.adapter.embed(self.backbone, images)
+
+    def _norm(self, tokens: Tokens) -> Tokens:
+        return tokens._replace(x=self.adapter.norm(self.backbone, tokens.x))
+
+    def _run_blocks(
+        self,
+        tokens: Tokens,
+        path: Path,
+        counts: Sequence[int],
+        start: int = 0,
+        end: int | None = None,
+    ) -> tuple[Tokens, list[Choice]]:
+        """The blocks from `start` on, before `end`, and the stages before them.
+
+        Args:
+            tokens: what arrives.
+            path: how decisions are carried out.
+            counts: patch tokens to keep at each stage from `start` on.
+            start, end: indices of blocks. All by default.
+        """
+        adapter, model = self.adapter, self.backbone
         choices: list[Choice] = []
-        for block in range(adapter.depth(model)):
+        for block in range(start, adapter.depth(model) if end is None else end):
             if block in self.schedule.blocks:
                 number = len(choices)
                 draws = path.noise(number)
@@ -130,7 +160,28 @@ class SparseViT(nn.Module):
                 tokens, scores = path.apply(stage, cast(Selector, self.scorers[number]))
                 choices.append(Choice(scores, before, tokens.positions, tokens.keep))
             tokens = tokens._replace(x=path.run_block(adapter, model, block, tokens))
-        return tokens._replace(x=adapter.norm(model, tokens.x)), choices
+        return tokens, choices
+
+    def _run_levels(
+        self, images: Tensor, levels: Levels, trace: bool = False
+    ) -> Iterator[tuple[Tensor, Tokens, list[Choice]]]:
+        """Images of each level together: their places in the batch, then as `run` for these.
+
+        All images run together up to the first stage. Its scores decide the level of each.
+        """
+        first = self.schedule.blocks[0]
+        tokens, _ = self._run_blocks(self._embed(images), Pruned(), (), 0, first)
+        scorer = cast(Selector, self.scorers[0])
+        stage = Stage(0, first, tokens.num_patches, tokens, self.backbone, self.adapter)
+        scores = cast(Tensor, scorer(tokens.patches, None, stage))
+        level = levels.of(scorer.difficulty(scores))
+        for number, schedule in enumerate(levels.schedules):
+            rows = (level == number).nonzero().squeeze(1)
+            if len(rows) or not len(images):
+                path = Pruned(trace, scores[rows])
+                counts = schedule.counts(tokens.num_patches)
+                some, choices = self._run_blocks(tokens.of_images(rows), path, counts, first)
+                yield rows, self._norm(some), choices
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify, with tokens really leaving.
@@ -145,10 +196,25 @@ class SparseViT(nn.Module):
         Raises:
             TypeError, ValueError: if `images` has the wrong type, rank, channels or size.
         """
-        return self.forward_head(self.forward_features(images))
+        if self.levels is None:
+            return self.forward_head(self.forward_features(images))
+        parts = [
+            (rows, self.forward_head(final.x))
+            for rows, final, _ in self._run_levels(images, self.levels)
+        ]
+        return _in_order(parts)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Prefix and kept patch tokens after the final norm: [B, P + K, C]."""
+        """Prefix and kept patch tokens after the final norm: [B, P + K, C].
+
+        Raises:
+            TypeError, ValueError: as `forward`; and where each image has its own budget, which one
+                tensor cannot hold.
+        """
+        if self.levels is not None:
+            raise TypeError(
+                "forward_features needs one budget for all images, got a model with per_image=True"
+            )
         return self.run(images, Pruned())[0].x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -158,12 +224,36 @@ class SparseViT(nn.Module):
     def pruned(self, images: Tensor) -> SparseOutput:
         """`forward`, and also says which tokens stayed. Arguments and errors as there.
 
+        Where each image has its own budget, `tokens` are filled up with zeros at the end.
+
         >>> import timm
         >>> sparse = sparsify(timm.create_model("vit_tiny_patch16_224"), keep_ratio=0.7).eval()
         >>> [int(keep.sum()) for keep in sparse.pruned(torch.randn(1, 3, 224, 224)).keep]
         [137, 96, 67]
         """
-        final, choices = self.run(images, Pruned(trace=True))
+        if self.levels is None:
+            return self._output(*self.run(images, Pruned(trace=True)))
+        found = [
+            (rows, self._output(final, choices))
+            for rows, final, choices in self._run_levels(images, self.levels, trace=True)
+        ]
+        most = max(output.tokens.shape[1] for _, output in found)
+
+        def fill(tokens: Tensor) -> Tensor:
+            return F.pad(tokens, (0, 0, 0, most - tokens.shape[1]))
+
+        stages = range(len(self.schedule.blocks))
+        return SparseOutput(
+            _in_order([(rows, output.logits) for rows, output in found]),
+            _in_order([(rows, fill(output.tokens)) for rows, output in found]),
+            tuple(_in_order([(rows, out.keep[stage]) for rows, out in found]) for stage in stages),
+            tuple(
+                _in_order([(rows, out.scores[stage]) for rows, out in found]) for stage in stages
+            ),
+        )
+
+    def _output(self, final: Tokens, choices: list[Choice]) -> SparseOutput:
+        """What `pruned` returns, from what `run` returned."""
         tokens = self.adapter.masked_head(self.backbone, final.x)[1]
         num_tokens = final.grid[0] * final.grid[1]
         keep, scores = [], []
@@ -194,7 +284,7 @@ class SparseViT(nn.Module):
         varies from image to image. In `eval()` the best are kept, the same tokens as in `pruned`,
         up to rounding and ties between scores. Scorers that only rank (class attention, random)
         keep their best in both modes, and gradients go to the backbone alone. Random ones draw
-        anew in each call.
+        anew in each call. Where each image has its own budget, the tokens of `pruned` are kept.
 
         Args:
             images: as for `forward`.
@@ -228,6 +318,8 @@ class SparseViT(nn.Module):
         for name, values in (("decisions", decisions), ("noise", noise)):
             if values is not None:
                 self._check_stages(name, values, len(images), rows * columns)
+        if self.levels is not None and decisions is None:
+            decisions = self.pruned(images).keep
         final, choices = self.run(images, path(self.training, decisions, noise, temperature))
         logits, tokens = self.adapter.masked_head(self.backbone, final.x, final.keep)
         return SparseOutput(
@@ -243,6 +335,7 @@ class SparseViT(nn.Module):
         *,
         schedule: KeepSchedule | None = None,
         gmacs: float | None = None,
+        per_image: bool = False,
     ) -> SparseViT:
         """The same model at another budget. Backbone and scorers are shared, not copied.
 
@@ -255,6 +348,9 @@ class SparseViT(nn.Module):
                 order.
             gmacs: billions of multiply-adds an image. The result is the model that keeps most
                 tokens within them, with one keep ratio for all of its stages.
+            per_image: easy images keep fewer tokens and difficult ones more, so that the mean over
+                the images of `calibrate` costs what `keep_ratio` or `gmacs` says. An image's answer
+                does not depend on the batch that it is in.
 
         Raises:
             TypeError, ValueError: naming the argument and what was got.
@@ -286,7 +382,57 @@ class SparseViT(nn.Module):
             )
         other = SparseViT(self.backbone, schedule, scorers)
         other.training = self.training  # not train(): the shared parts stay as they are
+        other.calibration = self.calibration
+        if per_image:
+            if given["schedule"] is not None:
+                raise ValueError("per_image goes with keep_ratio or gmacs, got schedule")
+            if self.calibration is None:
+                raise ValueError("per_image needs a call of calibrate(images) before, got none")
+            other.levels = plan(self.calibration, schedule, self.budget())
         return other
+
+    def calibrate(
+        self, images: Tensor | Iterable[Tensor], keep_ratios: Sequence[float] = KEEP_RATIOS
+    ) -> None:
+        """Measure how well each level serves easy and difficult images, for `at(per_image=True)`.
+
+        No labels are needed: answers are compared with those of this model when it keeps all
+        tokens. The result is saved with the model.
+
+        Args:
+            images: [M, C, H, W] as for `forward`, or batches of such. Some hundreds of the images
+                that the model will see.
+            keep_ratios: of the levels, growing, each in (0, 1]. Few, and far apart: images of one
+                level go on as one batch.
+
+        Raises:
+            TypeError, ValueError: naming the argument and what was got, or if the scorers do not
+                tell images apart.
+        """
+        ratios = check_levels(keep_ratios)
+        if self.num_classes == 0:
+            raise ValueError("calibrate needs a model with classes, got num_classes 0")
+        if not isinstance(images, Iterable):
+            raise TypeError(
+                f"images must be a tensor or batches of them, got {type(images).__name__}"
+            )
+        scorer = cast(Selector, self.scorers[0])
+        scorer.difficulty(torch.ones(1, 1))  # refuses here, not after the first batch
+        models = [self.at(keep_ratio=ratio) for ratio in ratios]
+        full = models[-1] if ratios[-1] == 1 else self.at(keep_ratio=1.0)
+        difficulty, losses = [], []
+        with in_eval_mode(self), torch.no_grad():
+            for batch in images.split(64) if isinstance(images, Tensor) else images:
+                target = full(batch).float().log_softmax(-1)
+                outputs = [model.pruned(batch) for model in models]
+                difficulty.append(scorer.difficulty(outputs[0].scores[0]).cpu())
+                answers = [output.logits.float().log_softmax(-1) for output in outputs]
+                each = [(target.exp() * (target - answer)).sum(-1) for answer in answers]
+                losses.append(torch.stack(each, dim=1).cpu())
+        count = sum(map(len, difficulty))
+        if count < 2:
+            raise ValueError(f"images must be 2 or more, got {count}")
+        self.calibration = Calibration.of(ratios, torch.cat(difficulty), torch.cat(losses))
 
     def budget(self) -> Budget:
         """What schedules of this model cost. Raises ValueError for images of any size."""
@@ -379,72 +525,6 @@ class SparseViT(nn.Module):
             class_names=class_names,
         )
 
-    # What timm's tools look for.
-
-    @property
-    def num_classes(self) -> int:
-        return self.backbone.num_classes
-
-    @property
-    def num_features(self) -> int:
-        return self.backbone.num_features
-
-    @property
-    def head_hidden_size(self) -> int:
-        return self.backbone.head_hidden_size
-
-    @property
-    def embed_dim(self) -> int:
-        return self.backbone.embed_dim
-
-    @property
-    def in_chans(self) -> int:
-        return self.backbone.in_chans
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        return self.backbone.num_prefix_tokens
-
-    @property
-    def global_pool(self) -> str:
-        return self.backbone.global_pool
-
-    @property
-    def patch_embed(self) -> nn.Module:
-        return self.backbone.patch_embed
-
-    @property
-    def _traits(self) -> dict[str, Any]:  # where timm looks up the input size
-        return getattr(self.backbone, "_traits", {})
-
-    @property
-    def pretrained_cfg(self) -> dict[str, Any]:
-        return getattr(self.backbone, "pretrained_cfg", {})
-
-    @property
-    def default_cfg(self) -> dict[str, Any]:
-        return self.pretrained_cfg
-
-    def get_classifier(self) -> nn.Module:
-        return self.backbone.get_classifier()
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classification head (and, if given, the pooling).
-
-        Raises:
-            TypeError, ValueError, UnsupportedBackbone: naming the argument and what was got.
-        """
-        if not isinstance(num_classes, int) or isinstance(num_classes, bool):
-            raise TypeError(f"num_classes must be an integer, got {num_classes!r}")
-        if num_classes < 0:
-            raise ValueError(f"num_classes must be 0 or more, got {num_classes}")
-        if global_pool is not None:
-            check_pooling(global_pool)
-        try:
-            self.backbone.reset_classifier(num_classes, global_pool)
-        except AssertionError as error:
-            raise ValueError(f"global_pool does not fit: {error} Got {global_pool!r}") from error
-
     def fuse(self) -> SparseViT:
         """A copy for inference, in eval mode, whose scorers take fewer operations.
 
@@ -455,42 +535,6 @@ class SparseViT(nn.Module):
         for stage, scorer in enumerate(fused.scorers):
             fused.scorers[stage] = cast(Selector, scorer).fused().eval()
         return fused
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.backbone.set_grad_checkpointing(enable)
-
-    def set_input_size(self, img_size: tuple[int, int]) -> None:
-        """Change the input height and width in pixels; timm resamples position embeddings.
-
-        Raises:
-            TypeError, ValueError: unless `img_size` is two integers, multiples of the patch size.
-        """
-        if not (
-            isinstance(img_size, Sequence)
-            and len(img_size) == 2
-            and all(isinstance(side, int) and not isinstance(side, bool) for side in img_size)
-        ):
-            raise TypeError(f"img_size must be two integers (height, width), got {img_size!r}")
-        height, width = cast(tuple[int, int], self.backbone.patch_embed.feat_ratio(as_scalar=False))
-        if any(
-            side < 1 or side % patch for side, patch in zip(img_size, (height, width), strict=True)
-        ):
-            raise ValueError(
-                f"img_size must be multiples of the patch size {height}×{width}, got {img_size!r}"
-            )
-        self.backbone.set_input_size(img_size=img_size)
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """How timm's optimisers find layers, for a learning rate that decays with depth."""
-        tokens = "cls_token|dist_token|reg_token|pos_embed|patch_embed|norm_pre|rope"
-        return {
-            "stem": rf"^backbone\.(?:{tokens})",
-            "blocks": [(r"^backbone\.blocks\.(\d+)", None), (r".*", (99999,))],
-        }
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay should leave alone."""
-        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
 
 
 def sparsify(
@@ -556,6 +600,12 @@ def _check_scorers(scorers: list[Any], model: Backbone, stages: int) -> None:
     if len({scorer.merges for scorer in scorers}) > 1:
         kinds = ", ".join(type(scorer).__name__ for scorer in scorers)
         raise TypeError(f"scorers must all choose tokens or all merge them, got {kinds}")
+
+
+def _in_order(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Rows of several parts in one tensor, each at the place that comes with it."""
+    places = torch.cat([rows for rows, _ in parts])
+    return torch.cat([values for _, values in parts])[places.argsort()]
 
 
 def _check_masked_dtype(images: Tensor) -> None:

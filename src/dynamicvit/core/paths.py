@@ -6,6 +6,7 @@ Axes: B images, N patch tokens, P prefix tokens, C channels, K kept tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,17 +45,21 @@ class Pruned(Path):
 
     Args:
         trace: ask every selector. Without it, a stage that keeps all its tokens asks none.
+        scores: of the first stage, [B, N], if they are known.
     """
 
-    def __init__(self, trace: bool = False) -> None:
+    def __init__(self, trace: bool = False, scores: Tensor | None = None) -> None:
         self.trace = trace
+        self.scores = scores
 
     def apply(self, stage: Stage, selector: Selector) -> tuple[Tokens, Tensor | None]:
         tokens = stage.tokens
         all_stay = stage.num_kept >= tokens.num_patches
         if all_stay and (selector.merges or not self.trace):
             return tokens, None
-        given = selector(tokens.patches, None, stage)
+        given: Any = self.scores if stage.number == 0 else None
+        if given is None:
+            given = selector(tokens.patches, None, stage)
         if not selector.merges:
             left = stage.adapter.depth(stage.model) - stage.block
             return tokens.take(topk_keep(given, stage.num_kept), left), given

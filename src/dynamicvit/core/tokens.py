@@ -55,6 +55,13 @@ class Tokens(NamedTuple):
         """N."""
         return self.x.shape[1] - self.num_prefix
 
+    def of_images(self, rows: Tensor) -> Tokens:
+        """The tokens of some images: int64 rows of the batch. Before any stage, so no bias."""
+        return self._replace(
+            x=self.x[rows],
+            rope=self.rope if self.rope is None or self.rope.shape[1] == 1 else self.rope[:, rows],
+        )
+
     def take(self, kept_BK: Tensor, blocks_left: int = 0) -> Tokens:
         """The patch tokens at `kept_BK` (along N), with all that belongs to each of them.
 

@@ -73,6 +73,18 @@ class Selector(nn.Module):
     def set_keep_prior(self, probability: float) -> None:
         """Start from tokens being kept with this probability, if that can be learned."""
 
+    def difficulty(self, scores_BN: Tensor) -> Tensor:
+        """[B]: the share of its tokens that an image needs, by what this selector gave for it.
+
+        Raises:
+            TypeError: if this selector does not tell images apart.
+        """
+        if not self.log_odds:
+            raise TypeError(
+                f"per_image needs scores that tell images apart, {type(self).__name__} has none"
+            )
+        return scores_BN.float().sigmoid().mean(dim=1)
+
     def macs(self, model: Backbone, tokens: int) -> float:
         """Multiply-adds for an image with this many patch tokens."""
         of_block = model.embed_dim**2 if self.reads_blocks else 0  # keys of all tokens

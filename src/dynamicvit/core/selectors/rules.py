@@ -73,6 +73,9 @@ class StaticScorer(Selector):
             return scores.expand(x_BNC.shape[0], -1)
         return scores[tokens.positions]
 
+    def difficulty(self, scores_BN: Tensor) -> Tensor:
+        raise TypeError("per_image needs scores that tell images apart, a static mask has none")
+
     @torch.no_grad()
     def set_keep_prior(self, probability: float) -> None:
         check_probability(probability)
@@ -98,3 +101,8 @@ class ClassAttentionScorer(Selector):
         """[B, N] shares of attention."""
         at = require_stage(self, stage)
         return class_attention(at.model, at.block, at.tokens)
+
+    def difficulty(self, scores_BN: Tensor) -> Tensor:
+        """Over how many tokens attention is spread, as a share of all: its perplexity over N."""
+        shares = scores_BN.float() / scores_BN.float().sum(dim=1, keepdim=True)
+        return torch.special.entr(shares).sum(dim=1).exp() / shares.shape[1]
