@@ -25,6 +25,20 @@ def _config(**options: Any) -> TrainConfig:
     ("group", "options", "message"),
     [
         (PruningOptions, {"keep_ratio": 2.0}, "keep_ratio must lie in"),
+        (PruningOptions, {"keep_ratios": [0.5]}, r"keep_ratios must be two growing .* \[0.5\]"),
+        (PruningOptions, {"keep_ratios": [0.5, 0.5]}, "keep_ratios must be two growing numbers"),
+        (PruningOptions, {"keep_ratios": [0.0, 0.5]}, "keep_ratios must be two growing numbers"),
+        (PruningOptions, {"keep_ratios": 0.5}, "keep_ratios must be two growing .* got 0.5"),
+        (
+            PruningOptions,
+            {"keep_ratios": [0.4, 1], "scorer": "random"},
+            "keep_ratios needs .* a scorer that learns, got scorer random",
+        ),
+        (
+            PruningOptions,
+            {"keep_ratios": [0.4, 1], "keep_ratio": None},
+            "keep_ratios needs sparse training .* keep_ratio None",
+        ),
         (AugmentationOptions, {"hflip": 2.0}, "hflip must lie in"),
         (OptimizationOptions, {"patience": 0}, "patience must be 1 or more, got 0"),
         (LossOptions, {"token_weight": -1.0}, "token_weight must be 0 or more"),

@@ -134,6 +134,7 @@ def launched(root: Path) -> Path:
     dense = {"keep_ratio": None}
     lvvit = {"model": str(root / "lvvit"), "warm_start": 2, "start_at_ratio": True}
     bad = [3, 4, 9]
+    budgets = {"keep_ratios": [0.4, 1.0]}  # tokens of all processes compete for a step's budget
     shards = {"data": "wds/tiny", "data_dir": str(root / "shards"), "workers": 1}
     for arguments in (
         {"options": _options(root, "one")},
@@ -141,6 +142,7 @@ def launched(root: Path) -> Path:
         {"options": _options(root, "one_dense", **dense)},
         {"options": _options(root, "one_lvvit", **lvvit)},
         {"options": _options(root, "one_bad"), "bad": bad},
+        {"options": _options(root, "one_budgets", **budgets)},
     ):
         worker.run(**cast(dict[str, Any], arguments))
     _launch(
@@ -154,6 +156,8 @@ def launched(root: Path) -> Path:
             {"options": _options(root, "dense", **half, **dense, shard=True)},
             {"options": _options(root, "lvvit", **half, **lvvit, shard=True)},
             {"options": _options(root, "bad", **half), "bad": bad},
+            {"options": _options(root, "budgets", **half, **budgets)},
+            {"options": _options(root, "budgets_fsdp", **half, **budgets, shard=True)},
             {"options": _options(root, "moved", **moved | half, shard=True), "stop": 7},
             {"options": _options(root, "streamed", **half | shards | {"epochs": 1})},
             {
@@ -186,6 +190,11 @@ def test_several_processes_are_one_with_the_same_global_batch(launched: Path, ki
     head = tiny_vit(num_classes=2).state_dict()["head.weight"]
     learnt = _last_state(launched / "one")["student"]["backbone.head.weight"]
     assert (learnt - head).abs().mean() > 50 * WEIGHT, "too little was learnt to be compared"
+
+
+@pytest.mark.parametrize("kind", ["budgets", "budgets_fsdp"])
+def test_the_budget_of_a_step_is_one_for_all_processes(launched: Path, kind: str) -> None:
+    _assert_same_run(launched / kind, launched / "one_budgets")
 
 
 @pytest.mark.parametrize("kind", ["accumulated", "accumulated_fsdp"])

@@ -13,6 +13,7 @@ from torch import Tensor
 from dynamicvit import SparseOutput
 from dynamicvit.training.losses import (
     LossWeights,
+    batch_threshold,
     cross_entropy,
     distillation_loss,
     kept_count,
@@ -53,6 +54,39 @@ def test_ratio_loss_pushes_towards_the_ratio() -> None:
     assert keep.grad is not None
     assert (keep.grad[0] < 0).all(), "too few are kept: more would lower the loss"
     assert (keep.grad[1] > 0).all(), "too many are kept"
+
+
+def test_the_ratio_of_a_batch_lets_images_differ() -> None:
+    keep = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]], requires_grad=True)
+    assert ratio_loss([keep], torch.tensor([0.5]), lambda share: share).item() == 0.0
+    assert ratio_loss([keep], [0.5]).item() == pytest.approx(0.25**2)
+    # Another process kept 0.7 where this one kept 0.5: the gradient is that of their mean.
+    ratio_loss([keep], [0.5], lambda share: (share + 0.7) / 2).backward()
+    assert keep.grad is not None
+    torch.testing.assert_close(keep.grad, torch.full_like(keep, 2 * 0.1 / 8))
+
+
+@given(SEEDS, st.floats(0.05, 1.0), st.floats(0.05, 0.95))
+def test_a_batch_as_a_whole_reaches_its_budget(seed: int, ratio: float, share: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = 3 * torch.randn(4, 25, generator=generator) + torch.arange(4.0)[:, None]
+    ratios = torch.tensor([ratio, ratio * share])
+    halves = scores.chunk(2)  # as two processes have them
+    threshold = batch_threshold(ratios, lambda own: own)
+    kept = scores >= threshold(0, scores, None)
+    asked = 100 if ratio == 1.0 else max(1, round(float(ratios[0]) * 100))
+    assert kept.sum() == asked
+    again = kept & (scores >= threshold(1, scores, kept.float()))
+    assert again.sum() == max(1, round(float(ratios[1]) * 100))
+    gathered = batch_threshold(ratios, lambda _: scores)(0, halves[0], None)
+    assert gathered == threshold(0, scores, None)
+
+
+def test_a_budget_larger_than_what_is_left_keeps_what_is_left() -> None:
+    scores = torch.tensor([[3.0, 1.0, 2.0, 0.0]])
+    keep = torch.tensor([[1.0, 0.0, 1.0, 0.0]])
+    assert batch_threshold(torch.tensor([0.75]), lambda own: own)(0, scores, keep) == 2.0
+    assert batch_threshold(torch.tensor([1.0]), lambda own: own)(0, scores, None) == -20.0
 
 
 def test_cross_entropy_takes_classes_and_probabilities() -> None:

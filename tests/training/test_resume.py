@@ -48,6 +48,22 @@ def test_a_run_goes_on_from_its_own_config_and_says_where(
     assert [line["kind"] for line in _lines(output)] == [line["kind"] for line in before]
 
 
+def test_the_budgets_of_steps_come_again(options: dict[str, Any], tmp_path: Path) -> None:
+    options |= {"checkpoint_steps": 3, "keep_ratios": [0.4, 1.0], "log_steps": 1}
+    train(TrainConfig(**options | {"output": str(tmp_path / "whole")}))
+    with stopped_after(3), pytest.raises(Stopped):
+        train(TrainConfig(**options))
+    train(TrainConfig(**options), resume=True)
+    runs = [_lines(str(tmp_path / "whole")), _lines(options["output"])]
+    whole, resumed = (
+        [(line["ratios"], line["loss"]) for line in run if line["kind"] == "train"] for run in runs
+    )
+    assert whole == resumed
+    first = {ratios[0] for ratios, _ in whole}
+    assert (min(first), max(first)) == (pytest.approx(0.4), 1.0)
+    assert len(first) > 2
+
+
 def test_what_is_given_goes_before_the_run_s_own_config(
     options: dict[str, Any], tmp_path: Path
 ) -> None:

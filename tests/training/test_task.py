@@ -73,14 +73,33 @@ def test_a_step_is_finite_under_autocast(dtype: torch.dtype) -> None:
     assert all(grad.isfinite().all() for grad in grads)
 
 
-def test_a_training_step_compiles_whole_and_agrees() -> None:
+@pytest.mark.parametrize("kept_gradients", [False, True])
+def test_a_step_follows_the_budget_that_it_is_given(kept_gradients: bool) -> None:
+    student = sparsify(tiny_vit(img_size=64).train(), 0.7)
+    task = SparseTask(student, tiny_vit(img_size=64), kept_gradients=kept_gradients).train()
+    images = torch.randn(16, 3, 64, 64)
+    noise = [torch.full((16, 64), 0.5)] * 3  # no noise
+    for ratio in (1.0, 0.6, 0.3):
+        ratios = torch.tensor([ratio, ratio**2, ratio**3])
+        result = task(images, torch.arange(16) % 5, noise=noise, ratios=ratios)
+        torch.testing.assert_close(result["kept"], ratios, atol=2e-3, rtol=0)
+        assert result["ratio"] < 1e-5
+        assert torch.equal(result["ratios"], ratios)
+        result["loss"].backward()
+    for name, parameter in student.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("ratios", [None, torch.tensor([0.6, 0.4, 0.2])])
+def test_a_training_step_compiles_whole_and_agrees(ratios: torch.Tensor | None) -> None:
     task = _sparse_task()
     compiled = torch.compile(task, fullgraph=True, backend="aot_eager")
     losses = []
     for run in (task, compiled):
         torch.manual_seed(0)
         task.zero_grad()
-        result = run(IMAGES, LABELS)
+        result = run(IMAGES, LABELS, ratios=ratios)
         result["loss"].backward()
         losses.append((result["loss"].item(), _gradient(task)))
     assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
@@ -275,6 +275,7 @@ class SparseViT(TimmModel):
         *,
         noise: Sequence[Tensor] | None = None,
         temperature: float = 1.0,
+        threshold: Callable[[int, Tensor, Tensor | None], Tensor] | None = None,
         path: type[Masked] = Masked,
     ) -> SparseOutput:
         """Classify with every token present and dropped ones blocked inside attention.
@@ -294,6 +295,8 @@ class SparseViT(TimmModel):
             noise: uniform draws in [0, 1), one [B, N] tensor a stage, for the sampling and for
                 random scorers. By default they are drawn.
             temperature: of the sampling's relaxation, > 0. Low ones have sharper gradients.
+            threshold: gives, from a stage's number, its scores and the keep mask before it, what is
+                taken off log-odds before decisions are drawn from them. By default nothing.
             path: how blocked tokens are computed; training has a form that saves time.
 
         Raises:
@@ -320,7 +323,8 @@ class SparseViT(TimmModel):
                 self._check_stages(name, values, len(images), rows * columns)
         if self.levels is not None and decisions is None:
             decisions = self.pruned(images).keep
-        final, choices = self.run(images, path(self.training, decisions, noise, temperature))
+        how = path(self.training, decisions, noise, temperature, threshold)
+        final, choices = self.run(images, how)
         logits, tokens = self.adapter.masked_head(self.backbone, final.x, final.keep)
         return SparseOutput(
             logits,

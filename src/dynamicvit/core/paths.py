@@ -5,7 +5,7 @@ Axes: B images, N patch tokens, P prefix tokens, C channels, K kept tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -80,6 +80,8 @@ class Masked(Path):
         decisions: given instead, for each stage [B, N].
         noise: for each stage, [B, N] uniform draws.
         temperature: of the sampling's relaxation.
+        threshold: gives, from a stage's number, its scores and the keep mask before it ([B, N], or
+            None), what is taken off the scores before decisions are drawn. By default nothing.
     """
 
     def __init__(
@@ -88,11 +90,13 @@ class Masked(Path):
         decisions: Sequence[Tensor] | None = None,
         noise: Sequence[Tensor] | None = None,
         temperature: float = 1.0,
+        threshold: Callable[[int, Tensor, Tensor | None], Tensor] | None = None,
     ) -> None:
         self.sample = sample
         self.decisions = decisions
         self.given_noise = noise
         self.temperature = temperature
+        self.threshold = threshold
 
     def noise(self, stage: int) -> Tensor | None:
         return None if self.given_noise is None else self.given_noise[stage]
@@ -113,6 +117,8 @@ class Masked(Path):
         if self.decisions is not None:
             return self.decisions[stage.number].float()
         if self.sample and selector.log_odds:
+            if self.threshold is not None:
+                scores = scores - self.threshold(stage.number, scores, stage.tokens.keep)
             return sample_keep(scores, stage.noise, self.temperature)
         best = best_keep(scores, stage.num_kept, stage.tokens.keep)
         return straight_through(best, scores) if selector.log_odds else best

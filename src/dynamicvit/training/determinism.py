@@ -150,12 +150,14 @@ class Draws:
         seed: of the step.
         keep: [G, S, N] uniform, for keep decisions; S = 0 in dense training.
         paths: [G, D] uniform, for stochastic depth.
+        budget: uniform, for the budget of the step.
     """
 
     layout: Layout
     seed: int
     keep: Tensor
     paths: Tensor
+    budget: float = 0.0
 
     @classmethod
     def of_step(
@@ -167,7 +169,8 @@ class Draws:
             torch.rand(layout.total, *shape, generator=generator, device=device)
             for shape in ((stages, tokens), (paths,))
         )
-        return cls(layout, seed, keep, path)
+        budget = float(torch.rand((), generator=torch.Generator().manual_seed(seed)))
+        return cls(layout, seed, keep, path, budget)
 
     def apply(self, micro: int, drop_paths: list[KeyedDropPath]) -> dict[str, Any]:
         """Give a micro-batch's draws to `drop_paths`; returns those for the task.

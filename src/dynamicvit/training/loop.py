@@ -109,6 +109,8 @@ def step(run: Run, batches: Iterator[Batch], stop: bool) -> tuple[dict[str, Any]
         options = draws.apply(micro, run.drop_paths)
         if "noise" in options:
             options["temperature"] = run.temperature
+        if run.config.keep_ratios is not None:
+            options["ratios"] = _ratios(run.config.keep_ratios, draws)
         with gradients_summed(run.accelerator, run.task, now=micro == layout.accumulate - 1):
             with run.accelerator.autocast():
                 result = run.task(images, targets, **options)
@@ -205,6 +207,19 @@ def _draw(run: Run, images: Tensor) -> Draws:
         stages, tokens = len(run.student.schedule.blocks), math.prod(grid)
     seed = seed_of(run.config.seed, "step", run.epoch, run.seen)
     return Draws.of_step(run.layout, seed, stages, tokens, len(run.drop_paths), images.device)
+
+
+def _ratios(keep_ratios: list[float], draws: Draws) -> Tensor:
+    """The budget of a step: for each stage, the share of tokens that it keeps, [S].
+
+    A quarter of the steps have the largest ratio, a quarter the least, the others one in between.
+    """
+    least, most = keep_ratios
+    ratio = most if draws.budget < 0.25 else least
+    if draws.budget >= 0.5:
+        ratio = least + (most - least) * (2 * draws.budget - 1)
+    stages = draws.keep.shape[1]
+    return torch.tensor([ratio**stage for stage in range(1, stages + 1)], device=draws.keep.device)
 
 
 def _agree(

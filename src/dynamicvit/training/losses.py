@@ -54,18 +54,54 @@ def weigh_targets(targets: Tensor, class_weights: Tensor, label_smoothing: float
     return targets * class_weights
 
 
-def ratio_loss(keep: Sequence[Tensor], ratios: Sequence[float]) -> Tensor:
+def ratio_loss(
+    keep: Sequence[Tensor],
+    ratios: Sequence[float] | Tensor,
+    of_batch: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Squared distance between kept share and target ratio, mean over images, sum over stages.
 
     Args:
         keep: for each stage, [B, N] keep mask.
         ratios: for each stage, the share of tokens that should be kept.
+        of_batch: take the share of the whole batch instead, so that images may differ. It gives a
+            scalar's mean over the processes that share the batch.
     """
-    terms = [
-        (ratio - mask.float().mean(dim=1)).square().mean()
-        for mask, ratio in zip(keep, ratios, strict=True)
-    ]
+    terms = []
+    for mask, ratio in zip(keep, ratios, strict=True):
+        share = mask.float().mean(dim=1)
+        if of_batch is not None:
+            share = share.mean()
+            # The gradient that this process has a part in is that of the mean over all.
+            share = share + (of_batch(share.detach()) - share.detach())
+        terms.append((ratio - share).square().mean())
     return torch.stack(terms).sum()
+
+
+def batch_threshold(
+    ratios: Tensor, gather: Callable[[Tensor], Tensor]
+) -> Callable[[int, Tensor, Tensor | None], Tensor]:
+    """The score that so many tokens of a batch reach as a budget allows: for `SparseViT.masked`.
+
+    With it taken off, the same scores serve every budget. Tokens of all images compete, so an image
+    may keep more than another.
+
+    Args:
+        ratios: [S], for each stage the share of all tokens that should be kept.
+        gather: from scores [B, N], those of all processes that share the batch.
+    """
+
+    def threshold(stage: int, scores_BN: Tensor, keep_BN: Tensor | None) -> Tensor:
+        scores = scores_BN.detach().float()
+        if keep_BN is not None:
+            scores = scores.masked_fill(keep_BN < 0.5, float("-inf"))
+        ordered = gather(scores).flatten().sort(descending=True).values
+        last = (ratios[stage] * len(ordered)).round().long().clamp(1, len(ordered)) - 1
+        least = ordered.masked_fill(~ordered.isfinite(), float("inf")).min()
+        # Where all are to stay, noise must not drop the last ones: e⁻²⁰ is next to never.
+        return torch.maximum(ordered.gather(0, last[None])[0], least) - 20.0 * (ratios[stage] >= 1.0)
+
+    return threshold
 
 
 def logit_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -126,11 +162,12 @@ def distillation_loss(
     teacher_logits: Tensor,
     teacher_tokens: Tensor,
     targets: Tensor,
-    ratios: Sequence[float],
+    ratios: Sequence[float] | Tensor,
     weights: LossWeights = LossWeights(),
     label_smoothing: float = 0.0,
     token_loss: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = token_mse,
     count: Tensor | None = None,
+    of_batch: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The training objective with its breakdown.
 
@@ -148,6 +185,7 @@ def distillation_loss(
         count: what the token loss divides its sum by; by default the number of kept tokens. Where
             several processes share a batch, the mean over them of that number: then the mean of
             their losses is the loss of the whole batch.
+        of_batch: as for `ratio_loss`.
 
     Returns:
         Scalars `loss` (the weighted sum), `cross_entropy`, `ratio`, `logit_kl`, `token`
@@ -159,7 +197,7 @@ def distillation_loss(
     }
     loss = weights.cross_entropy * parts["cross_entropy"] + weights.logit_kl * parts["logit_kl"]
     if student.keep:
-        parts["ratio"] = ratio_loss(student.keep, ratios)
+        parts["ratio"] = ratio_loss(student.keep, ratios, of_batch)
         parts["token"] = token_loss(student.tokens, teacher_tokens, student.keep[-1], count)
         loss = loss + weights.ratio / len(ratios) * parts["ratio"] + weights.token * parts["token"]
     return {"loss": loss, **parts}

@@ -78,6 +78,9 @@ class PruningOptions:
     Args:
         keep_ratio: share of the tokens that each of three stages keeps; null trains the dense model
             itself.
+        keep_ratios: the least and the largest keep ratio that the model is trained for: one model
+            for every budget between them (`SparseViT.at`). Each step draws one. keep_ratio is then
+            what is validated and saved.
         align: round the numbers of kept tokens, prefix tokens included, to multiples of this. Some
             engines are faster then (docs/speed.md).
         blocks: prune before these blocks (counted from 0), with ratios, instead of keep_ratio.
@@ -95,6 +98,7 @@ class PruningOptions:
     """
 
     keep_ratio: float | None = 0.7
+    keep_ratios: list[float] | None = None
     align: int | None = None
     blocks: list[int] | None = None
     ratios: list[float] | None = None
@@ -118,6 +122,18 @@ class PruningOptions:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
         _check_integers(self, 0, "warm_start")
         self.check_learns("warm_start", self.warm_start)
+        if self.keep_ratios is not None:
+            self._check_keep_ratios(self.keep_ratios)
+
+    def _check_keep_ratios(self, given: Any) -> None:
+        growing = isinstance(given, list) and len(given) == 2 and all(map(_is_number, given))
+        if not growing or not 0 < given[0] < given[1] <= 1:
+            raise ValueError(f"keep_ratios must be two growing numbers in (0, 1], got {given!r}")
+        if not self.sparse or not SELECTORS[self.scorer].learns:
+            raise ValueError(
+                f"keep_ratios needs sparse training of a scorer that learns, got scorer "
+                f"{self.scorer} and keep_ratio {self.keep_ratio}"
+            )
 
     def check_learns(self, name: str, value: int | None) -> None:
         """Raise ValueError if an option is set that is about what the scorers learn, and they do

@@ -105,6 +105,7 @@ def create_task(
         )
         several = accelerator.num_processes > 1
         mean = partial(accelerator.reduce, reduction="mean") if several else None
+        gather = cast(Any, accelerator.gather) if several else None
         sparse = cast(SparseViT, student)
         task = SparseTask(
             sparse,
@@ -113,6 +114,7 @@ def create_task(
             config.label_smoothing,
             mean,
             kept_gradients=uses_kept_gradients(config, sparse, accelerator.device),
+            gather=gather,
         )
     task.to(accelerator.device)
     if config.compile:

@@ -18,6 +18,7 @@ from dynamicvit.core.tokens import best_keep
 from dynamicvit.training.kept_gradients import KeptGradients, KeptMasked
 from dynamicvit.training.losses import (
     LossWeights,
+    batch_threshold,
     cross_entropy,
     distillation_loss,
     kept_count,
@@ -93,6 +94,7 @@ class SparseTask(_WithTeacher):
             the token loss is the mean over the tokens that all of them keep.
         kept_gradients: leave out of the backward pass what dropped tokens receive (`KeptMasked`).
             It has no effect with torch.compile or gradient checkpointing.
+        gather: gives a tensor's rows of all the processes that share a batch.
     """
 
     def __init__(
@@ -103,12 +105,14 @@ class SparseTask(_WithTeacher):
         label_smoothing: float = 0.0,
         mean_over_processes: Callable[[Tensor], Tensor] | None = None,
         kept_gradients: bool = False,
+        gather: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(student, teacher, kept_gradients)
         self.weights = weights
         self.token_loss = token_kl if self.adapter.token_logits else token_mse
         self.label_smoothing = label_smoothing
         self.mean_over_processes = mean_over_processes
+        self.gather = gather
 
     def forward(
         self,
@@ -116,10 +120,14 @@ class SparseTask(_WithTeacher):
         targets: Tensor,
         noise: Sequence[Tensor] | None = None,
         temperature: float = 1.0,
+        ratios: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """images [B, C, H, W], targets [B] or [B, K] → loss, output, the four unweighted loss
         parts, and kept: [S] share of tokens kept at each stage. The rest as for
         `SparseViT.masked`.
+
+        Where `ratios` [S] are given, they are the budget of this step, in place of the student's
+        schedule: the batch as a whole keeps so many tokens (`batch_threshold`).
 
         A student that merges tokens runs as it will be used. It has the two losses on logits."""
         # Not inference_mode: torch.compile fails on a step that has it inside.
@@ -132,7 +140,13 @@ class SparseTask(_WithTeacher):
             student = SparseOutput(*head, (), ())
         else:
             path = KeptMasked if self._saves else Masked
-            student = self.student.masked(images, noise=noise, temperature=temperature, path=path)
+            student = self.student.masked(
+                images,
+                noise=noise,
+                temperature=temperature,
+                threshold=None if ratios is None else batch_threshold(ratios, self.gather or _own),
+                path=path,
+            )
         count = None
         if student.keep and self.mean_over_processes is not None:
             count = self.mean_over_processes(kept_count(student.keep[-1]))
@@ -141,16 +155,19 @@ class SparseTask(_WithTeacher):
             teacher_logits,
             teacher_tokens,
             targets,
-            self.student.schedule.ratios,
+            self.student.schedule.ratios if ratios is None else ratios,
             self.weights,
             self.label_smoothing,
             self.token_loss,
             count,
+            of_batch=None if ratios is None else self.mean_over_processes or _own,
         )
         result = {name: value.detach() for name, value in losses.items()}
         result |= {"loss": losses["loss"], "output": student.logits.detach()}
         if student.keep:
             result["kept"] = torch.stack([keep.detach().mean() for keep in student.keep])
+        if ratios is not None:
+            result["ratios"] = ratios
         return result
 
 
@@ -222,6 +239,11 @@ class WarmStartTask(_WithTeacher):
                 layer.fused_attn = value
                 handle.remove()
         return torch.stack(drawn)
+
+
+def _own(value: Tensor) -> Tensor:
+    """What processes together have, where there is one."""
+    return value
 
 
 def _attention(block: nn.Module) -> Any:
