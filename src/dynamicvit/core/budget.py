@@ -26,12 +26,19 @@ class Budget:
     Args:
         adapter, model: the backbone.
         selectors: one a stage.
+        squeeze: tokens that leave are merged into others.
 
     Raises:
         ValueError: if the model takes images of any size.
     """
 
-    def __init__(self, adapter: Adapter, model: Backbone, selectors: Sequence[Selector]) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        model: Backbone,
+        selectors: Sequence[Selector],
+        squeeze: bool = False,
+    ) -> None:
         num_patches = adapter.num_patches(model)
         if num_patches is None:
             raise ValueError(
@@ -39,7 +46,7 @@ class Budget:
                 f"{type(model).__name__} of any size"
             )
         self.adapter, self.model, self.selectors = adapter, model, selectors
-        self.num_patches = num_patches
+        self.num_patches, self.squeeze = num_patches, squeeze
         self.per_token, self.per_pair = adapter.block_macs(model)
         size = (model.in_chans, *model.patch_embed.img_size)
         self.embed = count_gmacs(copy.deepcopy(model.patch_embed).to("meta"), size)
@@ -57,6 +64,8 @@ class Budget:
         for selector, before, after in zip(self.selectors, present, counts, strict=False):
             if after < before:  # a stage that keeps all asks no selector
                 macs += selector.macs(self.model, before)
+                if self.squeeze:  # each token that leaves meets each that stays, twice
+                    macs += 2 * (before - after) * after * self.model.embed_dim
         return self.embed + macs / 1e9
 
     def within(self, gmacs: float, schedule: KeepSchedule) -> KeepSchedule:

@@ -73,6 +73,8 @@ class SparseViT(TimmModel):
         schedule: where tokens leave and how many stay.
         scorers: one selector a stage, or the name of a kind in
             `dynamicvit.core.selectors.SELECTORS`, of which new ones then serve.
+        squeeze: merge each token that leaves into its host, the most similar one that stays (dTPS,
+            arXiv 2304.10716).
 
     Raises:
         UnsupportedBackbone: if the backbone is not understood.
@@ -86,6 +88,7 @@ class SparseViT(TimmModel):
         backbone: nn.Module,
         schedule: KeepSchedule,
         scorers: Iterable[nn.Module] | str = "learned",
+        squeeze: bool = False,
     ) -> None:
         super().__init__()
         self.adapter = adapter_of(backbone)
@@ -102,9 +105,14 @@ class SparseViT(TimmModel):
             raise TypeError(f"scorers must be one selector a stage, got {scorers!r:.200}")
         scorers = list(scorers)
         _check_scorers(scorers, model, len(schedule.blocks))
+        if squeeze and scorers[0].merges:
+            raise ValueError(
+                f"squeeze needs scorers that choose tokens, got {type(scorers[0]).__name__}"
+            )
         self.backbone = model
         self.scorers = nn.ModuleList(scorers).train(model.training)
         self.schedule = schedule
+        self.squeeze = bool(squeeze)
         self.training = model.training
         self.calibration: Calibration | None = None
         self.levels: Levels | None = None
@@ -155,7 +163,9 @@ class SparseViT(TimmModel):
             if block in self.schedule.blocks:
                 number = len(choices)
                 draws = path.noise(number)
-                stage = Stage(number, block, counts[number], tokens, model, adapter, draws)
+                stage = Stage(
+                    number, block, counts[number], tokens, model, adapter, draws, self.squeeze
+                )
                 before = tokens.positions
                 tokens, scores = path.apply(stage, cast(Selector, self.scorers[number]))
                 choices.append(Choice(scores, before, tokens.positions, tokens.keep))
@@ -384,7 +394,7 @@ class SparseViT(TimmModel):
                 f"schedule must have blocks among {own}, where the model has scorers, or "
                 f"{len(own)} others, got {schedule.blocks}"
             )
-        other = SparseViT(self.backbone, schedule, scorers)
+        other = SparseViT(self.backbone, schedule, scorers, self.squeeze)
         other.training = self.training  # not train(): the shared parts stay as they are
         other.calibration = self.calibration
         if per_image:
@@ -440,7 +450,7 @@ class SparseViT(TimmModel):
 
     def budget(self) -> Budget:
         """What schedules of this model cost. Raises ValueError for images of any size."""
-        return Budget(self.adapter, self.backbone, list(cast(Any, self.scorers)))
+        return Budget(self.adapter, self.backbone, list(cast(Any, self.scorers)), self.squeeze)
 
     @property
     def merges(self) -> bool:
@@ -548,6 +558,7 @@ def sparsify(
     schedule: KeepSchedule | None = None,
     align: int | None = None,
     scorer: str = "learned",
+    squeeze: bool = False,
 ) -> SparseViT:
     """Turn a trained dense ViT into a SparseViT: its weights, unchanged, plus untrained scorers.
 
@@ -563,6 +574,8 @@ def sparsify(
             class_attention_merging, similarity_merging and pooling are of use without training;
             random and static hardly are. similarity_merging needs a head on the class token.
             Sources: arXiv 2202.07800 (EViT), 2210.09461 (ToMe).
+        squeeze: merge each token that leaves into the most similar one that stays (arXiv
+            2304.10716), for selectors that choose tokens.
 
     Raises:
         UnsupportedBackbone: if the model is not understood, saying why.
@@ -590,7 +603,7 @@ def sparsify(
         schedule = KeepSchedule.from_keep_ratio(ratio, depth=depth)
     if not isinstance(schedule, KeepSchedule):
         raise TypeError(f"schedule must be a KeepSchedule, got {schedule!r}")
-    sparse = SparseViT(copy.deepcopy(model), schedule, scorer)
+    sparse = SparseViT(copy.deepcopy(model), schedule, scorer, squeeze)
     return sparse if align is None else sparse.at(schedule=sparse.budget().aligned(schedule, align))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,10 +17,24 @@ from dynamicvit.core.tokens import (
     Tokens,
     attention_bias,
     best_keep,
+    gather_tokens,
+    others,
     sample_keep,
+    squeeze,
     straight_through,
     topk_keep,
 )
+
+
+def keep_tokens(stage: Stage, kept_BK: Tensor) -> Tokens:
+    """What goes on from a stage where the patch tokens at `kept_BK` stay and the others leave."""
+    tokens = stage.tokens
+    left = stage.adapter.depth(stage.model) - stage.block
+    kept = tokens.take(kept_BK, left)
+    if not stage.squeeze or kept.num_patches == tokens.num_patches:
+        return kept
+    leaving = gather_tokens(tokens.patches, others(kept_BK, tokens.num_patches))
+    return kept.with_patches(squeeze(kept.patches, leaving))
 
 
 class Path:
@@ -61,14 +74,13 @@ class Pruned(Path):
         if given is None:
             given = selector(tokens.patches, None, stage)
         if not selector.merges:
-            left = stage.adapter.depth(stage.model) - stage.block
-            return tokens.take(topk_keep(given, stage.num_kept), left), given
-        x = torch.cat([tokens.x[:, : tokens.num_prefix], given.x], dim=1)
+            return keep_tokens(stage, topk_keep(given, stage.num_kept)), given
+        tokens = tokens.with_patches(given.x)
         bias = None
         if selector.counts_size:
             weight = F.pad(given.size.log(), (tokens.num_prefix, 0))
-            bias = weight[:, None, None, :].to(x.dtype)
-        return tokens._replace(x=x, size=given.size, positions=None, bias=bias), None
+            bias = weight[:, None, None, :].to(tokens.x.dtype)
+        return tokens._replace(size=given.size, positions=None, bias=bias), None
 
 
 class Masked(Path):
@@ -106,6 +118,10 @@ class Masked(Path):
         scores = selector(tokens.patches, tokens.keep, stage)
         decision = self.decide(stage, selector, scores)
         keep = decision if tokens.keep is None else tokens.keep * decision
+        if stage.squeeze:
+            leaving = 1.0 - decision if tokens.keep is None else tokens.keep - keep
+            x = squeeze(tokens.patches, tokens.patches, leaving, can_host_BK=keep)
+            tokens = tokens.with_patches(x)
         return tokens._replace(keep=keep, bias=self.bias(keep, tokens)), scores
 
     def bias(self, keep: Tensor, tokens: Tokens) -> Tensor:

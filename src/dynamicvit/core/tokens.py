@@ -45,6 +45,10 @@ class Tokens(NamedTuple):
     size: Tensor | None = None
     bias: Tensor | None = None
 
+    def with_patches(self, patches: Tensor) -> Tokens:
+        """The same with other values of the patch tokens: [B, N, C]."""
+        return self._replace(x=torch.cat([self.x[:, : self.num_prefix], patches], dim=1))
+
     @property
     def patches(self) -> Tensor:
         """[B, N, C], without prefix tokens."""
@@ -100,6 +104,12 @@ def topk_keep(scores_BN: Tensor, count: int) -> Tensor:
     if not 1 <= count <= num_tokens:
         raise ValueError(f"count must lie in 1..{num_tokens}, got {count}")
     return scores_BN.topk(count, dim=1, sorted=False).indices
+
+
+def others(index_BK: Tensor, num_tokens: int) -> Tensor:
+    """[B, K] kept indices → [B, N - K] those of the other tokens, in no particular order."""
+    left = 1.0 - keep_mask(index_BK, num_tokens)
+    return topk_keep(left, num_tokens - index_BK.shape[1])
 
 
 def gather_tokens(x_BNC: Tensor, index_BK: Tensor) -> Tensor:
@@ -170,6 +180,38 @@ def straight_through(hard_BN: Tensor, logits_BN: Tensor) -> Tensor:
     """The decisions `hard_BN`, with the gradient that sigmoid(`logits_BN`) has."""
     soft = logits_BN.float().sigmoid()
     return hard_BN + (soft - soft.detach())
+
+
+def squeeze(
+    host_BKC: Tensor,
+    left_BLC: Tensor,
+    weight_BL: Tensor | None = None,
+    can_host_BK: Tensor | None = None,
+) -> Tensor:
+    """Merge each token that leaves into its host, the most similar token (cosine) that stays.
+
+    A token takes part with e to the power of its similarity, the host with e (arXiv 2304.10716).
+
+    Args:
+        host_BKC: tokens that stay.
+        left_BLC: tokens that leave.
+        weight_BL: multiplies what each of these gives; 0 for one that gives nothing. None: 1.
+        can_host_BK: 0 where a token of `host_BKC` takes nothing. None: all can.
+
+    Returns:
+        The hosts, [B, K, C], in their dtype.
+    """
+    host, left = host_BKC.float(), left_BLC.float()
+    similarity = F.normalize(left, dim=-1) @ F.normalize(host, dim=-1).transpose(1, 2)
+    if can_host_BK is not None:
+        similarity = similarity.masked_fill(can_host_BK.unsqueeze(1) < 0.5, float("-inf"))
+    most, nearest = similarity.max(dim=-1)
+    share = most.exp() if weight_BL is None else most.exp() * weight_BL
+    # One product, which every engine knows, in place of a scatter.
+    places = torch.arange(host.shape[1], device=host.device)
+    share_BLK = share.unsqueeze(-1) * (nearest.unsqueeze(-1) == places)
+    total = math.e + share_BLK.sum(dim=1).unsqueeze(-1)
+    return ((math.e * host + share_BLK.transpose(1, 2) @ left) / total).to(host_BKC.dtype)
 
 
 def masked_mean(x_BNC: Tensor, keep_BN: Tensor | None = None) -> Tensor:

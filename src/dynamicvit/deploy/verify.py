@@ -22,7 +22,7 @@ from timm.data.readers import get_img_extensions
 from torch import Tensor, nn
 
 from dynamicvit.core.model import SparseOutput, SparseViT
-from dynamicvit.core.paths import Path
+from dynamicvit.core.paths import Path, keep_tokens
 from dynamicvit.core.selectors import Selector, Stage
 from dynamicvit.core.tokens import Tokens, keep_mask
 from dynamicvit.evaluation.timing import Engine
@@ -308,7 +308,7 @@ class GivenTokens(Path):
         lead = left - score.gather(1, at).amin(1)
         self.gap = torch.maximum(self.gap, lead / score.abs().amax(1).clamp(min=1e-12))
         self.gap[~there] = float("inf")
-        return tokens.take(at)._replace(positions=keep), score
+        return keep_tokens(stage, at)._replace(positions=keep), score
 
 
 def _expect(tensor: Tensor, shape: Sequence[int], name: str) -> None:

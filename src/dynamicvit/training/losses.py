@@ -99,7 +99,9 @@ def batch_threshold(
         last = (ratios[stage] * len(ordered)).round().long().clamp(1, len(ordered)) - 1
         least = ordered.masked_fill(~ordered.isfinite(), float("inf")).min()
         # Where all are to stay, noise must not drop the last ones: e⁻²⁰ is next to never.
-        return torch.maximum(ordered.gather(0, last[None])[0], least) - 20.0 * (ratios[stage] >= 1.0)
+        return torch.maximum(ordered.gather(0, last[None])[0], least) - 20.0 * (
+            ratios[stage] >= 1.0
+        )
 
     return threshold
 

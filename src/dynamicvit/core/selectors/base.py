@@ -21,6 +21,7 @@ class Stage(NamedTuple):
         tokens: what arrives there.
         model, adapter: the backbone, and what is known of its family.
         noise: [B, N] uniform draws in [0, 1) for what is drawn at this stage; None for fresh ones.
+        squeeze: tokens that leave are merged into their hosts.
     """
 
     number: int
@@ -30,6 +31,7 @@ class Stage(NamedTuple):
     model: Backbone
     adapter: Adapter
     noise: Tensor | None = None
+    squeeze: bool = False
 
 
 class Merged(NamedTuple):
