@@ -93,6 +93,44 @@ def test_every_family_comes_back_the_same(
     assert torch.equal(load(tmp_path / "model")(images), sparse(images))
 
 
+@torch.no_grad()
+def test_squeezing_and_budgets_for_each_image_travel(tmp_path: Path) -> None:
+    sparse = sparsify(tiny_vit(img_size=48), keep_ratio=0.7, squeeze=True)
+    randomise(sparse.scorers)
+    images = torch.linspace(0.1, 2, 20).view(-1, 1, 1, 1) * torch.randn(20, 3, 48, 48)
+    sparse.calibrate(images, (0.4, 0.7, 1.0))
+    for model in (sparse, sparse.at(keep_ratio=0.5, per_image=True)):
+        model.save_pretrained(tmp_path / "model")
+        loaded = load(tmp_path / "model")
+        assert loaded.squeeze
+        assert loaded.calibration == sparse.calibration
+        assert loaded.levels == model.levels
+        assert torch.equal(loaded(images), model.eval()(images))
+        each = loaded.at(keep_ratio=0.6, per_image=True)
+        assert each.levels == sparse.at(keep_ratio=0.6, per_image=True).levels
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shares": [1.0] * 100},
+        {"losses": [[1.0]]},
+        {"keep_ratios": [0.7, 0.5]},
+        {"bounds": 3},
+        {"bounds": ["a"]},
+    ],
+)
+def test_a_damaged_calibration_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    sparse = sparsify(tiny_vit(img_size=48), keep_ratio=0.7)
+    sparse.calibrate(torch.randn(4, 3, 48, 48), (0.4, 0.7, 1.0))
+    sparse.save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / CONFIG).read_text())
+    config["dynamicvit"]["calibration"] |= change
+    _edit_config(tmp_path / "model", **config)
+    with pytest.raises(ValueError, match=r"config\.json: calibration is damaged"):
+        load(tmp_path / "model")
+
+
 def test_class_names_travel(saved: Path, tmp_path: Path) -> None:
     assert json.loads((saved / CONFIG).read_text())["label_names"] == NAMES
     loaded = load_folder(saved)

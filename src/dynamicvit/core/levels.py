@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,28 @@ class Calibration(NamedTuple):
     bounds: tuple[float, ...]
     shares: tuple[float, ...]
     losses: tuple[tuple[float, ...], ...]
+
+    @classmethod
+    def read(cls, values: Any) -> Calibration:
+        """A calibration from what JSON gives for one.
+
+        Raises:
+            ValueError: if it is not one.
+        """
+        try:
+            found = cls(
+                tuple(map(float, values["keep_ratios"])),
+                tuple(map(float, values["bounds"])),
+                tuple(map(float, values["shares"])),
+                tuple(tuple(map(float, row)) for row in values["losses"]),
+            )
+            check_levels(found.keep_ratios)
+            if len(found.shares) > _GROUPS or len(found.bounds) != len(found.shares) - 1:
+                raise ValueError("bounds and shares do not fit")
+            torch.tensor(found.losses).view(len(found.shares), len(found.keep_ratios))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"calibration is damaged: {error}") from error
+        return found
 
     @classmethod
     def of(

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from dynamicvit.core.levels import Calibration
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.core.selectors import check_name, name_of
@@ -77,12 +78,8 @@ def save_folder(
             )
         names = None  # those of another head
     extra: dict[str, Any] = {"label_names": names} if names else {}
-    if isinstance(schedule, KeepSchedule):
-        extra["dynamicvit"] = {
-            "blocks": schedule.blocks,
-            "ratios": schedule.ratios,
-            "scorer": scorer,
-        }
+    if isinstance(model, SparseViT):
+        extra["dynamicvit"] = _describe(model, scorer)
     target = Path(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Written beside the target, then moved: an interrupted or failed save leaves no half model.
@@ -106,6 +103,33 @@ def save_folder(
             os.replace(temporary / name, target / name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _describe(model: SparseViT, scorer: str | None) -> dict[str, Any]:
+    """What makes a backbone this model, for its config."""
+    schedule = model.schedule
+    found: dict[str, Any] = {"blocks": schedule.blocks, "ratios": schedule.ratios, "scorer": scorer}
+    if model.squeeze:
+        found["squeeze"] = True
+    if model.calibration is not None:
+        found["calibration"] = model.calibration._asdict()
+        found["per_image"] = model.levels is not None
+    return found
+
+
+def _build(backbone: nn.Module, found: Any) -> SparseViT:
+    """The model that `_describe` described. Raises TypeError or ValueError if it did not."""
+    if not isinstance(found, dict) or not {"blocks", "ratios"} <= found.keys():
+        raise ValueError(f"'dynamicvit' must hold blocks and ratios, got {found!r:.200}")
+    scorer = found.get("scorer", "learned")  # older folders do not name it
+    check_name(scorer)
+    schedule = KeepSchedule(found["blocks"], found["ratios"])
+    model = SparseViT(backbone, schedule, scorer, found.get("squeeze", False))
+    if "calibration" in found:
+        model.calibration = Calibration.read(found["calibration"])
+    if found.get("per_image", False):
+        model = model.at(keep_ratio=schedule.ratios[0], per_image=True)
+    return model
 
 
 def load_folder(folder: str | os.PathLike[str]) -> nn.Module:
@@ -144,13 +168,8 @@ def load_folder(folder: str | os.PathLike[str]) -> nn.Module:
     except Exception as error:  # whatever a strange value makes timm stumble over
         raise ValueError(f"{where}: timm cannot build this model: {error}") from error
     if "dynamicvit" in config:
-        sparse = config["dynamicvit"]
-        if not isinstance(sparse, dict) or not {"blocks", "ratios"} <= sparse.keys():
-            raise ValueError(f"{where}: 'dynamicvit' must hold blocks and ratios, got {sparse!r}")
         try:
-            scorer = sparse.get("scorer", "learned")  # older folders do not name it
-            check_name(scorer)
-            model = SparseViT(model, KeepSchedule(sparse["blocks"], sparse["ratios"]), scorer)
+            model = _build(model, config["dynamicvit"])
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from error
     try:
