@@ -5,27 +5,28 @@ from __future__ import annotations
 import io
 import math
 import os
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from dynamicvit.io.files import write_bytes
 from dynamicvit.io.predictions import Prediction
 from dynamicvit.views.drawing import (
+    BACKGROUND,
     INK,
     NEAREST,
-    PALE_INK,
-    cut,
     hatch,
     heat_colours,
-    length,
+    line_height,
     spread,
-    wrap,
-    write,
+    stack,
+    text_block,
+    text_width,
 )
 
 SUFFIXES = (".png", ".gif", ".webp", ".npz")  # what `Explanation.save` writes
@@ -34,7 +35,7 @@ SIDE = 224  # pixels that the shorter side of a picture has, about
 _TILE_SIDE = 112  # and of one in a sheet
 _MOST = 3  # a small image is enlarged to no more than this many times that length
 _WHOLE = 0.995  # share of the picture from which on nothing worth a word is cropped off
-_BACKGROUND, _BAR_GROUND, _GONE = (255, 255, 255), (236, 238, 243), (222, 224, 230)
+_BAR_GROUND, _GONE = (236, 238, 243), (222, 224, 230)
 _DENSE, _PRUNED = (126, 134, 156), (33, 113, 181)
 
 
@@ -196,199 +197,162 @@ def draw_sheet(
     captions: Sequence[str] | None = None,
     side: int = _TILE_SIDE,
 ) -> Image.Image:
-    """Many images, each a row of the input and what each stage keeps, in columns of such rows.
+    """Many images: for each a row of the input and what each stage keeps, in columns of such rows.
 
     Args:
         explanations: of images of one size, by one model.
-        captions: a line of text an image; by default what it is taken for.
-        side: pixels that the shorter side of a picture has, about.
+        captions: a line of text for each image; by default the predicted classes.
+        side: approximate length of a picture's shorter side, in pixels.
 
     Returns:
         An RGB picture.
     """
-    size = max(12, round(side / 9)) if side < SIDE else max(13, round(side / 17))
-    gap, line = 2 * size // 3, round(1.35 * size)
-    first = explanations[0].panels(side)
+    size = max(12, round(side / 9)) if side < SIDE else _text_size(side)
+    gap = 2 * size // 3
     start, *kept = explanations[0].counts
     cropped = "cropped, " if any(item.cropped for item in explanations) else ""
     titles = [f"{cropped}{start} patches", *(f"{count} kept" for count in kept)]
-    cell_w = max(first[0].width, *(math.ceil(length(title, size)) for title in titles)) + gap
-    cell_h = first[0].height + gap // 2 + line + gap
-    group_w = len(first) * cell_w + 2 * gap
-    head = gap + line
-    count = len(explanations)
-    # As many columns as make it wider than high, as screens are.
-    groups = next(
-        number
-        for number in range(1, count + 1)
-        if head + math.ceil(count / number) * cell_h <= number * group_w or number == count
-    )
-    rows = math.ceil(count / groups)
-    groups = math.ceil(count / rows)
-    sheet = Image.new("RGB", (gap + groups * group_w - 2 * gap, head + rows * cell_h), _BACKGROUND)
-    draw = ImageDraw.Draw(sheet)
-    for group in range(groups):
-        for column, title in enumerate(titles):
-            write(draw, (gap + group * group_w + column * cell_w, gap // 2), title, size, PALE_INK)
-    for index, explanation in enumerate(explanations):
-        group, row = divmod(index, rows)
-        left, top = gap + group * group_w, head + row * cell_h
-        shown = first if index == 0 else explanation.panels(side)
-        for column, picture in enumerate(shown):
-            sheet.paste(picture, (left + column * cell_w, top))
-        below = _captions(explanation) if captions is None else [captions[index]]
-        width = (group_w - 3 * gap) // max(1, len(below))
-        for column, text in enumerate(below):
-            at = (left + column * width, top + first[0].height + gap // 2)
-            write(draw, at, cut(text, width - gap, size), size)
-    return sheet
+    cell = max(explanations[0].panels(side)[0].width, text_width(titles, size))
+    head = stack([text_block([title], size, cell, dark=0) for title in titles], gap)
+    rows = []
+    for index, item in enumerate(explanations):
+        below = _captions(item) if captions is None else [captions[index]]
+        width = (head.width - gap * (len(below) - 1)) // max(1, len(below))
+        words = [text_block([line], size, width) for line in below]
+        pictures = [stack(item.panels(side), gap, cell=cell)]
+        rows.append(stack(pictures + ([stack(words, gap)] if words else []), gap // 2, down=True))
+    # As many columns as make the sheet about as wide as high, or wider.
+    columns = math.ceil(math.sqrt(len(rows) * rows[0].height / head.width))
+    length = math.ceil(len(rows) / columns)
+    groups = [
+        stack([head, *rows[first : first + length]], gap, down=True)
+        for first in range(0, len(rows), length)
+    ]
+    return ImageOps.expand(stack(groups, 3 * gap), gap, BACKGROUND)
 
 
 def _draw_picture(explanation: Explanation) -> Image.Image:
     """Three rows: the input and what each stage keeps; the scores; the predictions."""
-    shown = explanation.panels()
-    width, height = shown[0].size
-    titles = _titles(explanation)
-    size = max(13, round(min(width, height) / 17))
-    cell = max(width, *(math.ceil(length(line, size)) for pair in titles for line in pair))
-    gap, line = size, round(1.35 * size)
-    heat_top = 2 * gap + 2 * line + height
-    bar = max(4, size // 2)
-    bottom = heat_top + height + bar + 2 * gap + line
-    rows = max(len(explanation.dense), len(explanation.pruned))
-    answers = (rows + 2) * line + rows * line // 4 + gap if rows else 0
-    sheet = Image.new("RGB", (gap + len(shown) * (cell + gap), bottom + answers), _BACKGROUND)
-    draw = ImageDraw.Draw(sheet)
-    for column, (picture, (title, below)) in enumerate(zip(shown, titles, strict=True)):
-        left = gap + column * (cell + gap)
-        write(draw, (left, gap // 2), title, size)
-        write(draw, (left, gap // 2 + line), below, size, PALE_INK)
-        sheet.paste(picture, (left, gap + 2 * line))
-    _write_legend(draw, (gap, heat_top), cell, size)
-    for stage, scores in enumerate(explanation.scores):
-        left = gap + (stage + 1) * (cell + gap)
-        heat, lowest, highest = explanation.heat_map(stage)
-        sheet.paste(Image.fromarray(heat).resize((width, height), NEAREST), (left, heat_top))
-        top = heat_top + height + gap // 2
-        ramp = heat_colours(np.linspace(0, 1, width))[None].repeat(bar, axis=0)
-        sheet.paste(Image.fromarray(ramp), (left, top))
-        threshold = float(scores[explanation.kept[stage]].min())
-        span = highest - lowest
-        if span > 0 and math.isfinite(threshold):
-            x = left + round((threshold - lowest) / span * (width - 1))
-            draw.line((x, top - bar // 2, x, top + bar + bar // 2), INK, max(2, size // 7))
-        text = top + bar + gap // 4
-        write(draw, (left, text), f"{lowest:.3g}", size, PALE_INK)
-        right = f"{highest:.3g}"
-        write(draw, (left + width - length(right, size), text), right, size, PALE_INK)
-    if rows:
-        half = (sheet.width - 5 * gap) // 2
-        counts = ", ".join(map(str, explanation.counts))
-        for left, side, note, found, colour in (
-            (gap, "dense", explanation.dense_model, explanation.dense, _DENSE),
-            (4 * gap + half, "pruned", f"{counts} patches", explanation.pruned, _PRUNED),
-        ):
-            _write_predictions(draw, (left, bottom), half, size, (side, note), found, colour)
-    return sheet
+    panels, titles = explanation.panels(), _titles(explanation)
+    size = _text_size(min(panels[0].size))
+    cell = max(panels[0].width, *(text_width(title, size) for title in titles))
+    kept = [
+        stack([text_block(title, size, cell, dark=1), panel], 0, down=True)
+        for title, panel in zip(titles, panels, strict=True)
+    ]
+    scores = [
+        _draw_scores(explanation, stage, panels[0].size, size)
+        for stage in range(len(explanation.kept))
+    ]
+    rows = [stack(kept, size), stack([_draw_legend(cell, size), *scores], size, cell=cell)]
+    if explanation.dense or explanation.pruned:
+        half = (rows[0].width - 3 * size) // 2
+        patches = f"{', '.join(map(str, explanation.counts))} patches"
+        dense = f"dense, {explanation.dense_model}"
+        rows.append(
+            stack(
+                [
+                    _draw_predictions(explanation.dense, dense, half, size, _DENSE),
+                    _draw_predictions(
+                        explanation.pruned, f"pruned, {patches}", half, size, _PRUNED
+                    ),
+                ],
+                3 * size,
+            )
+        )
+    return ImageOps.expand(stack(rows, size, down=True), size, BACKGROUND)
 
 
 def _draw_frames(explanation: Explanation) -> list[Image.Image]:
     """The input, then what each stage keeps, each with its title and the likeliest classes."""
-    shown = explanation.panels()
-    titles = _titles(explanation)
-    size = max(13, round(min(shown[0].size) / 17))
-    gap, line = size, round(1.35 * size)
-    below = _captions(explanation)
-    texts = [text for pair in titles for text in pair]
-    width = max(shown[0].width, *(math.ceil(length(text, size)) for text in texts))
-    top = gap + 2 * line
-    frames = []
-    for picture, (title, counts) in zip(shown, titles, strict=True):
-        height = top + picture.height + gap + len(below) * line
-        frame = Image.new("RGB", (width + 2 * gap, height), _BACKGROUND)
-        draw = ImageDraw.Draw(frame)
-        write(draw, (gap, gap // 2), title, size)
-        write(draw, (gap, gap // 2 + line), counts, size, PALE_INK)
-        frame.paste(picture, (gap, top))
-        for row, text in enumerate(below):
-            at = (gap, top + picture.height + gap // 2 + row * line)
-            write(draw, at, cut(text, width, size), size)
-        frames.append(frame)
-    return frames
+    panels, titles = explanation.panels(), _titles(explanation)
+    size = _text_size(min(panels[0].size))
+    width = max(panels[0].width, *(text_width(title, size) for title in titles))
+    below = text_block(_captions(explanation), size, width)
+    return [
+        ImageOps.expand(
+            stack([text_block(title, size, width, dark=1), panel, below], size // 2, down=True),
+            size,
+            BACKGROUND,
+        )
+        for title, panel in zip(titles, panels, strict=True)
+    ]
 
 
-def _titles(explanation: Explanation) -> list[tuple[str, str]]:
+def _text_size(side: int) -> int:
+    return max(13, round(side / 17))
+
+
+def _titles(explanation: Explanation) -> list[list[str]]:
     """Two lines above each picture."""
     height, width = explanation.pixels.shape[:2]
     start, *counts = explanation.counts
     seen = f"{width} x {height} pixels"
-    titles = [("input", seen)]
+    titles = [["input", seen]]
     if explanation.cropped:
-        titles = [("input, cropped", f"{seen}, {explanation.cropped}")]
+        titles = [["input, cropped", f"{seen}, {explanation.cropped}"]]
     for stage, (block, count) in enumerate(zip(explanation.blocks, counts, strict=True), start=1):
-        titles.append((f"stage {stage}, block {block}", f"{count} of {start} patches"))
+        titles.append([f"stage {stage}, block {block}", f"{count} of {start} patches"])
     return titles
 
 
 def _captions(explanation: Explanation) -> list[str]:
-    """What the image is taken for, dense and pruned."""
+    """The likeliest class, dense and pruned."""
     return [
-        f"{side} {found[0].probability:.0%} {found[0].name}"
+        f"{side} {found[0].probability:.1%} {found[0].name}"
         for side, found in (("dense", explanation.dense), ("pruned", explanation.pruned))
         if found
     ]
 
 
-def _write_legend(draw: ImageDraw.ImageDraw, at: tuple[int, int], width: int, size: int) -> None:
+def _draw_legend(width: int, size: int) -> Image.Image:
     """What the pictures and the heat maps show."""
-    left, top = at
-    line = round(1.35 * size)
-    for title, notes in (
-        ("striped", ("patches that have left.",)),
-        (
-            "keep scores",
-            (
-                "log-odds of going on, as the stage's scorer gives them; bright is high.",
-                "The mark on the scale: from there on, patches stay.",
-                "Grey: had left before.",
-            ),
-        ),
-    ):
-        write(draw, (left, top), title, size)
-        top += line
-        for note in notes:
-            for text in wrap(note, width, size):
-                write(draw, (left, top), text, size, PALE_INK)
-                top += line
-            top += line // 4
+    notes = {
+        "striped": "patches that have left.",
+        "keep scores": "the higher its score, the likelier a patch stays. Bright is high. Patches "
+        "right of the mark on the scale stay. Grey patches had left before.",
+    }
+    letters = round(width / (0.52 * size))
+    blocks = [
+        text_block([title, *textwrap.wrap(note, letters)], size, width, dark=1)
+        for title, note in notes.items()
+    ]
+    return stack(blocks, size // 2, down=True)
 
 
-def _write_predictions(
-    draw: ImageDraw.ImageDraw,
-    at: tuple[int, int],
-    width: int,
-    size: int,
-    title: tuple[str, str],
-    found: Sequence[Prediction],
-    colour: tuple[int, int, int],
-) -> None:
-    """Bars: a class each, its name and its probability."""
-    left, top = at
-    line = round(1.35 * size)
-    side, note = title
-    write(draw, at, side, size)
-    offset = length(f"{side}  ", size)
-    write(draw, (left + offset, top), cut(note, width - offset, size), size, PALE_INK)
-    number = math.ceil(length("100.0%", size)) + size // 2
-    names = round(0.45 * (width - number))
-    start, end = left + names + size // 2, left + width - number
+def _draw_scores(
+    explanation: Explanation, stage: int, shape: tuple[int, int], size: int
+) -> Image.Image:
+    """A stage's heat map, and below it the scale, with a mark from which on patches stay."""
+    heat, lowest, highest = explanation.heat_map(stage)
+    width, bar = shape[0], max(4, size // 2)
+    scale = Image.new("RGB", (width, 2 * bar), BACKGROUND)
+    ramp = heat_colours(np.linspace(0, 1, width))[None].repeat(bar, axis=0)
+    scale.paste(Image.fromarray(ramp), (0, bar // 2))
+    threshold = float(explanation.scores[stage][explanation.kept[stage]].min())
+    if highest > lowest and math.isfinite(threshold):
+        x = round((threshold - lowest) / (highest - lowest) * (width - 1))
+        ImageDraw.Draw(scale).line((x, 0, x, 2 * bar), INK, max(2, size // 7))
+    ends = [text_block([f"{end:.3g}"], size, dark=0) for end in (lowest, highest)]
+    numbers = stack(ends, max(size, width - ends[0].width - ends[1].width))
+    return stack([Image.fromarray(heat).resize(shape, NEAREST), scale, numbers], 2, down=True)
+
+
+def _draw_predictions(
+    found: Sequence[Prediction], title: str, width: int, size: int, colour: tuple[int, int, int]
+) -> Image.Image:
+    """A title, and for each class its name, a bar and its probability."""
+    head = text_block([title], size, width)
+    if not found:
+        return head
+    line = line_height(size)
+    numbers = text_block([f"{item.probability:.1%}" for item in found], size)
+    names = text_block([item.name for item in found], size, (width - numbers.width) * 45 // 100)
+    bars = Image.new("RGB", (width - names.width - numbers.width - size, names.height), BACKGROUND)
+    draw = ImageDraw.Draw(bars)
     for row, item in enumerate(found):
-        y = top + line + line // 4 + row * (line + line // 4)
-        write(draw, (left, y), cut(item.name, names, size), size)
-        bar = (start, y + size // 6, end, y + size)
-        draw.rectangle(bar, _BAR_GROUND)
-        filled = round(item.probability * (end - start))
-        if filled:
-            draw.rectangle((start, bar[1], start + filled, bar[3]), colour)
-        text = f"{item.probability:.1%}"
-        write(draw, (left + width - length(text, size), y), text, size)
+        top, bottom = row * line + size // 6, row * line + size
+        draw.rectangle((0, top, bars.width, bottom), _BAR_GROUND)
+        if filled := round(item.probability * bars.width):
+            draw.rectangle((0, top, filled, bottom), colour)
+    return stack([head, stack([names, bars, numbers], size // 2)], size // 4, down=True)

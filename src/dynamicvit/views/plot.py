@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,9 @@ _LOSSES = {
     "validation": "validation",
     "warm_start": "warm start",
 }
-# Colours that colour-blind people tell apart (Okabe and Ito; yellow left out, too light for lines).
-# Dashes and markers differ too, so that a print in grey still tells.
-_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+# Colours that colour-blind people tell apart, dark enough for lines on white. Dashes and markers
+# differ too, for prints in grey.
+_COLOURS = ("#1c1e26", "#0b62a8", "#b34700", "#00704f", "#8f3c73", "#5c6b00", "#555b70")
 _DASHES = ("-", (0, (6, 1)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (3, 2)), (0, (8, 2)), "-.")
 _MARKERS = "os^Dv<>"
 _MANY = 60  # points of a line from which it is drawn pale, with its running mean over it
@@ -73,16 +74,14 @@ def plot(run: str, /, output: str | None = None, quiet: bool = False) -> Path:
         raise ValueError(f"output must end in .{', .'.join(_FORMATS)}, got {str(path)!r}")
     check_file("output", path)
     try:
-        from cycler import cycler
-        from matplotlib import rc_context  # an extra
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # an extra
     except ImportError as error:
         raise ValueError("plot needs the extra: pip install 'dynamicvit[plot]'") from error
 
     panels = read_panels(folder)
     rows = math.ceil(len(panels) / 2)
     picture = io.BytesIO()
-    with rc_context({"axes.prop_cycle": cycler(color=_COLOURS)}):
+    with use_style():
         figure = Figure(figsize=(12, 0.5 + 3.3 * rows), layout="constrained")
         figure.suptitle(folder.resolve().name)
         grid = list(figure.subplots(rows, 2, squeeze=False).flat)
@@ -98,6 +97,17 @@ def plot(run: str, /, output: str | None = None, quiet: bool = False) -> Path:
     if not quiet:
         print(f"the picture is in {plain(path)}")
     return path
+
+
+@contextmanager
+def use_style(settings: dict[str, Any] | None = None) -> Iterator[None]:
+    """Draw in matplotlib's own style, whatever the user's files say, with our colours."""
+    from cycler import cycler
+    from matplotlib import style  # an extra
+
+    colours = {"axes.prop_cycle": cycler(color=_COLOURS)}
+    with style.context(["default", colours, settings or {}]):
+        yield
 
 
 def find_best(run: Path) -> Path | None:
