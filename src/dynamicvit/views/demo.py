@@ -1,4 +1,4 @@
-"""A page in the browser: what a model keeps of an image at any keep ratio, and what that saves."""
+"""demo(): a web page that shows what a model keeps of an image at any keep ratio."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ from rich.console import Console
 
 from dynamicvit.evaluation.launch import find_device
 from dynamicvit.views.demo_answers import Answers
-from dynamicvit.views.demo_photos import Photos, find_photos
+from dynamicvit.views.demo_photos import Photos, find_photos, write_embedded_photos
 
-_SLIDER = (0.2, 1.0, 0.05)  # lowest, highest and step of the keep ratio
 _LOCAL = ("127.0.0.1", "localhost", "::1")
-# The page needs no more than this: its own files, and what is in it. Gradio has scripts and styles
-# within the page.
+# The page loads only its own files. Gradio has scripts and styles within the page.
 _HEADERS = {
     "content-security-policy": "default-src 'self'; script-src 'self' 'unsafe-inline'; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
@@ -43,24 +41,25 @@ def demo(
     max_upload: float = 20.0,
     quiet: bool = False,
 ) -> None:
-    """Serve a page where images are dropped in and the keep ratio is moved, on this machine alone.
+    """Serve a web page that shows what a model keeps of an image at any keep ratio.
 
-    It shows which patches stay after each stage, the keep scores, the likeliest classes, GMACs and
-    measured milliseconds, dense and pruned side by side. It asks nothing of the network, and goes
-    on until it is interrupted. Needs the extra "demo".
+    The page takes uploads and has a slider for the keep ratio. It shows which patches stay after
+    each stage, the keep scores, the likeliest classes, GMACs and measured milliseconds, dense and
+    pruned side by side. By default only this machine can open it. It needs no network, and runs
+    until Ctrl-C. Needs the extra "demo".
 
     Args:
-        models: model folders, hub ids or names of pretrained timm models to choose from. Of a dense
-            one, the patches stay that its class token attends to most, since it has no trained
-            scorers. By default the dense model that the package carries.
-        images: folder of photos to offer on the page, the first 100 of them; by default some that
-            the package carries.
+        models: model folders, hub ids or names of pretrained timm models to choose from. A dense
+            model has no scorers: of it, the patches stay that its class token attends to most. By
+            default the dense model in the package.
+        images: folder of photos to offer on the page, the first 100 of them; by default photos in
+            the package.
         device: where models run: cpu, cuda or cuda:NUMBER; by default a GPU if there is one.
-        host: address to listen on; 0.0.0.0 lets others use the page. They can read nothing but the
-            page and the photos on it, but they make this machine work.
-        port: to listen on.
+        host: address to listen on; 0.0.0.0 lets others use the page. They can read only the page
+            and its photos, but their requests use this machine's processor.
+        port: port to listen on.
         max_upload: largest file that may be uploaded, in millions of bytes.
-        quiet: print the address, and nothing else.
+        quiet: print only the address.
 
     Raises:
         ValueError, FileNotFoundError, OSError: naming what is wrong with an option or a model, or
@@ -74,32 +73,18 @@ def demo(
     where = find_device(device)
     console = Console(quiet=quiet, soft_wrap=True, highlight=False)
     # Gradio keeps uploads in files, which are deleted when the page ends.
-    with tempfile.TemporaryDirectory(prefix="dynamicvit-demo-") as folder:
-        gradio = _import_gradio(Path(folder) / "uploads")
-        answers = Answers(models or (), Path(folder), where)
-        for name, note in answers.notes.items():
+    with tempfile.TemporaryDirectory(prefix="dynamicvit-demo-") as name:
+        folder = Path(name)
+        gradio = _import_gradio(folder / "uploads")
+        answers = Answers(models or (), folder, where)
+        for model, note in answers.notes.items():
             if note:
-                console.print(f"{name}: {note}", markup=False)
-        photos = Photos(Path(folder) / "photos", files, quiet)
-        page = _build(gradio, answers, photos)
-        _, address, _ = page.launch(
-            server_name=host,
-            server_port=port,
-            max_file_size=round(max_upload * 1e6),
-            theme=_theme(gradio),
-            css=_CSS,
-            footer_links=[],
-            app_kwargs={"middleware": [_headers()]},
-            run_history=False,  # it would keep what users uploaded
-            enable_monitoring=False,
-            share=False,
-            ssr_mode=False,
-            mcp_server=False,
-            pwa=False,
-            quiet=True,
-            inline=False,
-            prevent_thread_lock=True,
+                console.print(f"{model}: {note}", markup=False)
+        photos = Photos(
+            files or write_embedded_photos(folder / "embedded"), folder / "photos", quiet
         )
+        page = _build(gradio, answers, photos, embedded=files is None)
+        address = _start(gradio, page, host, port, max_upload)
         try:
             Console(soft_wrap=True).print(f"{address}  (Ctrl-C ends it)", markup=False)
             if host not in _LOCAL:
@@ -109,8 +94,27 @@ def demo(
             page.close(verbose=False)
 
 
+def _start(gradio: Any, page: Any, host: str, port: int, max_upload: float) -> str:
+    """Serve the page without anything that reaches beyond it, and give its address."""
+    _, address, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        max_file_size=round(max_upload * 1e6),
+        theme=_theme(gradio),
+        css=_CSS,
+        footer_links=[],
+        app_kwargs={"middleware": [_headers()]},
+        run_history=False,  # it would keep what users uploaded
+        enable_monitoring=False,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+    )
+    return str(address)
+
+
 def _wait_for_the_end() -> None:
-    """Until Ctrl-C or SIGTERM, after which there is something to clean up."""
+    """Wait for Ctrl-C or SIGTERM, after which the caller cleans up."""
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
@@ -119,23 +123,16 @@ def _wait_for_the_end() -> None:
 
 
 def _headers() -> Any:
-    """Middleware of Starlette's that adds security headers to every answer."""
-    from starlette.datastructures import MutableHeaders  # Gradio's own foundation
-    from starlette.middleware import Middleware
+    """Middleware that adds security headers to every answer."""
+    from starlette.middleware import Middleware  # Gradio stands on Starlette
+    from starlette.middleware.base import BaseHTTPMiddleware
 
-    class Headers:
-        def __init__(self, app: Any) -> None:
-            self.app = app
+    async def add(request: Any, answer: Callable[[Any], Any]) -> Any:
+        response = await answer(request)
+        response.headers.update(_HEADERS)
+        return response
 
-        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-            async def add(message: Any) -> None:
-                if message["type"] == "http.response.start":
-                    MutableHeaders(scope=message).update(_HEADERS)
-                await send(message)
-
-            await self.app(scope, receive, add)
-
-    return Middleware(Headers)
+    return Middleware(BaseHTTPMiddleware, dispatch=add)
 
 
 def _import_gradio(uploads: Path) -> Any:
@@ -155,136 +152,143 @@ def _import_gradio(uploads: Path) -> Any:
     return gradio
 
 
-def _build(gradio: Any, answers: Answers, photos: Photos) -> Any:
+def _build(gradio: Any, answers: Answers, photos: Photos, embedded: bool) -> Any:
     """The page, not yet served."""
-    gradio.set_static_paths([photos.pick(0).parents[1]])  # served from there, and not thrown away
-    first = next(iter(answers.models.values()))
-    lowest, highest, step = _SLIDER
-    start = round(round(first.schedule.ratios[0] / step) * step, 2)
-    pictures = {
-        "format": "png",
-        "columns": 4,
-        "object_fit": "contain",
-        "show_label": False,
-        "buttons": ["fullscreen"],
-        "interactive": False,
-        "elem_classes": "pictures",
-    }
+    first = len(photos.thumbnails) - 1 if embedded else 0  # the embedded ankle boot
+    gradio.set_static_paths([photos.pick(first).parents[1]])  # served from there, and not deleted
     with gradio.Blocks(
         title="dynamicvit", analytics_enabled=False, delete_cache=(600, 3600)
     ) as page:
         gradio.Markdown("# dynamicvit\nWhich patches leave, which stay, and what that saves.")
         with gradio.Row():
             with gradio.Column(scale=1, min_width=280):
-                image = gradio.Image(
-                    photos.pick(photos.first),
-                    label="picture",  # Gradio would translate "image"
-                    type="filepath",
-                    sources=["upload", "clipboard"],
-                    height=260,
-                    buttons=[],
-                    elem_id="image",
-                    alt_text="the image as it was given",
-                )
-                offered = gradio.Dataset(
-                    components=[gradio.Image(render=False)],
-                    samples=[[str(path)] for path in photos.thumbnails],
-                    samples_per_page=12,
-                    type="index",
-                    label=photos.label,
-                    elem_id="photos",
-                )
-                model = gradio.Dropdown(
-                    list(answers.models), label="model", elem_id="model", filterable=False
-                )
-                ratio = gradio.Slider(
-                    lowest,
-                    highest,
-                    min(max(start, lowest), highest),
-                    step=step,
-                    label="keep ratio",
-                    info="share of the patches reaching a stage that it keeps",
-                    elem_id="ratio",
-                )
+                label = "photos (Fashion-MNIST)" if embedded else "photos"
+                image, offered = _add_images(gradio, photos, first, label)
+                settings = _add_settings(gradio, answers)
             with gradio.Column(scale=3, min_width=300):
                 note = gradio.Markdown(elem_id="note")
-                gradio.Markdown("### What stays\nStriped: patches that have left.")
-                kept = gradio.Gallery(label="what stays", elem_id="kept", **pictures)
-                gradio.Markdown("### What it is taken for")
-                with gradio.Row():
-                    dense = gradio.Label(label="dense", min_width=260, elem_id="dense")
-                    pruned = gradio.Label(label="pruned", min_width=260, elem_id="pruned")
-                gradio.Markdown("### What it saves")
-                cost = gradio.Dataframe(
-                    headers=["an image", "dense", "pruned", "gain"],
-                    column_widths=["28%", "22%", "22%", "28%"],
-                    show_label=False,
-                    interactive=False,
-                    wrap=True,
-                    buttons=[],
-                    elem_id="cost",
+                kept = _add_gallery(
+                    gradio, "What stays", "Striped: patches that have left.", "kept"
                 )
-                again = gradio.Button("Measure again", size="sm", elem_id="again")
-                gradio.Markdown(
-                    "Time was measured here, in PyTorch and float32, one random image after the "
-                    "other, dense and pruned in turn: medians, their quotient, and the quartiles "
-                    "of the quotients of the rounds. Other work of this machine is in it: where "
-                    f"quartiles lie far apart, measure again. {escape(answers.machine)}."
-                )
-                gradio.Markdown(
-                    "### Keep scores\nBright is high, grey had left before; each stage has its own "
-                    "scale."
-                )
-                scores = gradio.Gallery(label="keep scores", elem_id="scores", **pictures)
-
-        def told(function: Callable[..., Any]) -> Callable[..., Any]:
-            """The function, whose errors the page shows."""
-
-            @wraps(function)
-            def call(*arguments: Any) -> Any:
-                try:
-                    return function(*arguments)
-                except (ValueError, TypeError, OSError) as error:
-                    raise gradio.Error(
-                        escape(str(error)), duration=None, print_exception=False
-                    ) from error
-
-            return call
-
-        # One call at a time, so that nothing of ours disturbs what is timed. Inputs come as they
-        # are: Gradio would read an image file itself, whatever is in it and however large it is.
-        # Of moves made while one waits, the last is answered: what is shown is what is set.
+                gradio.Markdown("### The likeliest classes")
+                head = ["class", "dense", "pruned"]
+                classes = _add_table(gradio, "classes", head, ["44%", "28%", "28%"])
+                cost, again = _add_cost(gradio, answers.machine)
+                legend = "Bright is high, grey had left before. Each stage has its own scale."
+                scores = _add_gallery(gradio, "Keep scores", legend, "scores")
+        # One call at a time, so that no other call disturbs what is timed. Inputs come as they are:
+        # Gradio would read an image file itself, whatever is in it and however large it is. Of
+        # changes made while one call runs, only the last is answered.
         options = {
             "trigger_mode": "always_last",
             "concurrency_limit": 1,
             "concurrency_id": "models",
             "preprocess": False,
         }
-        gradio.on(
-            [page.load, image.change, model.change, ratio.change],
-            told(answers.show),
-            [image, model, ratio],
-            [kept, dense, pruned, scores, note],
-            api_name="show",
-            **options,
-        )
-        gradio.on(
-            [page.load, model.change, ratio.change],
-            told(answers.cost),
-            [model, ratio],
-            cost,
-            api_name="cost",
-            **options,
-        )
-        again.click(
-            told(partial(answers.cost, again=True)),
-            [model, ratio],
-            cost,
-            api_visibility="private",
-            **options,
-        )
-        offered.click(told(photos.pick), offered, image, api_visibility="private", **options)
+        told = partial(_tell_errors, gradio)
+        changes = [page.load, *(setting.change for setting in settings)]
+        shown = [kept, classes, scores, note]
+        show, measure = told(answers.show), told(answers.cost)
+        inputs = [image, *settings]
+        gradio.on([*changes, image.change], show, inputs, shown, api_name="show", **options)
+        gradio.on(changes, measure, settings, cost, api_name="cost", **options)
+        options["api_visibility"] = "private"
+        again.click(told(partial(answers.cost, again=True)), settings, cost, **options)
+        offered.click(told(photos.pick), offered, image, **options)
     return page
+
+
+def _add_images(gradio: Any, photos: Photos, first: int, label: str) -> tuple[Any, Any]:
+    """The image that is shown, and the photos to pick from."""
+    image = gradio.Image(
+        photos.pick(first),
+        label="picture",  # Gradio would translate "image"
+        type="filepath",
+        sources=["upload", "clipboard"],
+        height=260,
+        buttons=[],
+        elem_id="image",
+        alt_text="the image as it was given",
+    )
+    offered = gradio.Dataset(
+        components=[gradio.Image(render=False)],
+        samples=[[str(path)] for path in photos.thumbnails],
+        samples_per_page=12,
+        type="index",
+        label=label,
+        elem_id="photos",
+    )
+    return image, offered
+
+
+def _add_settings(gradio: Any, answers: Answers) -> list[Any]:
+    """Model and keep ratio."""
+    model = gradio.Dropdown(list(answers.models), label="model", elem_id="model", filterable=False)
+    slider = gradio.Slider(
+        0.2,
+        1,
+        max(0.2, next(iter(answers.models.values())).schedule.ratios[0]),
+        step=0.05,
+        label="keep ratio",
+        info="share of the patches that each stage keeps",
+        elem_id="ratio",
+    )
+    return [model, slider]
+
+
+def _add_gallery(gradio: Any, title: str, legend: str, name: str) -> Any:
+    gradio.Markdown(f"### {title}\n{legend}")
+    return gradio.Gallery(
+        label=title,
+        elem_id=name,
+        format="png",
+        columns=4,
+        object_fit="contain",
+        show_label=False,
+        buttons=["fullscreen"],
+        interactive=False,
+        elem_classes="pictures",
+    )
+
+
+def _add_table(gradio: Any, name: str, head: list[str], widths: list[str]) -> Any:
+    return gradio.Dataframe(
+        headers=head,
+        column_widths=widths,
+        show_label=False,
+        interactive=False,
+        wrap=True,
+        buttons=[],
+        elem_id=name,
+    )
+
+
+def _add_cost(gradio: Any, machine: str) -> tuple[Any, Any]:
+    """The table of what is saved, and the button that measures anew."""
+    gradio.Markdown("### What it saves")
+    head = ["an image", "dense", "pruned", "gain"]
+    cost = _add_table(gradio, "cost", head, ["28%", "22%", "22%", "28%"])
+    again = gradio.Button("Measure again", size="sm", elem_id="again")
+    gradio.Markdown(
+        "The times are medians, measured here in PyTorch and float32, one random image at a time, "
+        "dense and pruned in turn. The gain is their quotient; the quartiles are those of the "
+        "quotients of the rounds. Other programs disturb the measurement: if the quartiles lie far "
+        f"apart, measure again. {escape(machine)}."
+    )
+    return cost, again
+
+
+def _tell_errors(gradio: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, whose errors the page shows."""
+
+    @wraps(function)
+    def call(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except (ValueError, TypeError, OSError) as error:
+            raise gradio.Error(escape(str(error)), duration=None, print_exception=False) from error
+
+    return call
 
 
 def _theme(gradio: Any) -> Any:

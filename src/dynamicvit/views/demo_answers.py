@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,9 +25,18 @@ from dynamicvit.views.explain import explain, is_untrained
 from dynamicvit.views.explanation import Explanation
 
 _EMBEDDED = "embedded"
-
+_BY_ATTENTION = (
+    "This is a dense model without trained scorers: the patches stay that its class token attends "
+    "to most (EViT’s rule, not DynamicViT’s). More answers change than after training. "
+    "“dynamicvit quickstart” trains a model, “dynamicvit demo quickstart/sparse” shows it."
+)
+_UNTRAINED = (
+    "The scorers of this model are not trained: they choose patches at random. “dynamicvit train” "
+    "trains them."
+)
 
 Pictures = list[tuple[Image.Image, str]]  # each with its caption
+Rows = list[list[str]]  # of a table
 
 
 class Answer(NamedTuple):
@@ -36,20 +44,20 @@ class Answer(NamedTuple):
 
     Attributes:
         kept: the input, and what each stage keeps of it.
-        dense, pruned: class → probability.
+        classes: class, dense probability, pruned probability; empty where it is not among the
+            five likeliest.
         scores: each stage's keep scores.
         note: what the user should know of it, in Markdown.
     """
 
     kept: Pictures
-    dense: dict[str, float] | None
-    pruned: dict[str, float] | None
+    classes: Rows
     scores: Pictures
     note: str
 
 
 class Answers:
-    """What the page shows for a model and a keep ratio. It answers one call at a time.
+    """What the page shows for a model and a keep ratio. Make one call at a time.
 
     Args:
         names: as `demo`'s `models`.
@@ -76,108 +84,116 @@ class Answers:
         self.models: dict[str, SparseViT] = {}
         self.notes: dict[str, str] = {}
         for name in list(names) or [_EMBEDDED]:
-            model = load_model(str(ASSETS / "model") if name == _EMBEDDED else name)
-            note = ""
-            if not isinstance(model, SparseViT):
-                try:
-                    model = sparsify(model, keep_ratio=0.7, scorer="class_attention")
-                except UnsupportedBackbone as error:
-                    raise ValueError(
-                        "models must be sparse, or have a class token whose attention chooses, "
-                        f"got the dense model {name}: {error}"
-                    ) from error
-                note = _BY_ATTENTION
-            elif is_untrained(model):
-                note = _UNTRAINED
-            if model.merges:
-                kind = type(model.scorers[0]).__name__
-                raise ValueError(f"models must choose tokens, got {name} with {kind}")
-            self.notes[name] = note
+            model, self.notes[name] = _load(name)
             self.models[name] = model.to(device).eval().requires_grad_(False)
-        self._fused = {name: model.fuse() for name, model in self.models.items()}
-        self._costs: dict[tuple[str, KeepSchedule], list[list[str]]] = {}
+        self._costs: dict[tuple[str, KeepSchedule], Rows] = {}
         around = environment()
-        self.machine = (
-            around["gpu"]
-            if device.type == "cuda"
-            else f"{around['processor']}, threads: {torch.get_num_threads()}"
-        )
+        processor = f"{around['processor']}, threads: {torch.get_num_threads()}"
+        self.machine = around["gpu"] if device.type == "cuda" else processor
 
     def show(self, upload: dict[str, Any] | None, name: str, keep_ratio: float) -> Answer:
-        """What stays of an uploaded image, and what it is taken for; nothing without an image.
+        """What stays of an uploaded image, and its likeliest classes; nothing without an image.
 
         Args:
             upload: with the file's `path`, and its original name as `orig_name`.
             name: of a model.
-            keep_ratio: share of the patches that reach a stage which it keeps.
+            keep_ratio: share of the patches that each stage keeps.
 
         Raises:
             ValueError, TypeError, OSError: naming what is wrong with these.
         """
-        model, schedule = self._at(self.models, name, keep_ratio)
-        model = model.at(schedule=schedule)
+        model = self._at(name, keep_ratio)
         if not upload:
-            return Answer([], None, None, [], "")
-        found = _explain(model, self._find(upload["path"]), upload.get("orig_name"))
-        start, *counts = found.counts
-        height, width = found.pixels.shape[:2]
-        first, *stages = found.panels()
-        kept = [(first, f"input, {width} × {height} pixels")]
-        scores = []
-        for stage, (count, panel) in enumerate(zip(counts, stages, strict=True)):
-            kept.append((panel, f"stage {stage + 1}, {count} of {start} patches"))
-            heat, lowest, highest = found.heat_map(stage)
-            enlarged = Image.fromarray(heat).resize(panel.size, Image.Resampling.NEAREST)
-            scores.append((enlarged, f"stage {stage + 1}, {lowest:.3g} to {highest:.3g}"))
-        notes = [self.notes[name]]
+            return Answer([], [], [], "")
+        path = Path(upload["path"]).resolve()
+        if self._within is not None and not path.is_relative_to(self._within.resolve()):
+            raise ValueError("image must be an upload or one of the photos")
+        found = _explain(model, path, upload.get("orig_name") or path.name)
+        notes = [self.notes[name]] if self.notes[name] else []
         if found.cropped:
             notes.append(f"The pictures show the model’s crop: {found.cropped}.")
         if not found.dense:
             notes.append("The model has no classes.")
-        note = "\n\n".join(filter(None, notes))
-        return Answer(kept, _confidences(found.dense), _confidences(found.pruned), scores, note)
+        classes = _compare_classes(found.dense, found.pruned)
+        return Answer(_kept(found), classes, _scores(found), "\n\n".join(notes))
 
-    def _find(self, path: str) -> Path:
-        found = Path(path).resolve()
-        if self._within is not None and not found.is_relative_to(self._within.resolve()):
-            raise ValueError("image must be an upload or one of the photos")
-        return found
-
-    def cost(self, name: str, keep_ratio: float, again: bool = False) -> list[list[str]]:
-        """Operations and time of dense and pruned: the rows of a table. Each setting is measured
-        once, unless `again` is asked for.
+    def cost(self, name: str, keep_ratio: float, again: bool = False) -> Rows:
+        """Operations and time of dense and pruned. Each setting is measured once; `again` measures
+        anew.
 
         Raises:
             ValueError, TypeError: naming what is wrong with an argument.
         """
-        model, schedule = self._at(self._fused, name, keep_ratio)
-        pruned = model.at(schedule=schedule)
-        if again or (name, schedule) not in self._costs:
-            self._costs[name, schedule] = _measure(pruned)
-        return self._costs[name, schedule]
+        model = self._at(name, keep_ratio)
+        key = (name, model.schedule)
+        if again or key not in self._costs:
+            self._costs[key] = _measure(model.fuse())
+        return self._costs[key]
 
-    def _at(
-        self, models: dict[str, SparseViT], name: str, keep_ratio: float
-    ) -> tuple[SparseViT, KeepSchedule]:
-        if not isinstance(name, str) or name not in models:
-            raise ValueError(f"model must be one of {', '.join(models)}, got {name!r}")
-        blocks = models[name].schedule.blocks
+    def _at(self, name: str, keep_ratio: float) -> SparseViT:
+        if not isinstance(name, str) or name not in self.models:
+            raise ValueError(f"model must be one of {', '.join(self.models)}, got {name!r}")
+        blocks = self.models[name].schedule.blocks
         ratios = KeepSchedule.from_keep_ratio(keep_ratio, len(blocks) + 1, len(blocks)).ratios
-        return models[name], KeepSchedule(blocks, ratios)
+        return self.models[name].at(schedule=KeepSchedule(blocks, ratios))
 
 
-_BY_ATTENTION = (
-    "This is a dense model without trained scorers: the patches stay that its class token attends "
-    "to most (EViT’s rule, not DynamicViT’s). Expect more answers to change than after training. "
-    "“dynamicvit quickstart” trains a model, “dynamicvit demo quickstart/sparse” shows it."
-)
-_UNTRAINED = (
-    "The scorers of this model are not trained: they choose patches at random. “dynamicvit train” "
-    "trains them."
-)
+def _load(name: str) -> tuple[SparseViT, str]:
+    """A model, and a note on its choice of patches if it is not trained."""
+    model = load_model(str(ASSETS / "model") if name == _EMBEDDED else name)
+    if not isinstance(model, SparseViT):
+        try:
+            return sparsify(model, keep_ratio=0.7, scorer="class_attention"), _BY_ATTENTION
+        except UnsupportedBackbone as error:
+            raise ValueError(
+                "models must be sparse, or have a class token whose attention chooses, "
+                f"got the dense model {name}: {error}"
+            ) from error
+    if model.merges:
+        kind = type(model.scorers[0]).__name__
+        raise ValueError(f"models must choose tokens, got {name} with {kind}")
+    return model, _UNTRAINED if is_untrained(model) else ""
 
 
-def _measure(pruned: SparseViT) -> list[list[str]]:
+def _explain(model: SparseViT, path: Path, called: str) -> Explanation:
+    """ValueError, calling the file by the name that the user knows, if it cannot be read."""
+    try:
+        return explain(model, path)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(str(error).replace(str(path), called)) from error
+
+
+def _kept(found: Explanation) -> Pictures:
+    height, width = found.pixels.shape[:2]
+    start, *counts = found.counts
+    captions = [f"input, {width} × {height} pixels"]
+    captions += [
+        f"stage {stage}, {count} of {start} patches" for stage, count in enumerate(counts, start=1)
+    ]
+    return list(zip(found.panels(), captions, strict=True))
+
+
+def _scores(found: Explanation) -> Pictures:
+    size, scores = found.panels()[0].size, []
+    for stage in range(len(found.kept)):
+        heat, lowest, highest = found.heat_map(stage)
+        enlarged = Image.fromarray(heat).resize(size, Image.Resampling.NEAREST)
+        scores.append((enlarged, f"stage {stage + 1}, {lowest:.3g} to {highest:.3g}"))
+    return scores
+
+
+def _compare_classes(dense: Sequence[Prediction], pruned: Sequence[Prediction]) -> Rows:
+    """`Answer.classes`. Classes of the same name have their index beside it."""
+    names = {item.index: item.name for item in (*dense, *pruned)}
+    same = Counter(names.values())
+    sides = [{item.index: f"{item.probability:.1%}" for item in side} for side in (dense, pruned)]
+    return [
+        [name if same[name] == 1 else f"{name} ({index})", *(side.get(index, "") for side in sides)]
+        for index, name in names.items()
+    ]
+
+
+def _measure(pruned: SparseViT) -> Rows:
     dense, size = pruned.backbone, input_size(pruned)
     gmacs = [count_gmacs(model, size) for model in (dense, pruned)]
     [speed] = compare_speed(dense, pruned, size, batch_sizes=(1,), seconds=0.5)
@@ -185,33 +201,7 @@ def _measure(pruned: SparseViT) -> list[list[str]]:
     low, high = speed.spread
     return [
         ["GMACs", *(f"{number:.3f}" for number in gmacs), f"{gmacs[1] / gmacs[0] - 1:+.0%}"],
-        # The quotient of the two times as they are shown, so that nobody finds another.
+        # The quotient of the two times as they are shown, so that the row agrees with itself.
         ["ms", *times, f"{float(times[0]) / float(times[1]):.2f}×"],
         ["quartiles", "", "", f"{low:.2f}–{high:.2f}×"],
     ]
-
-
-def _confidences(found: Sequence[Prediction]) -> dict[str, float] | None:
-    """As Gradio's Label takes them. Classes of the same name have their index beside it."""
-    names = Counter(item.name for item in found)
-    return {
-        item.name if names[item.name] == 1 else f"{item.name} ({item.index})": item.probability
-        for item in found
-    } or None
-
-
-def _explain(model: SparseViT, path: Path, name: str | None) -> Explanation:
-    """ValueError, calling the file by the name that the user knows, if it cannot be read."""
-    called = name or path.name
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return explain(model, path)
-    except (ValueError, FileNotFoundError) as error:
-        bomb = Image.DecompressionBombWarning | Image.DecompressionBombError
-        if isinstance(error.__cause__, bomb):
-            most = (Image.MAX_IMAGE_PIXELS or 0) // 10**6
-            raise ValueError(
-                f"cannot read image {called}: it has more than {most} million pixels"
-            ) from error
-        raise ValueError(str(error).replace(str(path), called)) from error

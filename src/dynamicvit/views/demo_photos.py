@@ -12,36 +12,28 @@ from dynamicvit.evaluation.console import track
 from dynamicvit.io.embedded import embedded_images
 from dynamicvit.io.images import IMAGE_SUFFIXES, convert_image
 
-_THUMBNAIL = 128  # pixels of a photo's longer side, where it is offered
-_MOST_PHOTOS = 100  # that are offered
+_THUMBNAIL = 128  # pixels of a thumbnail's longer side
+_MOST_PHOTOS = 100
 
 
 class Photos:
-    """Photos to pick from on the page.
+    """Photos to pick from on the page. Those that cannot be read are left out.
 
     Args:
-        folder: to write thumbnails to, and copies of what is picked; all of it is served.
-        files: the photos; None for some that the package carries.
+        files: the photos.
+        folder: for thumbnails and for copies of what is picked. The page serves all of it.
         quiet: show no progress.
 
     Attributes:
         thumbnails: of the photos, in order.
-        label: what they are.
-        first: the photo to begin with.
 
     Raises:
-        ValueError: if none of them can be read.
+        ValueError: if no photo can be read.
     """
 
-    def __init__(self, folder: Path, files: Sequence[Path] | None, quiet: bool = False) -> None:
-        self._folder = folder
+    def __init__(self, files: Sequence[Path], folder: Path, quiet: bool = False) -> None:
         folder.mkdir(parents=True)
-        self.first = 0
-        self.label = "photos"
-        if files is None:
-            files = _write_embedded(folder)
-            self.first = len(files) - 1  # an ankle boot
-            self.label = "photos (Fashion-MNIST)"
+        self._folder = folder
         self._files: list[Path] = []
         self.thumbnails: list[Path] = []
         for file in track(files, "reading photos", quiet):
@@ -56,13 +48,7 @@ class Photos:
             raise ValueError(f"images must hold photos, got none that can be read in {len(files)}")
 
     def pick(self, index: int) -> Path:
-        """A copy of a photo, of its own name, that the page may serve.
-
-        Raises:
-            ValueError: if there is no such photo.
-        """
-        if type(index) is not int or not 0 <= index < len(self._files):
-            raise ValueError(f"photo must be from 0 to {len(self._files) - 1}, got {index!r}")
+        """A copy of a photo, with its own name, that the page may serve."""
         file = self._files[index]
         copy = self._folder / f"photo-{index}" / file.name
         if not copy.exists():
@@ -72,6 +58,11 @@ class Photos:
 
 
 def find_photos(folder: Path) -> list[Path]:
+    """The first 100 image files below a folder.
+
+    Raises:
+        ValueError: if it is no folder, or holds none.
+    """
     if not folder.is_dir():
         raise ValueError(f"images must be a folder, got {str(folder)!r}")
     files = (item for item in folder.rglob("*") if item.suffix.lower() in IMAGE_SUFFIXES)
@@ -82,8 +73,9 @@ def find_photos(folder: Path) -> list[Path]:
     return found
 
 
-def _write_embedded(folder: Path) -> list[Path]:
-    """One of the embedded images a class, as files."""
+def write_embedded_photos(folder: Path) -> list[Path]:
+    """One embedded image of each class, as files."""
+    folder.mkdir()
     files = []
     for name, index, picture in embedded_images("val"):
         if index == 3:
