@@ -122,7 +122,7 @@ def test_figures_are_those_that_were_measured(run: Path) -> None:
     assert f"{sum(item.numel() for item in sparse.parameters()) / 1e6:.3f} M" in text
     assert TOKENS in text
     assert f"{compared['dense_top1']:.2f} → {compared['sparse_top1']:.2f}%" in text
-    assert f"both take {compared['agreement']:.2f}% for the same" in text
+    assert f"agree on {compared['agreement']:.2f}%;" in text
     for item in speed["measurements"]:
         assert f"{item['speed_up']:.2f}×" in text
         assert f"{item['dense']:.1f}" in text
@@ -272,7 +272,7 @@ def test_the_dense_model_that_a_run_trained_first_is_its_teacher(run: Path, tmp_
             (folder / "dense" / METRICS).write_text(metrics)
         page = _Page(report(str(folder)))
         assert f"not the teacher that the training began with, {teacher};" in page.text
-        assert (f"(model: what the dense teacher, {teacher}, was trained from)" in page.text) == (
+        assert (f"(model: the start of the dense teacher, {teacher})" in page.text) == (
             first
         )
         [call] = [

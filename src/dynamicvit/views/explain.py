@@ -1,4 +1,4 @@
-"""explain(): which patches of images a model keeps; and the command, which writes that to files."""
+"""explain(): which patches of images a model keeps; and its command, which writes files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from dynamicvit.views.explanation import SIDE, SUFFIXES, Explanation, draw_sheet
 
 _TOP_K = 5
 _BATCH = 32  # images in memory at a time
-_SHEET = 96  # images that a contact sheet holds: more are not looked at
+_SHEET = 96  # images in a contact sheet
 _PRINTED = 50  # images in the table
 _CONTACT_SHEET = "contact_sheet"
 
@@ -56,10 +56,10 @@ def explain(
     images: ImageSource | Sequence[ImageSource] | Tensor,
     dense: nn.Module | None = None,
 ) -> Explanation | list[Explanation]:
-    """Show which patches of images a model keeps, stage by stage, and what it takes them for.
+    """Show which patches of images a model keeps at each stage, and the classes it predicts.
 
-    In a notebook the result shows itself; `.save("x.png")` writes it. Files are resized, cropped
-    and normalised as the model's `pretrained_cfg` says; the pictures show what the model then saw.
+    A notebook shows the result as a picture; `.save("x.png")` writes it. Files are resized, cropped
+    and normalised as the model's `pretrained_cfg` says. The pictures show the result of that.
     Models run in eval mode, on their own device and in their own dtype; their mode is restored.
     The command `dynamicvit explain` does the same for files, folders and videos, and writes files.
 
@@ -67,8 +67,8 @@ def explain(
         model: a sparse model.
         images: a path, a PIL image, or a sequence of these; or prepared images, a tensor
             [B, C, H, W], normalised as `pretrained_cfg` says.
-        dense: a dense timm model, to predict beside it, prepared for as its own `pretrained_cfg`
-            says. By default the model's own backbone with all patches kept, which after fine-tuning
+        dense: a dense timm model to compare with; images are prepared as its own `pretrained_cfg`
+            says. By default the model's own backbone with all patches kept. After fine-tuning this
             is not the dense model that it was made from.
 
     Returns:
@@ -97,22 +97,21 @@ def explain_files(
     device: str | None = None,
     quiet: bool = False,
 ) -> list[Path]:
-    """Show which patches of images a model keeps, stage by stage, and what it takes them for.
+    """Show which patches of images a model keeps at each stage, and the classes it predicts.
 
-    The picture of an image has the input as the model sees it, what is kept of it after each stage
-    (what has left is striped), the keep scores as heat maps, and the five likeliest classes, dense
-    and pruned. Where there are several images there is a contact sheet besides. Of a video there is
-    a video, each frame beside what is kept of it (extra "video"). In Python `dynamicvit.explain`
-    gives the same as objects.
+    The picture of an image has the input as the model sees it, what each stage keeps of it (patches
+    that have left are striped), the keep scores as heat maps, and the five likeliest classes, dense
+    and pruned. Several images also give a contact sheet. A video gives a video: each frame beside
+    what is kept of it (extra "video"). In Python `dynamicvit.explain` gives the same as objects.
 
     Args:
         images: image files, video files, and folders of these.
         model: folder or hub id of a sparse model.
-        output: folder to write, other than those of the images; files of earlier calls in it are
-            replaced. Files are named after the images.
-        dense: model folder, hub id or name of a pretrained timm model, to predict beside it. By
-            default the model's own backbone with all patches kept, which after fine-tuning is not
-            the dense model that it was made from.
+        output: folder to write, outside those of the images. Files are named after the images, and
+            replace files of earlier calls.
+        dense: model folder, hub id or name of a pretrained timm model to compare with. By default
+            the model's own backbone with all patches kept. After fine-tuning this is not the dense
+            model that it was made from.
         formats: of png (the picture), gif and webp (animations), npz (positions kept, scores and
             classes as arrays); by default png and npz.
         device: where models run: cpu, cuda or cuda:NUMBER; by default a GPU if there is one.
@@ -123,8 +122,8 @@ def explain_files(
 
     Raises:
         ValueError, FileNotFoundError: naming what is wrong with an image, the model or an option,
-            before anything is written; a video that breaks off after its first frame is named
-            when it is its turn, after the images.
+            before anything is written. A video whose later frames cannot be read is named when it
+            is its turn, after the images.
     """
     kinds = ["png", "npz"] if formats is None else list(dict.fromkeys(formats))
     known = [suffix[1:] for suffix in SUFFIXES]
@@ -133,19 +132,9 @@ def explain_files(
     check_folder("output", output)
     where = find_device(device)
     targets = _targets(_find(images, Path(output)), Path(output), kinds)
-    sparse = load_model(model)
-    if not isinstance(sparse, SparseViT):
-        raise ValueError(
-            f"model must be sparse, got the dense model {model}; `dynamicvit train` makes one "
-            "sparse"
-        )
-    other = None if dense is None else load_model(dense)
-    if isinstance(other, SparseViT):
-        raise ValueError(f"dense must be a dense model, got the sparse model {dense}")
-    sparse = sparse.to(where)
-    other = None if other is None else other.to(where)
-    films = [source for source in targets if _is_video(source)]
-    stills = [source for source in targets if not _is_video(source)]
+    sparse, other = _load(model, dense, where)
+    films = {source: stem for source, stem in targets.items() if _is_video(source)}
+    stills = {source: stem for source, stem in targets.items() if source not in films}
     # What cannot be read is named before anything is written.
     for source in films:
         video.check_video(source)
@@ -153,61 +142,102 @@ def explain_files(
     for source in track(stills, "reading images", quiet):
         read_image(source, mode, "images")
 
-    console = Console(quiet=quiet)
-    written: list[Path] = []
-    sheet: list[Explanation] = []
-    table = make_table("image")
-    for title in ("dense", "pruned"):
-        table.add_column(title, overflow="fold")
-
-    def explained() -> Iterator[Explanation]:
-        for start in range(0, len(stills), _BATCH):
-            yield from explain(sparse, stills[start : start + _BATCH], other)
-
-    explanations = explained()
-    for source in track(stills, "explaining images", quiet):
-        found = next(explanations)
-        for kind in kinds:
-            path = targets[source].with_name(f"{targets[source].name}.{kind}")
-            found.save(path)
-            written.append(path)
-        if table.row_count < _PRINTED:
-            table.add_row(cell(source), _best(found.dense), _best(found.pruned))
-        if len(sheet) < _SHEET:
-            sheet.append(found)
+    first, written = _explain_stills(stills, kinds, sparse, other, quiet)
     if len(stills) > 1:
-        path = Path(output) / f"{_CONTACT_SHEET}.png"
-        with written_whole(path) as temporary:
-            draw_sheet(sheet).save(temporary, format="PNG")
-        written.append(path)
-
-    def draw(frames: Sequence[Image.Image]) -> list[Image.Image]:
-        return [draw_sheet([item], side=SIDE) for item in explain(sparse, frames, other)]
-
-    for source in films:
-        path = targets[source].with_name(f"{targets[source].name}.mp4")
-        frames = video.redraw_video(source, path, draw)
-        *_, count = track(frames, f"explaining frames of {source.name}", quiet)
-        table.add_row(cell(source), f"{count} frames", "")
-        written.append(path)
-    console.print(table)
-    if len(stills) > _PRINTED:
-        console.print(f"{len(stills) - _PRINTED} more images: the files have their classes")
-    if sheet:
-        console.print(f"patches: {' → '.join(map(str, sheet[0].counts))}")
+        written.append(Path(output) / f"{_CONTACT_SHEET}.png")
+        with written_whole(written[-1]) as temporary:
+            draw_sheet(list(first.values())).save(temporary, format="PNG")
+    frames = {}
+    for source, stem in films.items():
+        written.append(stem.with_name(f"{stem.name}.mp4"))
+        frames[source] = _explain_film(source, written[-1], sparse, other, quiet)
+    console = Console(quiet=quiet)
+    _print_answers(console, first, len(stills), frames)
     if is_untrained(sparse):
         console.print("the scorers are not trained: they choose patches at random", style="bold")
-    cropped = min(sheet, key=lambda item: item.visible, default=None)
-    if cropped is not None and cropped.cropped:
-        console.print(f"the pictures show the model's crop: at least {cropped.cropped}")
-    if len(stills) > len(sheet):
-        console.print(f"the contact sheet has the first {len(sheet)} images")
     console.print(f"files written to {plain(output)}: {len(written)}", markup=False, soft_wrap=True)
     return written
 
 
+def _load(
+    model: str, dense: str | None, device: torch.device
+) -> tuple[SparseViT, nn.Module | None]:
+    sparse = load_model(model)
+    if not isinstance(sparse, SparseViT):
+        raise ValueError(
+            f"model must be sparse, got the dense model {model}; `dynamicvit train` makes one "
+            "sparse"
+        )
+    other = None if dense is None else load_model(dense).to(device)
+    if isinstance(other, SparseViT):
+        raise ValueError(f"dense must be a dense model, got the sparse model {dense}")
+    return sparse.to(device), other
+
+
+def _explain_stills(
+    stills: dict[Path, Path],
+    kinds: list[str],
+    sparse: SparseViT,
+    dense: nn.Module | None,
+    quiet: bool,
+) -> tuple[dict[Path, Explanation], list[Path]]:
+    """Write the files of each image. Gives the first explanations, and the files."""
+    first: dict[Path, Explanation] = {}
+    written = []
+    sources = list(stills)
+    explanations = (
+        item
+        for start in range(0, len(sources), _BATCH)
+        for item in explain(sparse, sources[start : start + _BATCH], dense)
+    )
+    for source in track(sources, "explaining images", quiet):
+        found = next(explanations)
+        for kind in kinds:
+            written.append(stills[source].with_name(f"{stills[source].name}.{kind}"))
+            found.save(written[-1])
+        if len(first) < _SHEET:
+            first[source] = found
+    return first, written
+
+
+def _explain_film(
+    source: Path, target: Path, sparse: SparseViT, dense: nn.Module | None, quiet: bool
+) -> int:
+    """Write a video of what is kept of each frame. Gives the number of frames."""
+
+    def draw(frames: Sequence[Image.Image]) -> list[Image.Image]:
+        return [draw_sheet([item], side=SIDE) for item in explain(sparse, frames, dense)]
+
+    frames = video.redraw_video(source, target, draw)
+    *_, count = track(frames, f"explaining frames of {source.name}", quiet)
+    return count
+
+
+def _print_answers(
+    console: Console, first: dict[Path, Explanation], images: int, frames: dict[Path, int]
+) -> None:
+    """The likeliest class of the first images, the videos, and what the files leave out."""
+    table = make_table("image")
+    for title in ("dense", "pruned"):
+        table.add_column(title, overflow="fold")
+    for source, found in list(first.items())[:_PRINTED]:
+        table.add_row(cell(source), _best(found.dense), _best(found.pruned))
+    for source, count in frames.items():
+        table.add_row(cell(source), f"{count} frames", "")
+    console.print(table)
+    if images > _PRINTED:
+        console.print(f"{images - _PRINTED} more images: the files have their classes")
+    if first:
+        found = min(first.values(), key=lambda item: item.visible)
+        console.print(f"patches: {' → '.join(map(str, found.counts))}")
+        if found.cropped:
+            console.print(f"the pictures show the model's crop: at least {found.cropped}")
+    if images > len(first):
+        console.print(f"the contact sheet has the first {len(first)} images")
+
+
 def is_untrained(model: SparseViT) -> bool:
-    """Whether learned scorers are as they were made: training changes every parameter of theirs."""
+    """Whether learned scorers are as created: training changes each of their parameters."""
     norms = [item for item in model.scorers.modules() if isinstance(item, nn.LayerNorm)]
     return bool(norms) and all(
         bool((item.weight == 1).all() and (item.bias == 0).all()) for item in norms
@@ -327,7 +357,7 @@ def _is_video(source: Path) -> bool:
 
 
 def _find(images: list[str], output: Path) -> Iterator[tuple[Path, Path]]:
-    """Each image or video file, and what it is to be called."""
+    """Each image or video file, and the name for its result."""
     for name in images:
         path = Path(name)
         if not path.is_dir():
@@ -352,8 +382,8 @@ def _find(images: list[str], output: Path) -> Iterator[tuple[Path, Path]]:
 def _targets(
     found: Iterator[tuple[Path, Path]], output: Path, kinds: list[str]
 ) -> dict[Path, Path]:
-    """File → the file to write for it, but for the suffix: its own name, numbered where several
-    have it."""
+    """File → the file to write for it, without suffix: its own name, numbered where several files
+    have the same."""
     targets: dict[Path, Path] = {}
     taken = {output / _CONTACT_SHEET}
     for source, name in found:

@@ -1,4 +1,4 @@
-"""Explanation: what a model kept of an image and took it for, as arrays and as pictures."""
+"""Explanation: what a model kept of an image and predicted for it, as arrays and as pictures."""
 
 from __future__ import annotations
 
@@ -30,18 +30,19 @@ from dynamicvit.views.drawing import (
 )
 
 SUFFIXES = (".png", ".gif", ".webp", ".npz")  # what `Explanation.save` writes
-SIDE = 224  # pixels that the shorter side of a picture has, about
+SIDE = 224  # approximate pixels of a picture's shorter side
 
-_TILE_SIDE = 112  # and of one in a sheet
-_MOST = 3  # a small image is enlarged to no more than this many times that length
-_WHOLE = 0.995  # share of the picture from which on nothing worth a word is cropped off
+_TILE_SIDE = 112  # the same in a sheet
+_MOST = 3  # a picture's longer side is at most so many times that
+_WHOLE = 0.995  # a picture of which so much is visible is not called cropped
 _BAR_GROUND, _GONE = (236, 238, 243), (222, 224, 230)
 _DENSE, _PRUNED = (126, 134, 156), (33, 113, 181)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Explanation:
-    """What a SparseViT kept of an image, and took it for. `explain` makes it; a notebook shows it.
+    """What a SparseViT kept of an image, and predicted for it. `explain` makes it; a notebook shows
+    it as a picture.
 
     Attributes:
         pixels: [H, W, 3] uint8: what the model saw, after resizing and cropping.
@@ -53,7 +54,7 @@ class Explanation:
         dense: the likeliest five classes with all patches kept, best first; none where the model
             has no classification head.
         pruned: the same, with tokens leaving.
-        dense_model: whose predictions `dense` are, in words.
+        dense_model: the model that `dense` is of, in words.
         visible: share of the picture's area that the model saw, from 0 to 1; the rest was cropped
             off. 1 for prepared images.
     """
@@ -88,7 +89,7 @@ class Explanation:
         return f"{self.visible:.0%} of the picture" if self.visible < _WHOLE else ""
 
     def picture(self) -> Image.Image:
-        """The input and what each stage keeps of it, its scores, and the predictions: RGB."""
+        """The input, what each stage keeps of it, the scores, and the predictions: RGB."""
         return _draw_picture(self)
 
     def frames(self) -> list[Image.Image]:
@@ -125,9 +126,8 @@ class Explanation:
         """
         scores = self.scores[stage]
         there = np.isfinite(scores)
-        lowest, highest = (
-            (float(scores[there].min()), float(scores[there].max())) if there.any() else (0.0, 0.0)
-        )
+        finite = scores[there] if there.any() else np.zeros(1)
+        lowest, highest = float(finite.min()), float(finite.max())
         share = (np.where(there, scores, lowest) - lowest) / ((highest - lowest) or 1.0)
         colours = np.where(there[:, None], heat_colours(share), np.array(_GONE, dtype=np.uint8))
         grid = colours.reshape(*self.grid, 3)
@@ -157,16 +157,9 @@ class Explanation:
         else:
             first, *rest = self.frames()
             times = [1000] * len(rest) + [2500]  # milliseconds
-            options: dict[str, Any] = {"lossless": True} if kind == ".webp" else {}
-            first.save(
-                content,
-                format=kind[1:].upper(),
-                save_all=True,
-                append_images=rest,
-                duration=times,
-                loop=0,
-                **options,
-            )
+            animation = {"save_all": True, "append_images": rest, "duration": times, "loop": 0}
+            # GIF has no such option, and ignores it.
+            first.save(content, kind[1:].upper(), lossless=True, **animation)
         write_bytes(target, content.getvalue())
 
     def _arrays(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""plot(): how a training run went, as one picture."""
+"""plot(): the curves of a training run, as one picture."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
-
-import yaml
 
 from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.evaluation.console import plain
 from dynamicvit.io.files import check_file, write_bytes
+from dynamicvit.training.config import read_options
 from dynamicvit.training.fit import BEST, CONFIG
 from dynamicvit.training.metrics import METRICS
 
@@ -34,12 +34,12 @@ _LOSSES = {
 _COLOURS = ("#1c1e26", "#0b62a8", "#b34700", "#00704f", "#8f3c73", "#5c6b00", "#555b70")
 _DASHES = ("-", (0, (6, 1)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (3, 2)), (0, (8, 2)), "-.")
 _MARKERS = "os^Dv<>"
-_MANY = 60  # points of a line from which it is drawn pale, with its running mean over it
+_MANY = 60  # a line with so many points is drawn pale, with its running mean over it
 
 
 @dataclass
 class Panel:
-    """One diagram: named lines of (step, value), and values aimed at."""
+    """One chart: named lines of (step, value), and target values."""
 
     title: str
     lines: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
@@ -50,10 +50,10 @@ class Panel:
 
 
 def plot(run: str, /, output: str | None = None, quiet: bool = False) -> Path:
-    """Draw how a training run went, finished or not: losses, accuracy, tokens kept, learning rates.
+    """Draw the curves of a training run, finished or not: losses, accuracy, kept tokens, rates.
 
-    Steps below 0 are those of a warm start. In the diagram of kept tokens, dashed lines are the
-    ratios aimed at. Needs the extra "plot".
+    Steps below 0 are those of a warm start. In the chart of kept tokens, dashed lines are the
+    target ratios. Needs the extra "plot".
 
     Args:
         run: folder of a run.
@@ -111,13 +111,13 @@ def use_style(settings: dict[str, Any] | None = None) -> Iterator[None]:
 
 
 def find_best(run: Path) -> Path | None:
-    """The model folder in that of a run; None if `run` is not a run's, or has no model yet."""
+    """The best model's folder in that of a run; None if `run` is no run, or has no model yet."""
     best = run / BEST
     return best if (run / METRICS).is_file() and best.is_dir() else None
 
 
 def read_panels(run: Path) -> list[Panel]:
-    """What there is to draw of a run, in order: what it did not log has no panel.
+    """The charts of a run, in order. What the run did not log has none.
 
     Raises:
         ValueError: as `plot` does.
@@ -126,7 +126,7 @@ def read_panels(run: Path) -> list[Panel]:
 
 
 def step_limits(panels: Sequence[Panel]) -> tuple[float, float]:
-    """The first and the last step to show, the same in all of a run's diagrams."""
+    """The first and the last step to show, the same in all charts of a run."""
     steps = [step for panel in panels for line in panel.lines.values() for step, _ in line]
     margin = 0.03 * (max(steps) - min(steps)) or 1
     return min(steps) - margin, max(steps) + margin
@@ -158,26 +158,26 @@ def _read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def _read_ratios(folder: Path) -> Sequence[float]:
-    """The share of tokens aimed at after each stage; none for a dense run."""
+    """The target share of tokens after each stage; none for a dense run."""
     path = folder / CONFIG
+    if not path.is_file():
+        return ()
+    config = read_options(path)
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
         if config["ratios"] is not None:
             return [float(ratio) for ratio in config["ratios"]]
         if config["keep_ratio"] is None:
             return ()
         # The ratios do not depend on the depth.
         return KeepSchedule.from_keep_ratio(config["keep_ratio"], depth=12).ratios
-    except FileNotFoundError:
-        return ()
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a run's config: {error}") from error
 
 
 def _panels(lines: list[dict[str, Any]], ratios: Sequence[float]) -> list[Panel]:
-    """What there is to draw, in order: what a run did not log has no panel."""
+    """As `read_panels`."""
     warm_steps = max((line["step"] for line in lines if line["kind"] == "warm_start"), default=0)
-    # In one order, so that colours are the same in every run's picture.
+    # The order is fixed, so that colours are the same in every run's picture.
     losses = Panel("loss", {name: [] for name in _LOSSES.values()}, log=True)
     top1 = Panel("validation top-1, %", markers=True)
     kept = Panel("share of tokens kept", targets=ratios)
@@ -208,7 +208,7 @@ def _panels(lines: list[dict[str, Any]], ratios: Sequence[float]) -> list[Panel]
 
 
 def _changes(panel: Panel) -> bool:
-    """Whether there is something to see: not in a count of skipped steps that stays 0."""
+    """Whether a value changes. A count of skipped steps that stays 0 is not worth a chart."""
     return any(len({value for _, value in points}) > 1 for points in panel.lines.values())
 
 
@@ -231,7 +231,7 @@ def draw_panel(axes: Any, panel: Panel) -> None:
     for index, (name, points) in enumerate(panel.lines.items()):
         if not points:
             continue
-        # On a logarithmic axis nothing has a place at 0, such as the rate of a frozen backbone.
+        # A logarithmic axis has no 0, such as the learning rate of a frozen backbone.
         steps = [step for step, _ in points]
         values = [value if value > 0 or not log else math.nan for _, value in points]
         style: dict[str, Any] = {
@@ -243,29 +243,24 @@ def draw_panel(axes: Any, panel: Panel) -> None:
             style |= {"marker": _MARKERS[index % len(_MARKERS)], "markersize": 4}
         elif len(points) >= _MANY and panel.smooth:
             axes.plot(steps, values, color=style["color"], linewidth=0.8, alpha=0.2)
-            values = _running_mean(steps, values)
+            values = _running_mean(values)
         axes.plot(steps, values, **style)
         if index < len(panel.targets):
             axes.axhline(panel.targets[index], color=style["color"], linestyle="--", linewidth=1)
     if panel.targets:
-        axes.plot([], [], color="grey", linestyle="--", linewidth=1, label="aimed at")
+        axes.plot([], [], color="grey", linestyle="--", linewidth=1, label="target")
         axes.set_ylim(0, 1.02)
     axes.set(xlabel="step", yscale="log" if log else "linear")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _running_mean(steps: Sequence[float], values: Sequence[float]) -> list[float]:
-    """The mean of the values near each: a tenth of all, those that are not finite left out, and
-    those of the warm start (steps up to 0) apart from the others."""
+def _running_mean(values: Sequence[float]) -> list[float]:
+    """The mean of the finite values near each: a tenth of all."""
     width = len(values) // 20
     means = []
-    for index, step in enumerate(steps):
-        near = range(max(0, index - width), min(len(values), index + width + 1))
-        finite = [
-            values[other]
-            for other in near
-            if math.isfinite(values[other]) and (steps[other] > 0) == (step > 0)
-        ]
-        means.append(sum(finite) / len(finite) if finite else math.nan)
+    for index in range(len(values)):
+        near = values[max(0, index - width) : index + width + 1]
+        finite = [value for value in near if math.isfinite(value)]
+        means.append(fmean(finite) if finite else math.nan)
     return means

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseViT
@@ -17,6 +16,7 @@ from dynamicvit.evaluation.compare import ARRAYS, JSON
 from dynamicvit.evaluation.setup import input_size, token_counts
 from dynamicvit.io.folder import WEIGHTS
 from dynamicvit.io.load import load_model
+from dynamicvit.training.config import read_options
 from dynamicvit.views.plot import CONFIG, METRICS, find_best
 
 # Where a report looks beside the model for what a command wrote.
@@ -174,11 +174,8 @@ def _add_run(found: Findings, run: Path) -> None:
     """Read the training run's files."""
     found.trained_first = find_best(run / _DENSE)
     config = run / CONFIG
-    try:
-        if config.is_file():
-            found.config = dict(yaml.safe_load(config.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise _foreign(config, "train", error) from error
+    if config.is_file():
+        found.config = read_options(config)
     files = [path for path in (config, run / METRICS) if path.is_file()]
     found.sources += [(str(path), "dynamicvit train") for path in files]
 
