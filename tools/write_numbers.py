@@ -88,6 +88,13 @@ def quickstart_speed() -> str:
     )
 
 
+def quickstart_deviation() -> str:
+    """The standard deviation of the dense model's accuracy on so many images, in points."""
+    result = _read("quickstart.json")["dense"]
+    share = result["top1"] / 100
+    return f"{100 * (share * (1 - share) / result['images']) ** 0.5:.1f}"
+
+
 def quickstart_machine() -> str:
     result = _read("quickstart.json")
     return f"{_machine(result)}; {result['seconds']:.0f} seconds for everything"
@@ -149,6 +156,12 @@ def compared() -> str:
     return markdown(("learned selection at 0.7", ""), lines)
 
 
+def compare_interval() -> str:
+    """Half the length of the 95% interval of the difference, in points."""
+    low, high = _read("small/compare/compare.json")["interval"]
+    return f"{(high - low) / 2:.1f}"
+
+
 def speed() -> str:
     """OpenVINO, the engine in which dense models are fastest."""
     files = {
@@ -179,6 +192,13 @@ def speed_ideal() -> str:
     return " and ".join(
         f"{_read(file)['ideal_speed_up']:.2f}× for {model}" for model, file in named.items()
     )
+
+
+def align_cost() -> str:
+    """Multiply-adds that `align=16` adds to DeiT-S."""
+    files = ("speed_deit_small_align16.json", "speed_deit_small_openvino.json")
+    aligned, published = (_read(file)["gmacs"]["sparse"] for file in files)
+    return f"{aligned / published - 1:.1%}"
 
 
 def engines() -> str:
@@ -263,6 +283,12 @@ def training_step() -> str:
     )
 
 
+def training_gradients() -> str:
+    """The largest difference between gradients of our step and the reference."""
+    compared = _read("training_step.json")["gradients"].values()
+    return f"{max(side['largest_error'] for sides in compared for side in sides.values()):.0e}"
+
+
 def training_cost() -> str:
     """What the guide's own code counts."""
     page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
@@ -342,6 +368,10 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "exports": exports,
     "training step": training_step,
     "training cost": training_cost,
+    "training gradients": training_gradients,
+    "align cost": align_cost,
+    "quickstart deviation": quickstart_deviation,
+    "compare interval": compare_interval,
     **_accuracy(),
     **_machines(),
 }
