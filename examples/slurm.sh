@@ -1,11 +1,11 @@
 #!/bin/bash
-# Train on four machines of eight GPUs each. A job that is pre-empted or runs out of time gets SIGTERM,
-# writes a checkpoint and is put back into the queue, where it goes on from there.
+# Train on four machines with eight GPUs each. A job that is preempted or runs out of time gets SIGTERM,
+# writes a checkpoint and returns to the queue. It then continues from the checkpoint.
 #
 #     sbatch examples/slurm.sh configs/deit_small_0.7.yaml --output runs/deit_small_0.7
 #
-# The output folder must lie where all machines see it. The global batch, batch_size × 32 × accumulate,
-# defines the run: the paper's 1024 is batch_size 32 here.
+# The output folder must be one that all machines share. The global batch, batch_size × 32 × accumulate,
+# defines the run: with 32 GPUs, batch_size 32 gives the paper's 1024.
 #SBATCH --job-name=dynamicvit
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1

@@ -272,9 +272,7 @@ def test_the_dense_model_that_a_run_trained_first_is_its_teacher(run: Path, tmp_
             (folder / "dense" / METRICS).write_text(metrics)
         page = _Page(report(str(folder)))
         assert f"not the teacher that the training began with, {teacher};" in page.text
-        assert (f"(model: the start of the dense teacher, {teacher})" in page.text) == (
-            first
-        )
+        assert (f"(model: the start of the dense teacher, {teacher})" in page.text) == first
         [call] = [
             shlex.split(line)
             for block in page.blocks

@@ -63,7 +63,7 @@ class Choice(NamedTuple):
 
 
 class SparseViT(TimmModel):
-    """A vision transformer whose uninformative patch tokens leave on the way.
+    """A vision transformer whose uninformative patch tokens leave before some blocks.
 
     Made by `sparsify`; `forward` really removes tokens, `masked` only blocks them (for training).
     `train()` and `eval()` change dropout and sampling noise, never the algorithm.
@@ -72,7 +72,7 @@ class SparseViT(TimmModel):
         backbone: a timm VisionTransformer or Eva. It is used as it is, not copied.
         schedule: where tokens leave and how many stay.
         scorers: one selector a stage, or the name of a kind in
-            `dynamicvit.core.selectors.SELECTORS`, of which new ones then serve.
+            `dynamicvit.core.selectors.SELECTORS`, of which new ones are created.
         squeeze: merge each token that leaves into its host, the most similar one that stays (dTPS,
             arXiv 2304.10716).
 
@@ -124,7 +124,7 @@ class SparseViT(TimmModel):
 
         Args:
             images: as for `forward`.
-            path: how decisions are carried out.
+            path: how decisions are applied.
 
         Returns:
             The tokens after the final norm, and what each stage chose.
@@ -232,7 +232,7 @@ class SparseViT(TimmModel):
         return self.adapter.head(self.backbone, x, pre_logits=pre_logits)
 
     def pruned(self, images: Tensor) -> SparseOutput:
-        """`forward`, and also says which tokens stayed. Arguments and errors as there.
+        """`forward` that also returns which tokens stayed. Arguments and errors as there.
 
         Where each image has its own budget, `tokens` are filled up with zeros at the end.
 
@@ -569,7 +569,7 @@ def sparsify(
             model's logits.
         schedule: the stages in full, instead of `keep_ratio`.
         align: round the kept counts, prefix tokens included, to multiples of this, where matrix
-            engines like it (16, for example), at a cost within 2% of what was asked for.
+            engines prefer it (16, for example). The cost changes by at most 2%.
         scorer: what decides, "learned" or another rule to compare with. class_attention,
             class_attention_merging, similarity_merging and pooling are of use without training;
             random and static hardly are. similarity_merging needs a head on the class token.

@@ -26,7 +26,7 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def deit_256(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """DeiT (arXiv 2012.12877) of width 256 with 4 heads: between timm's tiny and small one."""
+    """DeiT (arXiv 2012.12877) of width 256 with 4 heads, between timm's tiny and small DeiT."""
     arguments = {"patch_size": 16, "embed_dim": 256, "depth": 12, "num_heads": 4} | kwargs
     model: VisionTransformer = build_model_with_cfg(
         VisionTransformer,

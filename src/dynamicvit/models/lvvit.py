@@ -1,7 +1,7 @@
 """LV-ViT (arXiv 2104.10858): a plain ViT with a convolutional stem and a head on every token.
 
-Residual branches of the published models are divided by a constant, here folded into the weights
-of each branch's last layer, so that timm's blocks serve as they are.
+The published models divide their residual branches by a constant. Here it is folded into the
+weights of each branch's last layer, so that timm's blocks can run them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class LVViT(VisionTransformer):
     Args:
         patch_size: pixels, of stem and projection together; even.
         stem_width: filters of the stem's convolutions.
-        residual_scale: what fresh residual branches are divided by.
+        residual_scale: divisor of new residual branches.
         in_chans: image channels.
         kwargs: of timm's VisionTransformer. Pooling is always "token".
 
@@ -128,7 +128,7 @@ register(LVViTAdapter())
 def from_official(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The authors' state dict in this module's key names, the residual scale folded in.
 
-    Weights that are in this module's names already are returned as they are.
+    Weights that already have this module's names are returned unchanged.
 
     Raises:
         ValueError: if the depth is not that of a published model, so that the scale is not known.

@@ -50,7 +50,7 @@ def _entrypoint(backbone: str) -> Callable[..., SparseViT]:
         return SparseViT(dense, schedule)
 
     create.__name__ = create.__qualname__ = f"dynamicvit_{backbone}"
-    create.__doc__ = f"`{backbone}` with untrained scorers; keep_ratio is 0.7 unless given."
+    create.__doc__ = f"`{backbone}` with untrained scorers; keep_ratio is 0.7 by default."
     return create
 
 

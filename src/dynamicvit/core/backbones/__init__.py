@@ -14,7 +14,7 @@ _ADAPTERS: list[Adapter] = [ViTAdapter(), DistilledAdapter(), EvaAdapter()]
 
 
 def register(adapter: Adapter) -> None:
-    """Have an adapter serve the models of its family. A later one goes before an earlier one."""
+    """Use an adapter for the models of its family. Later adapters are asked first."""
     _ADAPTERS.append(adapter)
 
 

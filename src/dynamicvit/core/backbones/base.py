@@ -1,4 +1,4 @@
-"""Adapter: what the loop must know of a backbone's family, and nothing more.
+"""Adapter: what the loop needs from a family of backbones.
 
 timm's blocks are called, never copied or patched. A model whose forward pass is not the one an
 adapter knows is refused by name.

@@ -1,4 +1,4 @@
-"""Selector: who matters. All kinds are called alike, and say of themselves what they can."""
+"""Selector: which tokens matter. All kinds have one call, and attributes that describe them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Stage(NamedTuple):
         block: index of the block before which it lies.
         num_kept: patch tokens to keep.
         tokens: what arrives there.
-        model, adapter: the backbone, and what is known of its family.
+        model, adapter: the backbone, and the adapter of its family.
         noise: [B, N] uniform draws in [0, 1) for what is drawn at this stage; None for fresh ones.
         squeeze: tokens that leave are merged into their hosts.
     """
@@ -52,8 +52,8 @@ class Selector(nn.Module):
         counts_size: attention counts a merged token as often as it has patches.
         log_odds: scores are log-odds of keeping. Training samples them. Others only rank: the best
             are kept in training too.
-        learns: it has something of its own to learn.
-        reads_blocks: it reads weights of the backbone's blocks, which must be there in full.
+        learns: it has parameters to train.
+        reads_blocks: it reads weights of the backbone's blocks, so they must not be sharded.
         random: it draws random numbers.
     """
 

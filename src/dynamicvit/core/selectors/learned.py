@@ -1,4 +1,4 @@
-"""TokenScorer: the prediction module that says, for each patch token, whether it goes on."""
+"""TokenScorer: the prediction module that decides, for each patch token, whether it stays."""
 
 from __future__ import annotations
 

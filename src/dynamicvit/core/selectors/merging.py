@@ -1,9 +1,9 @@
-"""Rules that merge tokens: fewer new ones are made out of all that are there.
+"""Rules that merge tokens: they make fewer new tokens out of all present ones.
 
 Merged tokens have no place in the grid and no keep mask. They run in the pruned path alone, which
 is differentiable for them.
 
-Axes: B images, N patch tokens present, C channels, K tokens that go on.
+Axes: B images, N patch tokens present, C channels, K new tokens.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def merge_similar(
 
 
 class PoolingMerger(Merger):
-    """Structural downsampling: the image's area is cut anew into `stage.num_kept` cells.
+    """Structural downsampling: the image's area is divided into `stage.num_kept` cells.
 
     The paper pools a grid once, 2×2. Here each stage has its own number. The area is cut into rows
     of equal height, and each row into cells of equal width. Cells have about the proportions of the

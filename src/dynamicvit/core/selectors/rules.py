@@ -13,7 +13,7 @@ from dynamicvit.core.selectors.base import Selector, Stage, check_probability, r
 
 
 class RandomScorer(Selector):
-    """Scores drawn at random: what any other selector has to beat."""
+    """Random scores: the baseline for every other selector."""
 
     random = True
 
