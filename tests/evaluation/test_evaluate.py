@@ -159,7 +159,8 @@ def test_the_confusion_is_written_and_printed(
     assert json.loads(output.read_text())[name] == json.loads(json.dumps(found))
     rows = [line.strip().rstrip(",") for line in output.read_text().splitlines()]
     assert str(found["confusion"][0]) in rows, "a row a line"
-    printed = capsys.readouterr().out
+    printed, _, told = capsys.readouterr().out.rpartition("the results are in ")
+    assert told == f"{output}\n"
     for index, (label, row) in enumerate(zip(found["classes"], found["confusion"], strict=True)):
         assert re.search(rf"{index + 1} {label} +{row[0]} +{row[1]}", printed)
     assert max(map(len, printed.splitlines())) <= 80

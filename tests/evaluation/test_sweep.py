@@ -146,10 +146,13 @@ def test_sweep_from_the_command_line(
     result = json.loads(output.read_text())
     assert [point["tokens"] for point in result["points"]] == [[16, 11, 7, 5], [16, 8, 4, 2]]
     assert result["recommended"] == result["points"][1]
+    assert [point["trained"] for point in result["points"]] == [True, False]
     assert all(point["speed"]["sparse"] > 0 for point in result["points"])
     assert result["environment"]["torch"] == torch.__version__
     assert result["crop_pct"] is None
-    text = " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr().out
+    assert printed.endswith(f"the results are in {output}\nthe recommended model is in {best}\n")
+    text = " ".join(printed.split())
     assert "at most 100 points lost: keep 0.5" in text
     assert "dense: top-1" in text
     # evaluate finds the same for the model that was saved, for the given one and for the dense one.
@@ -259,6 +262,7 @@ def test_points_lost_are_printed_with_the_sign_that_compare_has(
         low, high = point["change"]["interval"]
         row = f"{point['change']['points_lost']:.2f} ({low:.1f} to {high:.1f})"
         assert any(f"{point['top1']:.2f}" in line and row in line for line in text.splitlines())
+    assert "0.7 (trained)" in text
     assert "0.8" in text
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 80

@@ -20,19 +20,10 @@ from torch import Tensor, nn
 
 from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseViT
-from dynamicvit.evaluation.console import cell, make_table, plain, track
+from dynamicvit.evaluation.console import cell, make_table, plain
 from dynamicvit.evaluation.data import check_labels
-from dynamicvit.evaluation.environment import environment
-from dynamicvit.evaluation.evaluate import compare_answers, run_batches
-from dynamicvit.evaluation.launch import start_processes
-from dynamicvit.evaluation.setup import (
-    check_loading,
-    input_size,
-    load_pair,
-    names_of_classes,
-    open_images,
-    seeded,
-)
+from dynamicvit.evaluation.evaluate import POINTS_LOST, Source, compare_answers, run_batches
+from dynamicvit.evaluation.setup import input_size, load_pair, names_of_classes
 from dynamicvit.io.arguments import check_types
 from dynamicvit.io.files import check_folder, write_bytes, write_text
 
@@ -107,43 +98,25 @@ def compare(
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("compare needs the extra: pip install 'dynamicvit[plot]'")
-    check_loading(batch_size, workers, crop_pct)
     check_folder("output", output)
-    accelerator = start_processes(precision, device)
-    sparse, reference = load_pair(model, dense)
-    images, loader = open_images(
-        sparse,
-        model,
-        accelerator,
-        data,
-        data_dir,
-        split,
-        batch_size,
-        workers,
-        crop_pct,
-        skip_unreadable,
+    source = Source(
+        data, data_dir, split, batch_size, workers, crop_pct, precision, skip_unreadable, device
     )
-    with seeded(accelerator):
-        batches = track(loader, "comparing", quiet or not accelerator.is_main_process)
-        comparison = compare_models(sparse, reference, batches, accelerator)
+    sparse, reference = load_pair(model, dense)
+    with source.batches(sparse, model, "comparing", quiet) as (images, batches):
+        comparison = compare_models(sparse, reference, batches, source.accelerator)
     names = names_of_classes(images, sparse)
     result = {
         "model": model,
         "dense": dense,  # None: the sparse model's backbone
-        "data": data,
-        "split": split,
-        "crop_pct": crop_pct,  # None: the model's own
-        "precision": precision,
+        **source.describe(images),
         **describe(comparison, names),
         "gmacs": {
             "dense": count_gmacs(reference, input_size(reference)),
             "sparse": count_gmacs(sparse, input_size(sparse)),
         },
-        "environment": environment(),
     }
-    if images.unreadable is not None:
-        result["unreadable"] = images.unreadable
-    if accelerator.is_main_process:
+    if source.main:
         folder = Path(output)
         write_bytes(folder / ARRAYS, _arrays(comparison, names))
         write_bytes(folder / PICTURE, draw_keep_rates(comparison, names))
@@ -269,8 +242,8 @@ def _arrays(comparison: Comparison, names: Sequence[str]) -> bytes:
     file = io.BytesIO()
     np.savez_compressed(
         file,
-        keep=_rates(comparison.kept.sum(dim=0), images.sum()),
-        keep_by_class=_rates(comparison.kept, images.view(-1, 1, 1, 1)),
+        keep=(comparison.kept.sum(dim=0) / images.sum()).numpy(),
+        keep_by_class=(comparison.kept / images.view(-1, 1, 1, 1)).numpy(),
         images_by_class=images.numpy(),
         class_names=np.array(names),
         targets=comparison.targets.numpy(),
@@ -278,10 +251,6 @@ def _arrays(comparison: Comparison, names: Sequence[str]) -> bytes:
         sparse=comparison.sparse.numpy(),
     )
     return file.getvalue()
-
-
-def _rates(kept: Tensor, images: Tensor) -> np.ndarray:
-    return (kept / images).float().numpy()
 
 
 def draw_keep_rates(comparison: Comparison, names: Sequence[str]) -> bytes:
@@ -326,16 +295,15 @@ def draw_keep_rates(comparison: Comparison, names: Sequence[str]) -> bytes:
 
 def _print(console: Console, result: dict[str, Any], folder: Path) -> None:
     low, high = result["interval"]
+    shares = (f"stage {n} {share:.0f}%" for n, share in enumerate(result["static_share"], 1))
     console.print(
-        f"[bold]{result['images']} images: top-1 {result['dense_top1']:.2f}% dense, "
-        f"{result['sparse_top1']:.2f}% pruned; {result['points_lost']:.2f} points lost[/] "
+        f"[bold]{result['images']} images. Top-1: dense {result['dense_top1']:.2f}%, pruned "
+        f"{result['sparse_top1']:.2f}%. Points lost: {result['points_lost']:.2f}[/] "
         f"(95%: {low:.2f} to {high:.2f})\n"
-        f"both take {result['agreement']:.2f}% of the images for the same; "
-        f"{result['right_to_wrong']} go from right to wrong, {result['wrong_to_right']} from wrong "
-        "to right\n"
-        "of what is kept, "
-        + ", ".join(f"{share:.0f}%" for share in result["static_share"])
-        + " (stage by stage) would be kept by a mask that is the same for all images"
+        f"Both models give the same answer for {result['agreement']:.2f}% of the images. Right to "
+        f"wrong: {result['right_to_wrong']}, wrong to right: {result['wrong_to_right']}.\n"
+        "A mask that is the same for all images would keep this share of the kept tokens: "
+        + ", ".join(shares)
     )
     classes = result["classes"]
     shown = classes if len(classes) <= _CLASSES_PRINTED else classes[: _CLASSES_PRINTED - 2]
@@ -350,18 +318,15 @@ def _print(console: Console, result: dict[str, Any], folder: Path) -> None:
             f"{row['points_lost']:.1f} ({low:.1f} to {high:.1f})",
         )
     console.print(table)
-    console.print(
-        "points lost: against dense, below 0 where pruned is better; in brackets, what is likely "
-        "for other images"
-    )
+    console.print(POINTS_LOST)
     if len(shown) < len(classes):
         console.print(f"{len(classes) - len(shown)} more classes are in {plain(folder / JSON)}")
     for row in result["confusion"][:_CONFUSIONS_PRINTED]:
         console.print(
             plain(
-                f"{row['images']} × {row['dense']} → {row['sparse']}: {row['dense_right']} times "
-                f"dense is right, {row['sparse_right']} times pruned"
+                "{images} images: dense says {dense}, pruned says {sparse}; dense is right on "
+                "{dense_right}, pruned on {sparse_right}".format(**row)
             ),
             markup=False,
         )
-    console.print(f"keep maps, arrays and all figures are in {plain(folder)}", markup=False)
+    print(f"all figures, arrays and keep maps are in {plain(folder)}")

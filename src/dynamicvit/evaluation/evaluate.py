@@ -6,8 +6,8 @@ import json
 import math
 import re
 import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from dynamicvit.core.macs import count_gmacs
 from dynamicvit.evaluation.console import cell, make_table, plain, track
-from dynamicvit.evaluation.data import check_labels
+from dynamicvit.evaluation.data import ImageData, check_labels
+from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.launch import start_processes
 from dynamicvit.evaluation.setup import (
     check_loading,
@@ -30,11 +31,16 @@ from dynamicvit.evaluation.setup import (
     seeded,
     token_counts,
 )
+from dynamicvit.evaluation.timing import time_call
 from dynamicvit.evaluation.unreadable import DataError
 from dynamicvit.io.arguments import check_types
 from dynamicvit.io.files import check_file, write_text
 from dynamicvit.io.load import is_timm_name, load_model
 
+POINTS_LOST = (
+    "points lost: percentage points of top-1 below dense, negative where pruned is better; in "
+    "brackets the 95% confidence interval for other images of this kind"
+)
 _CLASSES_PRINTED = 12  # a larger confusion matrix does not fit into 80 columns
 _CLASSES_WRITTEN = 1000  # a larger one makes the file too big
 
@@ -92,11 +98,8 @@ def evaluate_answers(
 
     def timed(inputs: Tensor) -> tuple[Tensor, ...]:
         nonlocal seconds
-        _wait(inputs.device)
-        start = time.perf_counter()
-        logits = model(inputs)
-        _wait(inputs.device)
-        seconds += time.perf_counter() - start
+        took, logits = time_call(model, inputs)
+        seconds += took
         return (logits.float(),)
 
     try:
@@ -217,6 +220,55 @@ def compare_answers(one: Tensor, other: Tensor) -> Change:
     )
 
 
+class Source:
+    """What evaluate, sweep and compare begin with: a device, and images to run models on.
+
+    Arguments and errors as for `evaluate`.
+    """
+
+    def __init__(
+        self,
+        data: str,
+        data_dir: str | None,
+        split: str,
+        batch_size: int,
+        workers: int,
+        crop_pct: float | None,
+        precision: str,
+        skip_unreadable: bool,
+        device: str | None,
+    ) -> None:
+        check_loading(batch_size, workers, crop_pct)
+        self.accelerator = start_processes(precision, device)
+        self.main = self.accelerator.is_main_process
+        self._options = (data, data_dir, split, batch_size, workers, crop_pct, skip_unreadable)
+        self._settings = {
+            "data": data,
+            "split": split,
+            "crop_pct": crop_pct,  # None: the model's own
+            "precision": precision,
+        }
+
+    @contextmanager
+    def batches(
+        self, model: nn.Module, name: str, what: str, quiet: bool
+    ) -> Iterator[tuple[ImageData, Iterable[Any]]]:
+        """The images, and batches of them as the model takes them. Progress is shown as `what`.
+        Random selection draws the same each time."""
+        images, loader = open_images(model, name, self.accelerator, *self._options)
+        with seeded(self.accelerator):
+            yield images, track(loader, f"{what}, batches", quiet or not self.main)
+
+    def describe(self, images: ImageData) -> dict[str, Any]:
+        """What stands beside figures of these images, in a JSON file."""
+        return {**self._settings, "environment": environment(), **count_unreadable(images)}
+
+
+def count_unreadable(images: ImageData) -> dict[str, int]:
+    """How many images could not be read, where such are skipped."""
+    return {} if images.unreadable is None else {"unreadable": images.unreadable}
+
+
 @check_types
 def evaluate(
     models: list[str],
@@ -261,59 +313,49 @@ def evaluate(
     """
     if isinstance(models, str) or not models:
         raise ValueError(f"models must be a list of at least one model, got {models!r}")
-    check_loading(batch_size, workers, crop_pct)
-    if output:
-        check_file("output", output)
     takers = [name for name in models if weights is not None and is_timm_name(name)]
     if weights is not None and not takers:
         raise ValueError(f"weights go with a timm name among the models, got {', '.join(models)}")
-    accelerator = start_processes(precision, device)
+    if output:
+        check_file("output", output)
+    source = Source(
+        data, data_dir, split, batch_size, workers, crop_pct, precision, skip_unreadable, device
+    )
     results: dict[str, Any] = {}
     for name in models:
         model = load_model(name, weights=weights if name in takers else None)
-        images, loader = open_images(
-            model,
-            name,
-            accelerator,
-            data,
-            data_dir,
-            split,
-            batch_size,
-            workers,
-            crop_pct,
-            skip_unreadable,
-        )
-        silent = quiet or not accelerator.is_main_process
-        with seeded(accelerator):
-            evaluation, targets, answers = evaluate_answers(
-                model, track(loader, f"evaluating {name}", silent), accelerator
-            )
-        count = model.num_classes
-        results[name] = asdict(evaluation) | {
-            "macro_f1": macro_f1(targets, answers, count),
-            "classes": names_of_classes(images, model),
-            "confusion": count_confusion(targets, answers, count).tolist()
-            if count <= _CLASSES_WRITTEN
-            else None,
+        with source.batches(model, name, f"evaluating {name}", quiet) as (images, batches):
+            evaluation, targets, answers = evaluate_answers(model, batches, source.accelerator)
+        results[name] = {
+            **asdict(evaluation),
+            **_describe_classes(targets, answers, names_of_classes(images, model)),
+            **count_unreadable(images),
         }
-        if images.unreadable is not None:
-            results[name]["unreadable"] = images.unreadable
-    if accelerator.is_main_process:
+    if output and source.main:
+        write_text(Path(output), _as_json(results))
+    if source.main and not quiet:
+        print_evaluations(results)
+        _print_confusions(results)
         if output:
-            text = json.dumps(results, indent=2)
-            # A matrix has a line a row, not a line a number.
-            text = re.sub(r"\[\s+([\d\s,]+?)\s+\]", _on_one_line, text)
-            write_text(Path(output), text + "\n")
-        if not quiet:
-            print_evaluations(results)
-            for name, row in results.items():
-                if len(row["classes"]) <= _CLASSES_PRINTED:
-                    _print_confusion(name, row["classes"], row["confusion"])
+            print(f"the results are in {plain(output)}")
     return results
 
 
-def _on_one_line(match: re.Match[str]) -> str:
-    return "[" + " ".join(match[1].split()) + "]"
+def _describe_classes(targets: Tensor, answers: Tensor, names: list[str]) -> dict[str, Any]:
+    count = len(names)
+    small = count <= _CLASSES_WRITTEN
+    return {
+        "macro_f1": macro_f1(targets, answers, count),
+        "classes": names,
+        "confusion": count_confusion(targets, answers, count).tolist() if small else None,
+    }
+
+
+def _as_json(results: dict[str, Any]) -> str:
+    """A confusion matrix has a line a row, not a line a number."""
+    rows = re.compile(r"\[\s+([\d\s,]+?)\s+\]")
+    text = json.dumps(results, indent=2)
+    return rows.sub(lambda match: f"[{' '.join(match[1].split())}]", text) + "\n"
 
 
 def print_evaluations(results: dict[str, dict[str, Any]]) -> None:
@@ -326,25 +368,24 @@ def print_evaluations(results: dict[str, dict[str, Any]]) -> None:
         table.add_row(
             cell(name) + (f"\n[dim]{tokens} tokens[/]" if tokens else ""),
             *(f"{row[key]:.{4 if key == 'loss' else 2}f}" for key in given),
-            f"{row['gmacs']:.3f}",
+            f"{row['gmacs']:.4g}",
             f"{row['images_per_second']:.0f}",
         )
     Console().print(table)
 
 
-def _print_confusion(name: str, classes: Sequence[str], confusion: list[list[int]]) -> None:
-    table = make_table("class", *map(str, range(1, len(classes) + 1)))
-    for index, (label, row) in enumerate(zip(classes, confusion, strict=True)):
-        # What is right, on the diagonal, stands out.
-        cells = [f"[bold]{n}[/]" if at == index else str(n) for at, n in enumerate(row)]
-        table.add_row(f"{index + 1} {cell(label)}", *cells)
+def _print_confusions(results: dict[str, dict[str, Any]]) -> None:
     console = Console()
-    console.print(
-        f"{plain(name)}: images of each class (row), by the class they are taken for", markup=False
-    )
-    console.print(table)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    for name, found in results.items():
+        if len(found["classes"]) > _CLASSES_PRINTED:
+            continue
+        table = make_table("class", *map(str, range(1, len(found["classes"]) + 1)))
+        for index, label in enumerate(found["classes"]):
+            row = list(map(str, found["confusion"][index]))
+            row[index] = f"[bold]{row[index]}[/]"  # what is right
+            table.add_row(f"{index + 1} {cell(label)}", *row)
+        console.print(
+            f"{plain(name)}: images of each class (row), by the model's answer (column)",
+            markup=False,
+        )
+        console.print(table)

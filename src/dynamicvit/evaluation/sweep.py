@@ -17,18 +17,16 @@ from torch import Tensor, nn
 from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.schedule import KeepSchedule
-from dynamicvit.evaluation.console import make_table, track
+from dynamicvit.evaluation.console import make_table, plain, track
 from dynamicvit.evaluation.data import check_labels
-from dynamicvit.evaluation.environment import environment
-from dynamicvit.evaluation.evaluate import Change, compare_answers, run_batches
-from dynamicvit.evaluation.launch import start_processes
-from dynamicvit.evaluation.setup import (
-    check_loading,
-    input_size,
-    load_pair,
-    open_images,
-    seeded,
+from dynamicvit.evaluation.evaluate import (
+    POINTS_LOST,
+    Change,
+    Source,
+    compare_answers,
+    run_batches,
 )
+from dynamicvit.evaluation.setup import input_size, load_pair
 from dynamicvit.evaluation.timing import Speed, compare_speed
 from dynamicvit.io.arguments import check_types
 from dynamicvit.io.files import check_file, check_folder, write_text
@@ -47,6 +45,7 @@ class Point:
         gmacs: billions of multiply-adds an image.
         top1: percent of images classified rightly.
         change: against the dense model, on the same images.
+        trained: whether the model came with this schedule.
         frontier: whether no other schedule is as accurate for less, or better for as much.
         speed: against the dense model, timed in turn; None where it was not timed.
     """
@@ -56,6 +55,7 @@ class Point:
     gmacs: float
     top1: float
     change: Change
+    trained: bool = False
     frontier: bool = False
     speed: Speed | None = None
 
@@ -130,76 +130,67 @@ def sweep(
         ValueError, FileNotFoundError: naming what is wrong with an option, the model or the data,
             or if there is nothing to save because no schedule is within the budget.
     """
-    if max_loss is not None and max_gmacs is not None:
-        raise ValueError(f"give max_loss or max_gmacs, not both, got {max_loss} and {max_gmacs}")
-    if max_gmacs is None:
-        max_loss = 0.5 if max_loss is None else max_loss
-    elif sure:
-        raise ValueError(f"sure goes with max_loss, got it with max_gmacs={max_gmacs}")
-    for name, value in (("max_loss", max_loss), ("seconds", seconds)):
-        if value is not None and not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be 0 or more, got {value}")
-    if max_gmacs is not None and not max_gmacs > 0:
-        raise ValueError(f"max_gmacs must be above 0, got {max_gmacs}")
-    check_loading(batch_size, workers, crop_pct)
+    budget = _budget(max_loss, max_gmacs, sure)
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"seconds must be 0 or more, got {seconds}")
     if output:
         check_file("output", output)
     if save:
         check_folder("save", save)
-    accelerator = start_processes(precision, device)
+    source = Source(
+        data, data_dir, split, batch_size, workers, crop_pct, precision, skip_unreadable, device
+    )
     sparse, reference = load_pair(model, dense)
     schedules = list_schedules(sparse, keep_ratios, blocks, ratios)
-    images, loader = open_images(
-        sparse,
-        model,
-        accelerator,
-        data,
-        data_dir,
-        split,
-        batch_size,
-        workers,
-        crop_pct,
-        skip_unreadable,
-    )
-    silent = quiet or not accelerator.is_main_process
-    with seeded(accelerator):
-        batches = track(loader, f"evaluating {len(schedules)} schedules", silent)
-        found = evaluate_schedules(sparse, reference, schedules, batches, accelerator)
+    what = f"evaluating {len(schedules)} schedules"
+    with source.batches(sparse, model, what, quiet) as (images, batches):
+        found = evaluate_schedules(sparse, reference, schedules, batches, source.accelerator)
     count, top1, points = found
-    if not accelerator.is_main_process:
-        seconds = 0.0
-    if seconds:
-        points = _time(sparse, reference, points, batch_size, seconds, precision, silent)
-    chosen = choose(points, max_loss, max_gmacs, sure)
+    if seconds and source.main:
+        points = _time(sparse, reference, points, batch_size, seconds, precision, quiet)
+    chosen = choose(points, **budget)
     result = {
         "model": model,
-        "data": data,
-        "split": split,
         "images": count,
-        "crop_pct": crop_pct,  # None: the model's own
-        "precision": precision,
+        **source.describe(images),
         "dense": {
             "model": dense,  # None: the sparse model's backbone
             "top1": top1,
             "gmacs": count_gmacs(reference, input_size(reference)),
         },
-        "budget": {"max_loss": max_loss, "max_gmacs": max_gmacs, "sure": sure},
+        "budget": budget,
         "recommended": None if chosen is None else asdict(chosen),
         "points": [asdict(point) for point in points],
-        "environment": environment(),
     }
-    if images.unreadable is not None:
-        result["unreadable"] = images.unreadable
-    if accelerator.is_main_process:
-        if not quiet:
-            _print(Console(), result, points, chosen)
+    if source.main:
         if output:
             write_text(Path(output), json.dumps(result, indent=2) + "\n")
         if save and chosen is not None:
             save_folder(sparse.at(schedule=chosen.schedule), save)
+        if not quiet:
+            _print(result, points, chosen)
+            if output:
+                print(f"the results are in {plain(output)}")
+            if save and chosen is not None:
+                print(f"the recommended model is in {plain(save)}")
     if save and chosen is None:
         raise ValueError(f"save needs a schedule within the budget, and none is, got {save!r}")
     return result
+
+
+def _budget(max_loss: float | None, max_gmacs: float | None, sure: bool) -> dict[str, Any]:
+    """What `choose` takes. Arguments and errors as for `sweep`."""
+    if max_loss is not None and max_gmacs is not None:
+        raise ValueError(f"give max_loss or max_gmacs, not both, got {max_loss} and {max_gmacs}")
+    if max_gmacs is None:
+        max_loss = 0.5 if max_loss is None else max_loss
+        if not 0 <= max_loss < math.inf:
+            raise ValueError(f"max_loss must be 0 or more, got {max_loss}")
+    elif sure:
+        raise ValueError(f"sure goes with max_loss, got it with max_gmacs={max_gmacs}")
+    elif not max_gmacs > 0:
+        raise ValueError(f"max_gmacs must be above 0, got {max_gmacs}")
+    return {"max_loss": max_loss, "max_gmacs": max_gmacs, "sure": sure}
 
 
 def list_schedules(
@@ -281,6 +272,7 @@ def evaluate_schedules(
             gmacs=count_gmacs(candidate, size),
             top1=_percent(answers),
             change=compare_answers(first, answers),
+            trained=schedule == model.schedule,
         )
         for schedule, candidate, answers in zip(schedules, candidates[1:], others, strict=True)
     ]
@@ -329,7 +321,7 @@ def _time(
 ) -> list[Point]:
     fused = model.fuse()
     timed = []
-    for point in track(points, "timing schedules", quiet):
+    for point in track(points, "timing, schedules", quiet):
         pruned = fused.at(schedule=point.schedule)
         [speed] = compare_speed(dense, pruned, input_size(model), (batch_size,), seconds, precision)
         timed.append(replace(point, speed=speed))
@@ -351,69 +343,66 @@ def _percent(right: Tensor) -> float:
     return 100.0 * int(right.sum()) / len(right)
 
 
-def _describe(schedule: KeepSchedule, places: bool) -> str:
+def _name(point: Point, points: Sequence[Point]) -> str:
     """0.7, or where stages differ 0.9, 0.6, 0.3; with the blocks too, if they tell points apart."""
-    first = schedule.ratios[0]
-    powers = [first**stage for stage in range(1, len(schedule.ratios) + 1)]
-    shares = [first] if all(map(math.isclose, schedule.ratios, powers)) else schedule.ratios
+    ratios, blocks = point.schedule.ratios, point.schedule.blocks
+    powers = [ratios[0] ** stage for stage in range(1, len(ratios) + 1)]
+    shares = ratios[:1] if all(map(math.isclose, ratios, powers)) else ratios
     text = ", ".join(f"{share:g}" for share in shares)
-    return text + f" before {', '.join(map(str, schedule.blocks))}" * places
+    if any(other.schedule.blocks != blocks for other in points):
+        text += f" before {', '.join(map(str, blocks))}"
+    return text
 
 
-def _print(
-    console: Console, result: dict[str, Any], points: Sequence[Point], chosen: Point | None
-) -> None:
-    dense, images = result["dense"], result["images"]
-    places = len({point.schedule.blocks for point in points}) > 1
-    timed = points[0].speed is not None
-    table = make_table(
-        "keep", "top-1 %", "points lost (95%)", "GMACs", "fewer", *(["speed-up"] if timed else ())
-    )
+def _print(result: dict[str, Any], points: Sequence[Point], chosen: Point | None) -> None:
+    timed = ["speed-up"] if points[0].speed is not None else []
+    table = make_table("keep", "top-1 %", "points lost (95%)", "GMACs", "fewer", *timed)
     for point in points:
         low, high = point.change.interval
+        name = _name(point, points) + (" (trained)" if point.trained else "")
         row = [
-            ("• " if point.frontier else "  ") + _describe(point.schedule, places),
+            ("• " if point.frontier else "  ") + name,
             f"{point.top1:.2f}",
             f"{point.change.points_lost:.2f} ({low:.1f} to {high:.1f})",
-            f"{point.gmacs:.3f}",
+            f"{point.gmacs:.4g}",
             f"{_fewer(point, result):.1f}%",
         ]
         if point.speed is not None:
             row.append(f"{point.speed.speed_up:.2f}×")
         table.add_row(*row, style="bold" if point == chosen else None)
+    console = Console()
     console.print(table)
+    dense = result["dense"]
     of = "" if dense["model"] else " (the model's own backbone with all tokens; --dense: another)"
     console.print(
-        f"dense{of}: top-1 {dense['top1']:.2f}% of {images} images, {dense['gmacs']:.3f} GMACs\n"
-        "points lost: against dense, below 0 where pruned is better; in brackets, what is likely "
-        "for other images\n"
-        "•: no other is as accurate for less"
+        f"dense{of}: top-1 {dense['top1']:.2f}% of {result['images']} images, "
+        f"{dense['gmacs']:.4g} GMACs\n{POINTS_LOST}\n"
+        "•: no other is as accurate for less\n"
+        "trained: the model's own schedule, which is always among those tried"
     )
     console.print(_recommendation(result, points, chosen), style="bold")
 
 
 def _recommendation(result: dict[str, Any], points: Sequence[Point], chosen: Point | None) -> str:
     """In words what to use, and how sure that is."""
-    images, budget = result["images"], result["budget"]
-    max_loss, max_gmacs, sure = budget["max_loss"], budget["max_gmacs"], budget["sure"]
+    max_loss, max_gmacs, sure = result["budget"].values()
     if max_gmacs is not None:
         goal = f"at most {max_gmacs:g} GMACs"
     else:
         goal = f"at most {max_loss:g} points lost{' with 95% confidence' if sure else ''}"
     if chosen is None:
         return f"none of these is within the budget, {goal}"
-    places = len({point.schedule.blocks for point in points}) > 1
     text = (
-        f"{goal}: keep {_describe(chosen.schedule, places)}, "
-        f"{chosen.change.points_lost:.2f} points lost, {_fewer(chosen, result):.1f}% fewer GMACs"
+        f"{goal}: keep {_name(chosen, points)}, {chosen.change.points_lost:.2f} points lost, "
+        f"{_fewer(chosen, result):.1f}% fewer GMACs"
     )
-    if max_loss is None or sure or chosen.change.interval[1] <= max_loss:
+    most = chosen.change.interval[1]
+    if max_loss is None or sure or most <= max_loss:
         return text
     safe = choose(points, max_loss, sure=True)
     return (
-        f"{text}. {images} images are too few to be sure: it may lose "
-        f"{chosen.change.interval[1]:.2f}. "
-        + ("None of these" if safe is None else f"Keep {_describe(safe.schedule, places)}")
+        f"{text}. {result['images']} images are too few to be sure: it may lose {most:.2f}. "
+        + ("None of these" if safe is None else f"Keep {_name(safe, points)}")
         + " holds it with 95% confidence (--sure)"
     )
 

@@ -66,28 +66,20 @@ def compare_speed(
     for model in models:
         model.eval()
     device = next(dense.parameters()).device
-    autocast = partial(
-        torch.autocast,
-        device.type,
-        torch.float16 if precision == "float16" else torch.bfloat16,
-        enabled=precision != "float32",
-    )
+    dtype = torch.float16 if precision == "float16" else torch.bfloat16
 
-    def repeat(model: nn.Module, calls: int) -> Engine:
-        def run(images: Tensor) -> None:
-            with autocast():
-                for _ in range(calls):
-                    model(images)
-
-        return run
+    def repeat(model: nn.Module, calls: int, images: Tensor) -> None:
+        with torch.autocast(device.type, dtype, enabled=precision != "float32"):
+            for _ in range(calls):
+                model(images)
 
     results = []
     for batch_size in batch_sizes:
         images = torch.randn(batch_size, *input_size, device=device)
         # As many calls a timing as make about 50 ms, so that the clock's grain does not matter.
-        once = min(time_call(repeat(dense, 1), images) for _ in range(3))
+        once = min(time_call(partial(repeat, dense, 1), images)[0] for _ in range(3))
         calls = max(1, round(0.05 / once))
-        times = interleave([repeat(model, calls) for model in models], [images], seconds)
+        times = interleave([partial(repeat, model, calls) for model in models], [images], seconds)
         speed_up, spread = compare_times(times)
         a, b = medians(times)
         images_a_time = batch_size * calls
@@ -108,10 +100,10 @@ def take_turns(calls: Sequence[Engine], batches: Sequence[Tensor]) -> Iterator[R
         call(batches[0])
     index = 0
     while True:
-        order = list(range(len(calls)))
+        order = range(len(calls))
         took = [0.0] * len(calls)
         for position in order if index % 2 == 0 else reversed(order):
-            took[position] = time_call(calls[position], batches[index % len(batches)])
+            took[position] = time_call(calls[position], batches[index % len(batches)])[0]
         yield tuple(took)
         index += 1
 
@@ -149,17 +141,17 @@ def compare_times(
     return median, (low, high)
 
 
-def time_call(call: Engine, images: Tensor) -> float:
-    """Seconds of one call: by the clock, or on a GPU between two CUDA events."""
+def time_call(call: Engine, images: Tensor) -> tuple[float, Any]:
+    """Seconds of one call, by the clock or on a GPU between two CUDA events; and what it gives."""
     if not images.is_cuda:
         start = time.perf_counter()
-        call(images)
-        return time.perf_counter() - start
+        result = call(images)
+        return time.perf_counter() - start, result
     stream = torch.cuda.current_stream(images.device)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(images.device)
     begin.record(stream)
-    call(images)
+    result = call(images)
     end.record(stream)
     end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return begin.elapsed_time(end) / 1e3, result
