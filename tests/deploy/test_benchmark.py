@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
-from dynamicvit import SparseViT, cli, sparsify
+from dynamicvit import KeepSchedule, SparseViT, cli, sparsify
 from dynamicvit.deploy import benchmark as module
 from dynamicvit.deploy import engines
 from dynamicvit.deploy.benchmark import benchmark, print_benchmark, stage_times
@@ -118,10 +118,14 @@ def test_stages_are_named_and_timed() -> None:
     sparse = _sparse()
     found = stage_times(sparse, torch.randn(2, 3, 32, 32), rounds=2)
     assert [*found] == [
-        *("embed", "blocks 0–0", "scorer 1", "blocks 1–1", "scorer 2", "blocks 2–2", "scorer 3"),
-        *("blocks 3–3", "norm and head", "other"),
+        *("embed", "block 0", "scorer 1", "block 1", "scorer 2", "block 2", "scorer 3"),
+        *("block 3", "norm and head", "other"),
     ]
-    assert all(value > 0 for value in found.values())
+    assert all(value >= 0 for value in found.values())
+    assert not any(module._forward_pre_hooks for module in sparse.modules())
+    schedule = KeepSchedule((0, 2), (0.5, 0.25))
+    found = stage_times(sparsify(tiny_vit(), schedule=schedule), torch.randn(1, 3, 32, 32))
+    assert [*found][:4] == ["embed", "scorer 1", "blocks 0–1", "scorer 2"]
 
 
 def test_benchmark_writes_what_it_measured(
@@ -147,7 +151,9 @@ def test_benchmark_writes_what_it_measured(
     assert result["tokens"] == [16, 11, 7, 5]
     assert result["environment"]["torch"] == torch.__version__
     assert plot.read_text().startswith("<?xml")
-    printed = " ".join(capsys.readouterr().out.split())
+    text = capsys.readouterr().out
+    assert text.endswith(f"the results are in {output}\nthe plot is in {plot}\n")
+    printed = " ".join(text.split())
     assert "so the ideal speed-up is" in printed
     assert "scorer 1" in printed
 
@@ -171,7 +177,7 @@ def test_all_that_is_printed_fits_80_columns(
     }
     result = {
         "measurements": [measurement, {**measurement, "speed_up": 0.5, "peak_mb": None}],
-        "gmacs": {"dense": 123.456, "sparse": 65.432},
+        "gmacs": {"dense": 123.456, "sparse": 0.0065432},
         "ideal_speed_up": 1.887,
         "stages_ms": {"blocks 10–12": 1234.56},
         "failed": [{"engine": "compile", "precision": "float32", "reason": "no [C++] compiler"}],
@@ -183,9 +189,9 @@ def test_all_that_is_printed_fits_80_columns(
     printed = "\n".join(lines)
     assert "…" not in printed
     for whole in (
-        *("engine", "precision", "batch", "dense", "pruned", "speed-up", "efficiency", "peak MB"),
-        *("12346", "23457", "12.34× (11.11–13.13)", "0.98", "98765 (98766)", "987.6 (987.7)"),
-        *("34568→45679", "1234.6", "123.46 → 65.43 GMACs", "no [C++] compiler"),
+        *("engine, precision", "batch", "dense", "pruned", "speed-up", "efficiency", "peak MB"),
+        *("12346", "23457", "12.34× (11.11–13.13)", "0.98", "98765 (98766)", "988 (988)"),
+        *("34568 → 45679", "1235", "123.5 → 0.006543 GMACs", "no [C++] compiler"),
         "in 1 of 2 rows the dense model is faster",
     ):
         assert whole in printed

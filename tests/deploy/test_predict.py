@@ -36,6 +36,7 @@ def test_each_image_gets_its_classes(
         assert found[0]["probability"] >= found[1]["probability"]
         assert set(found[0]) == {"name", "index", "probability"}
     printed = capsys.readouterr().out
+    assert printed.endswith(f"the predictions are in {output}\n")
     for name, classes in results.items():
         shown = [item["name"] for item in classes]
         shown += [f"{100 * item['probability']:.1f}" for item in classes]

@@ -6,19 +6,16 @@ import importlib.util
 import io
 import json
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from dynamicvit.core.macs import count_gmacs
@@ -38,46 +35,13 @@ from dynamicvit.deploy.engines import (
     installed,
 )
 from dynamicvit.deploy.memory import peak_memory
-from dynamicvit.evaluation.console import show_steps
+from dynamicvit.evaluation.console import make_table, plain, show_steps
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.launch import find_device
 from dynamicvit.evaluation.setup import input_size, token_counts
-from dynamicvit.evaluation.timing import Engine, compare_times, interleave, medians, time_call
+from dynamicvit.evaluation.timing import Engine, compare_times, interleave, medians
 from dynamicvit.io.files import check_file, write_bytes, write_text
 from dynamicvit.io.load import load_model
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Dense against pruned in one engine and precision, at one batch size.
-
-    Attributes:
-        engine, precision, batch_size: what was run.
-        dense, sparse: images a second, medians over the rounds.
-        speed_up: median over rounds of dense time / pruned time.
-        spread: the lower and upper quartile of those ratios.
-        efficiency: speed-up divided by the ratio of GMACs; 1 where time follows operations.
-        dense_ms, sparse_ms: milliseconds a call, median and 95th percentile.
-        dense_attention, sparse_attention: "fused" or "plain", whichever was found faster for each;
-            None where the engine decides.
-        peak_mb: most memory that dense and pruned took (10⁶ bytes). On a CPU that of a process with
-            nothing but the model (`dynamicvit.deploy.memory`), at the largest batch size alone; on
-            a GPU weights, images and what a call takes. None where it was not measured.
-    """
-
-    engine: str
-    precision: str
-    batch_size: int
-    dense: float
-    sparse: float
-    speed_up: float
-    spread: tuple[float, float]
-    efficiency: float
-    dense_ms: tuple[float, float]
-    sparse_ms: tuple[float, float]
-    dense_attention: str | None
-    sparse_attention: str | None
-    peak_mb: tuple[float, float] | None
 
 
 def benchmark(
@@ -89,6 +53,7 @@ def benchmark(
     precisions: list[str] | None = None,
     batch_sizes: list[int] | None = None,
     pretrained: bool = True,
+    weights: str | None = None,
     img_size: int | None = None,
     device: str | None = None,
     seconds: float = 4.0,
@@ -113,12 +78,25 @@ def benchmark(
         precisions: float32, bfloat16, float16; by default the first two, where the engine has them.
         batch_sizes: images a call; by default 1, 8 and 32.
         pretrained: for a timm name, load timm's weights (they do not change the time).
+        weights: for a timm name: file with a state dict of your own (safetensors or torch, also of
+            Lightning) to load instead.
         img_size: for a timm name, input height and width in pixels, if other than the model's.
         device: cpu, cuda or cuda:NUMBER; by default a GPU if there is one.
         seconds: spent on each measurement, at least; at least 7 rounds are run.
         output: JSON file to write.
         plot: PNG or SVG file to write, speed-up against batch size (extra "plot").
         quiet: print nothing, neither tables nor progress.
+
+    Returns:
+        What the JSON file holds. Each of its measurements has engine, precision and batch_size;
+        images a second of dense and sparse, and milliseconds a call (dense_ms, sparse_ms: median
+        and 95th percentile); speed_up, the median over rounds of dense time / pruned time, and
+        spread, the lower and upper quartile of those ratios; efficiency, the speed-up divided by
+        the ratio of GMACs; dense_attention and sparse_attention, "fused" or "plain", whichever was
+        found faster, None where the engine decides; and peak_mb, the most memory that both took
+        (10⁶ bytes). On a CPU that is of a process with nothing but the model
+        (`dynamicvit.deploy.memory`), at the largest batch size alone; on a GPU weights, images and
+        what a call takes; None where it was not measured.
 
     Raises:
         ValueError, FileNotFoundError: naming what is wrong with an option or the model.
@@ -129,49 +107,70 @@ def benchmark(
     if not seconds >= 0:
         raise ValueError(f"seconds must be 0 or more, got {seconds}")
     place = find_device(device)
-    gpu = place.type == "cuda"
-    check_engines(engines, precisions, place.type)
-    pairs = [
-        (engine, precision)
-        for engine in engines or (GPU_ENGINES if gpu else filter(installed, ENGINES))
-        for precision in precisions or DEFAULT_PRECISIONS
-        # What was asked for by name and cannot be had is an error, below.
-        if (engines and precisions) or available(engine, precision, place.type)
-    ]
-    for engine, precision in pairs:
-        check_engine(engine, precision, place.type)
+    pairs = _list_pairs(engines, precisions, place.type)
     for name, file in (("output", output), ("plot", plot)):
         if file is not None:
             check_file(name, file)
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("plot needs the extra: pip install 'dynamicvit[plot]'")
-    if keep_ratio is not None:
-        KeepSchedule.from_keep_ratio(keep_ratio, depth=12)  # refused here, not after a download
-    options: dict[str, Any] = {} if pretrained else {"pretrained": False}
-    if img_size is not None:
-        if not timm.is_model(model):
-            raise ValueError(f"img_size is for timm's names, got it with {model}")
-        options["img_size"] = img_size
-    sparse = load_model(model, **options)
-    if not isinstance(sparse, SparseViT):
-        sparse = sparsify(sparse, keep_ratio=0.7 if keep_ratio is None else keep_ratio, align=align)
-    elif keep_ratio is not None or align is not None:
-        raise ValueError(
-            f"keep_ratio and align are for dense models, got {keep_ratio} and {align} "
-            f"with the sparse model {model}"
-        )
-    with torch.cuda.device(place) if gpu else nullcontext(), show_steps(quiet) as report:
-        result = {
-            "model": model,
-            **_run(sparse.eval().to(place), pairs, sizes, seconds, report),
-        }
-    if not quiet:
-        print_benchmark(result)
+    with show_steps(quiet) as report:
+        report(f"loading {model}")
+        sparse = _load(model, keep_ratio, align, pretrained, weights, img_size).to(place)
+        with torch.cuda.device(place) if place.type == "cuda" else nullcontext():
+            result = {"model": model, **_run(sparse, pairs, sizes, seconds, report)}
     if output:
         write_text(Path(output), json.dumps(result, indent=2) + "\n")
     if plot:
         _plot(result, Path(plot))
+    if not quiet:
+        print_benchmark(result)
+        for what, path in (("results are", output), ("plot is", plot)):
+            if path:
+                print(f"the {what} in {plain(path)}")
     return result
+
+
+def _list_pairs(
+    engines: list[str] | None, precisions: list[str] | None, device: str
+) -> list[tuple[str, str]]:
+    """Engines and precisions to run. A pair that was asked for by name must be there."""
+    check_engines(engines, precisions, device)
+    every = GPU_ENGINES if device == "cuda" else tuple(filter(installed, ENGINES))
+    pairs = [
+        (engine, precision)
+        for engine in engines or every
+        for precision in precisions or DEFAULT_PRECISIONS
+    ]
+    if not (engines and precisions):
+        return [pair for pair in pairs if available(*pair, device)]
+    for pair in pairs:
+        check_engine(*pair, device)
+    return pairs
+
+
+def _load(
+    name: str,
+    keep_ratio: float | None,
+    align: int | None,
+    pretrained: bool,
+    weights: str | None,
+    img_size: int | None,
+) -> SparseViT:
+    """A sparse model. Arguments and errors as for `benchmark`."""
+    if keep_ratio is not None:
+        KeepSchedule.from_keep_ratio(keep_ratio, depth=12)  # refused here, not after a download
+    if img_size is not None and not timm.is_model(name):
+        raise ValueError(f"img_size is for timm's names, got it with {name}")
+    size = {} if img_size is None else {"img_size": img_size}
+    model = load_model(name, pretrained, weights, **size)
+    if not isinstance(model, SparseViT):
+        model = sparsify(model, keep_ratio=0.7 if keep_ratio is None else keep_ratio, align=align)
+    elif keep_ratio is not None or align is not None:
+        raise ValueError(
+            f"keep_ratio and align are for dense models, got {keep_ratio} and {align} "
+            f"with the sparse model {name}"
+        )
+    return model.eval()
 
 
 def _run(
@@ -184,41 +183,40 @@ def _run(
     """What `benchmark` returns, but for the model's name; on the model's device."""
     device = next(sparse.parameters()).device
     size = input_size(sparse)
-    gmacs = {
-        "dense": count_gmacs(sparse.backbone, size),
-        "sparse": count_gmacs(sparse, size),
-    }
-    ideal = gmacs["dense"] / gmacs["sparse"]
-    measurements: list[Measurement] = []
+    models: list[nn.Module] = [sparse.backbone, sparse]
+    dense_gmacs, gmacs = (count_gmacs(model, size) for model in models)
+    ideal = dense_gmacs / gmacs
+    measurements: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
-    models = [sparse.backbone, sparse]
     for engine, precision in pairs:
         name = f"{engine}, {precision}:"
         report(name, "building dense and pruned")
         try:
-            candidates = [_candidates(model, engine, precision) for model in models]
-            weights = [weight_bytes(model, precision) for model in models]
+            forms = [_forms(model, engine, precision) for model in models]
             for batch_size in batch_sizes:
                 report(f"{name} batch size {batch_size}")
                 batches = random_batches(batch_size, size, precision, device)
-                found = _measure(candidates, weights, engine, precision, batches, seconds, ideal)
+                found = _measure(models, forms, precision, batches, seconds)
                 if device.type == "cpu" and batch_size == max(batch_sizes):
                     report(name, "measuring memory")
-                    found = replace(found, peak_mb=_peaks(sparse, found, tuple(batches[0].shape)))
-                measurements.append(found)
+                    found["peak_mb"] = _peaks(models, engine, precision, batches[0].shape, found)
+                found["efficiency"] = found["speed_up"] / ideal
+                measurements.append({"engine": engine, "precision": precision, **found})
         except Exception as error:  # each engine has its own; the others' figures stay
             failed.append({"engine": engine, "precision": precision, "reason": first_line(error)})
     if not measurements:
         raise ValueError("no engine runs the model here: {reason}".format(**failed[0]))
+    report("timing the parts of the pruned model")
+    stages = stage_times(sparse, torch.randn(max(batch_sizes), *size, device=device))
     return {
         "device": str(device),
         "input_size": size,
         "tokens": token_counts(sparse),
-        "gmacs": gmacs,
+        "gmacs": {"dense": dense_gmacs, "sparse": gmacs},
         "ideal_speed_up": ideal,
-        "measurements": [asdict(item) for item in measurements],
+        "measurements": measurements,
         "failed": failed,
-        "stages_ms": stage_times(sparse, torch.randn(max(batch_sizes), *size, device=device)),
+        "stages_ms": stages,
         "environment": environment(),
     }
 
@@ -236,19 +234,8 @@ def random_batches(
     return [torch.randn(batch_size, *size, device=device, dtype=dtype) for _ in range(4)]
 
 
-def _peaks(
-    sparse: SparseViT, found: Measurement, shape: tuple[int, ...]
-) -> tuple[float, float] | None:
-    """Of dense and pruned, with the attention that was found faster for each."""
-    models = ((sparse.backbone, found.dense_attention), (sparse, found.sparse_attention))
-    dense, pruned = (
-        peak_memory(model, found.engine, found.precision, shape, attention != "plain")
-        for model, attention in models
-    )
-    return None if dense is None or pruned is None else (dense, pruned)
-
-
-def _candidates(model: nn.Module, engine: str, precision: str) -> dict[str | None, Engine]:
+def _forms(model: nn.Module, engine: str, precision: str) -> dict[str | None, Engine]:
+    """A model in an engine, by kind of attention; None where the engine decides."""
     if engine not in TORCH_ENGINES:
         return {None: build(model, engine, precision)}
     return {
@@ -258,50 +245,62 @@ def _candidates(model: nn.Module, engine: str, precision: str) -> dict[str | Non
 
 
 def _measure(
-    candidates: list[dict[str | None, Engine]],
-    weights: list[int],
-    engine: str,
+    models: list[nn.Module],
+    forms: list[dict[str | None, Engine]],
     precision: str,
     batches: list[Tensor],
     seconds: float,
-    ideal: float,
-) -> Measurement:
-    """`candidates` and `weights` (bytes) of dense and pruned."""
+) -> dict[str, Any]:
+    """Time the faster form of dense against that of pruned, in turn."""
     images = batches[0]
-    peaks = None
-    if images.is_cuda:
-        peaks = [
-            {name: size + peak_bytes(call, images) for name, call in options.items()}
-            for options, size in zip(candidates, weights, strict=True)
-        ]
-    chosen = [_fastest(options, images) for options in candidates]
-    peak_mb = None
-    if peaks is not None:
-        peak_mb = (peaks[0][chosen[0][0]] / 1e6, peaks[1][chosen[1][0]] / 1e6)
-    times = interleave([call for _, call in chosen], batches, seconds)
+    attention: list[str | None] = []
+    peaks: list[float] = []
+    for model, calls in zip(models, forms, strict=True):
+        bytes_taken = {}
+        if images.is_cuda:  # asked before the engine runs images of this shape
+            bytes_taken = {name: peak_bytes(call, images) for name, call in calls.items()}
+        fastest = next(iter(calls))
+        if len(calls) > 1:
+            took = medians(interleave(list(calls.values()), [images], seconds=0))
+            fastest = list(calls)[took.index(min(took))]
+        attention.append(fastest)
+        if bytes_taken:
+            peaks.append((bytes_taken[fastest] + weight_bytes(model, precision)) / 1e6)
+    chosen = [calls[name] for calls, name in zip(forms, attention, strict=True)]
+    times = interleave(chosen, batches, seconds)
     speed_up, spread = compare_times(times)
-    dense_ms, sparse_ms = (
-        (
-            1e3 * statistics.median(column),
-            1e3 * statistics.quantiles(column, n=20, method="inclusive")[-1],
-        )
-        for column in zip(*times, strict=True)
-    )
-    return Measurement(
-        engine=engine,
-        precision=precision,
-        batch_size=len(images),
-        dense=1e3 * len(images) / dense_ms[0],
-        sparse=1e3 * len(images) / sparse_ms[0],
-        speed_up=speed_up,
-        spread=spread,
-        efficiency=speed_up / ideal,
-        dense_ms=dense_ms,
-        sparse_ms=sparse_ms,
-        dense_attention=chosen[0][0],
-        sparse_attention=chosen[1][0],
-        peak_mb=peak_mb,
-    )
+    milliseconds = [
+        (1e3 * median, 1e3 * statistics.quantiles(took, n=20, method="inclusive")[-1])
+        for median, took in zip(medians(times), zip(*times, strict=True), strict=True)
+    ]
+    return {
+        "batch_size": len(images),
+        "dense": 1e3 * len(images) / milliseconds[0][0],
+        "sparse": 1e3 * len(images) / milliseconds[1][0],
+        "speed_up": speed_up,
+        "spread": spread,
+        "dense_ms": milliseconds[0],
+        "sparse_ms": milliseconds[1],
+        "dense_attention": attention[0],
+        "sparse_attention": attention[1],
+        "peak_mb": peaks or None,
+    }
+
+
+def _peaks(
+    models: list[nn.Module],
+    engine: str,
+    precision: str,
+    shape: tuple[int, ...],
+    found: dict[str, Any],
+) -> list[float | None] | None:
+    """Of dense and pruned, with the attention that was found faster for each."""
+    attention = found["dense_attention"], found["sparse_attention"]
+    peaks = [
+        peak_memory(model, engine, precision, tuple(shape), kind != "plain")
+        for model, kind in zip(models, attention, strict=True)
+    ]
+    return None if None in peaks else peaks
 
 
 def weight_bytes(model: nn.Module, precision: str) -> int:
@@ -325,60 +324,60 @@ def peak_bytes(call: Engine, images: Tensor) -> int:
     return torch.cuda.max_memory_allocated(images.device) - before + images.nbytes
 
 
-def _fastest(options: dict[str | None, Engine], images: Tensor) -> tuple[str | None, Engine]:
-    """Of several forms of a model the one with the lowest median of a few calls."""
-    names, calls = list(options), list(options.values())
-    took = medians(interleave(calls, [images], seconds=0)) if len(calls) > 1 else [0.0]
-    best = took.index(min(took))
-    return names[best], calls[best]
-
-
 @torch.inference_mode()
 def stage_times(model: SparseViT, images: Tensor, rounds: int = 5) -> dict[str, float]:
     """Where time goes, eager and in float32: milliseconds of the embedding, of each stage's scorer
-    and blocks, and of norm and head; medians over rounds. The rest is selection and gathering."""
+    and blocks, and of norm and head, each called alone with the inputs that it has in the model.
+
+    Parts and the whole model are timed in turn; medians over rounds. What the whole model takes
+    beyond its parts is "other": selection and gathering.
+    """
     fused = model.fuse()
     backbone = fused.backbone
-    edges = (0, *fused.schedule.blocks, len(backbone.blocks))
     parts: dict[str, list[nn.Module]] = {"embed": [backbone.patch_embed]}
+    edges = (0, *fused.schedule.blocks, len(backbone.blocks))
     for stage, (start, end) in enumerate(pairwise(edges)):
         if stage:
             parts[f"scorer {stage}"] = [fused.scorers[stage - 1]]
-        parts[f"blocks {start}–{end - 1}"] = list(backbone.blocks[start:end])
+        name = f"block {start}" if end == start + 1 else f"blocks {start}–{end - 1}"
+        if end > start:
+            parts[name] = list(backbone.blocks[start:end])
     parts["norm and head"] = [backbone.norm, backbone.head]
-    spent: dict[str, float] = {}
-    started: list[float] = []
-
-    def before(*_: Any) -> None:
-        _wait(images.device)
-        started.append(time.perf_counter())
-
-    totals: dict[str, list[float]] = {name: [] for name in (*parts, "other")}
-    for name, modules in parts.items():
-
-        def after(*_: Any, name: str = name) -> None:
-            _wait(images.device)
-            spent[name] = spent.get(name, 0.0) + time.perf_counter() - started.pop()
-
-        for module in modules:
-            module.register_forward_pre_hook(before)
-            module.register_forward_hook(after)
+    inputs: dict[nn.Module, tuple[Any, Any]] = {}
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda module, args, kwargs: inputs.update({module: (args, kwargs)}), with_kwargs=True
+        )
+        for modules in parts.values()
+        for module in modules
+    ]
     fused(images)
-    for _ in range(rounds):
-        spent.clear()
-        whole = time_call(fused, images)
-        for name in parts:
-            totals[name].append(spent.get(name, 0.0))
-        totals["other"].append(whole - sum(spent.values()))
-    return {name: 1e3 * statistics.median(values) for name, values in totals.items()}
+    for hook in hooks:
+        hook.remove()
+
+    def call(modules: list[nn.Module], images: Tensor) -> None:
+        for module in modules:
+            if module in inputs:  # else the model does without
+                args, kwargs = inputs[module]
+                module(*args, **kwargs)
+
+    calls = [partial(call, modules) for modules in parts.values()]
+    *spent, whole = medians(interleave([*calls, fused], [images], seconds=0, rounds=rounds))
+    rest = max(0.0, whole - sum(spent))  # below 0 only by chance
+    return {
+        name: 1e3 * seconds for name, seconds in zip((*parts, "other"), (*spent, rest), strict=True)
+    }
 
 
 def print_benchmark(result: dict[str, Any]) -> None:
     """Print what `benchmark` returns. The JSON file has more."""
-    speeds = _table("engine", "precision", "batch", "dense", "pruned", "speed-up", "efficiency")
-    times = _table("engine", "precision", "batch", "dense ms", "pruned ms", "peak MB")
-    for item in result["measurements"]:
-        form = item["engine"], item["precision"], str(item["batch_size"])
+    measurements = result["measurements"]
+    first = "engine, precision"
+    speeds = make_table(first, "batch", "dense", "pruned", "speed-up", "efficiency")
+    times = make_table(first, "batch", "dense ms", "pruned ms", "peak MB")
+    stages = make_table("part of the pruned model", "ms")
+    for item in measurements:
+        form = f"{item['engine']}, {item['precision']}", str(item["batch_size"])
         low, high = item["spread"]
         speeds.add_row(
             *form,
@@ -390,44 +389,35 @@ def print_benchmark(result: dict[str, Any]) -> None:
         calls = (
             f"{_number(m)} ({_number(late)})" for m, late in (item["dense_ms"], item["sparse_ms"])
         )
-        peaks = item["peak_mb"]
-        times.add_row(*form, *calls, "→".join(f"{peak:.0f}" for peak in peaks) if peaks else "")
-    stages = _table("part of the pruned model", "ms")
+        peaks = item["peak_mb"] or ()
+        times.add_row(*form, *calls, " → ".join(f"{peak:.0f}" for peak in peaks))
     for name, spent in result["stages_ms"].items():
-        stages.add_row(name, f"{spent:.1f}")
-    speeds.title = "images a second; speed-up: median of ratios (quartiles)"
-    times.title = "milliseconds a call: median (95th percentile); memory: dense→pruned"
-    stages.title = f"eager, float32, batch {max(m['batch_size'] for m in result['measurements'])}"
+        stages.add_row(name, _number(spent))
+    batch = max(item["batch_size"] for item in measurements)
     # A table that is cut says nothing: a narrower terminal wraps its lines.
     console = Console(width=max(80, Console().width))
-    for table in (speeds, times, stages):
+    for caption, table in (
+        ("images a second; speed-up: median of ratios (quartiles)", speeds),
+        ("milliseconds a call: median (95th percentile); memory: dense → pruned", times),
+        (f"eager, float32, batch {batch}", stages),
+    ):
+        console.print(caption)
         console.print(table)
-        console.print()
-    gmacs = "{dense:.2f} → {sparse:.2f} GMACs".format(**result["gmacs"])
+    gmacs = "{dense:.4g} → {sparse:.4g} GMACs".format(**result["gmacs"])
     console.print(
         f"{gmacs}, so the ideal speed-up is {result['ideal_speed_up']:.2f}×; efficiency is the "
         "share of it that is reached"
     )
-    slower = [item for item in result["measurements"] if item["speed_up"] < 1]
+    slower = sum(item["speed_up"] < 1 for item in measurements)
     if slower:
-        console.print(
-            f"in {len(slower)} of {len(result['measurements'])} rows the dense model is faster"
-        )
+        console.print(f"in {slower} of {len(measurements)} rows the dense model is faster")
     for pair in result["failed"]:
         console.print("{engine}, {precision} failed: {reason}".format(**pair), markup=False)
 
 
-def _table(*titles: str) -> Table:
-    """Narrow enough for 80 columns, each cell on one line."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    table.title_justify, table.title_style = "left", ""
-    for title in titles:
-        table.add_column(title, no_wrap=True, justify="left" if len(table.columns) < 2 else "right")
-    return table
-
-
 def _number(value: float) -> str:
-    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+    """Three digits, and whole numbers in full."""
+    return f"{value:.3g}" if value < 999 else f"{value:.0f}"
 
 
 def _plot(result: dict[str, Any], path: Path) -> None:
@@ -451,8 +441,3 @@ def _plot(result: dict[str, Any], path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix.removeprefix(".") or "png", dpi=150)
     write_bytes(path, buffer.getvalue())
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

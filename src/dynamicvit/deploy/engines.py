@@ -107,7 +107,7 @@ def check_engines(
             check_engine(engine, wanted[0], device)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an engine that failed said first."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from dynamicvit.deploy.engines import first_line
 from dynamicvit.deploy.formats import (
     FORMATS,
     LOADERS,
     OPSETS,
     PRECISIONS,
-    Calibration,
     check_openvino,
     engine_name,
+    quantize,
     require,
     trace,
     write_aoti,
@@ -35,10 +37,11 @@ from dynamicvit.deploy.formats import (
     write_torch,
 )
 from dynamicvit.deploy.metadata import describe, read_metadata
-from dynamicvit.deploy.verify import Agreement, Found, compare, find_images
+from dynamicvit.deploy.verify import Agreement, compare, find_images, load_images
 from dynamicvit.evaluation.console import cell, show_steps
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.timing import Engine
+from dynamicvit.io.arguments import check_types
 from dynamicvit.io.files import check_file, write_text
 from dynamicvit.io.load import load_model
 from dynamicvit.io.predictions import class_names, preprocessing
@@ -84,6 +87,7 @@ def export(
     calibration: str | None = None,
     samples: int = 256,
     opset: int = 18,
+    weights: str | None = None,
     results: str | None = None,
     quiet: bool = False,
 ) -> Exported:
@@ -104,6 +108,8 @@ def export(
         samples: how many images to compare on, at most. Each is run once: one alone, the next four
             together, the next 16, and so on.
         opset: of ONNX.
+        weights: for a timm name: file with a state dict of your own (safetensors or torch, also of
+            Lightning) to load instead of timm's.
         results: JSON file to write the comparison to.
         quiet: print nothing, neither table nor progress.
 
@@ -118,8 +124,11 @@ def export(
     _check_options(Path(output), format, precision, calibration, samples, opset)
     if results:
         check_file("results", results)
+    with show_steps(quiet) as report:
+        report(f"loading {model}")
+        loaded = load_model(model, weights=weights)
     done = export_model(
-        load_model(model),
+        loaded,
         output,
         format,
         precision,
@@ -132,11 +141,12 @@ def export(
     if not quiet:
         print_exported(done)
     if results:
-        report = {**asdict(done), "environment": environment()}
-        write_text(Path(results), json.dumps(report, indent=2) + "\n")
+        written = {**asdict(done), "environment": environment()}
+        write_text(Path(results), json.dumps(written, indent=2) + "\n")
     return done
 
 
+@check_types
 def export_model(
     model: nn.Module,
     output: str | os.PathLike[str],
@@ -169,9 +179,10 @@ def export_model(
         quiet: show no progress.
 
     Raises:
-        ValueError: naming the argument and what was got; if a package or compiler is missing, or
-            the engine cannot run the precision here; or with the figures, if outputs do not agree
-            (`Agreement.check`). Then no file is written, and an older one is left as it was.
+        TypeError, ValueError: naming the argument and what was got; if a package or compiler is
+            missing, or the engine cannot run the precision here; or with the figures, if outputs do
+            not agree (`Agreement.check`). Then no file is written, and an older one is left as it
+            was.
         OSError: if the disk is full.
     """
     target = Path(output)
@@ -179,26 +190,20 @@ def export_model(
     names = class_names(model)
     preprocessing(model)  # refuses a model that takes no pictures
     found = find_images(images, samples)
-    calibrating: list[Found] = []
-    if precision == "int8":
-        folder = images if calibration is None else calibration
-        if folder is None:
-            raise ValueError("calibration must be a folder of images for int8, got None")
-        calibrating = find_images(folder, _CALIBRATION, "calibration")
     reference = copy.deepcopy(model).cpu().float().eval()
     size = sum(parameter.numel() for parameter in reference.parameters())
     if format == "onnx" and size * PRECISIONS[precision].itemsize > _ONNX_LIMIT:
         raise ValueError(f"model must fit the 2 GiB of an ONNX file, got {size} parameters")
     metadata = json.dumps(describe(reference, names, format, precision))
-
-    with show_steps(quiet) as report, _temporary_folder(target) as folder_beside:
-        path = folder_beside / target.name
+    batches = _calibration_images(reference, calibration or images) if precision == "int8" else []
+    with show_steps(quiet) as report, _temporary_folder(target) as folder:
+        path = folder / target.name
+        calibrate = partial(quantize, batches, report) if batches else None
         report("tracing the model")
         # An OpenVINO graph is in float32, whatever it computes in.
         program = trace(reference, PRECISIONS["float32" if format == "openvino" else precision])
-        calibrate = Calibration(reference, calibrating, report) if calibrating else None
         report(f"writing {target}")
-        try:
+        with _name_target(target):
             match format:
                 case "onnx":
                     write_onnx(program, path, metadata, opset, calibrate)
@@ -208,27 +213,58 @@ def export_model(
                     write_torch(program, path, metadata)
                 case "aoti":
                     write_aoti(program, path, metadata)
-        except OSError as error:
-            raise OSError(f"cannot write {target}: {error}") from error
         with _threads(1 if size < _SMALL else torch.get_num_threads()):
-            try:
-                engine = LOADERS[format](path, precision)
-            except Exception as error:  # each engine has its own
-                raise _cannot_run(format, precision, error) from error
-            agreement = compare(reference, _Named(engine, format, precision), found, report=report)
+            engine = _open(path, format, precision)
+            agreement = compare(reference, engine, found, report=report)
         agreement.check(precision)
         del engine  # some systems do not move open files
-        weights = path.with_suffix(".bin")  # beside an OpenVINO graph
-        parts = [path, weights] if weights.exists() else [path]
-        megabytes = sum(part.stat().st_size for part in parts) / 1e6
-        if len(parts) > 1:  # a kill in between must not leave an old graph with new weights
-            target.unlink(missing_ok=True)
-        for part in reversed(parts):
-            os.replace(part, target.with_name(part.name))
+        megabytes = _move(path, target)
     name = engine_name(format)
     if (format, precision) == ("onnx", "float16"):
         name += ", which computes in float32 on a CPU"
     return Exported(str(target), format, precision, name, megabytes, agreement)
+
+
+def _calibration_images(model: nn.Module, folder: str | None) -> list[Tensor]:
+    if folder is None:
+        raise ValueError("calibration must be a folder of images for int8, got None")
+    return list(load_images(model, find_images(folder, _CALIBRATION, "calibration"), 1))
+
+
+def _open(path: Path, format: str, precision: str) -> Engine:
+    """What runs a file. Its errors name the engine and the precision."""
+    with _name_engine(format, precision):
+        engine = LOADERS[format](path, precision)
+
+    def run(images: Tensor) -> Any:
+        with _name_engine(format, precision):
+            return engine(images)
+
+    return run
+
+
+@contextmanager
+def _name_engine(format: str, precision: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # each engine has its own
+        # ONNX Runtime begins with codes and the file's temporary name.
+        reason = first_line(error).rpartition("failed:")[2]
+        raise ValueError(
+            f"{engine_name(format)} cannot run precision {precision!r} here: {reason}"
+        ) from error
+
+
+def _move(path: Path, target: Path) -> float:
+    """Move a file into place, weights beside it too. Returns their size in 10⁶ bytes."""
+    weights = path.with_suffix(".bin")  # of an OpenVINO graph
+    parts = [weights, path] if weights.exists() else [path]
+    megabytes = sum(part.stat().st_size for part in parts) / 1e6
+    if len(parts) > 1:  # a kill in between must not leave an old graph with new weights
+        target.unlink(missing_ok=True)
+    for part in parts:
+        os.replace(part, target.with_name(part.name))
+    return megabytes
 
 
 @contextmanager
@@ -243,19 +279,26 @@ def _threads(count: int) -> Iterator[None]:
 
 
 @contextmanager
+def _name_target(target: Path) -> Iterator[None]:
+    """Make errors of writing name the file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write {target}: {error}") from error
+
+
+@contextmanager
 def _temporary_folder(target: Path) -> Iterator[Path]:
     """A folder beside a file, to write into; what is left in it is removed, also on SIGTERM."""
 
     def stop(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
 
-    try:
+    with _name_target(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(
             prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True
         )
-    except OSError as error:
-        raise OSError(f"cannot write {target}: {error}") from error
     with temporary as folder:
         # A handler of the caller's stays, and threads but the main one can set none.
         main = threading.current_thread() is threading.main_thread()
@@ -294,27 +337,6 @@ def print_exported(exported: Exported) -> None:
     Console().print(table)
 
 
-class _Named:
-    """An engine whose errors say what could not be run."""
-
-    def __init__(self, engine: Engine, format: str, precision: str) -> None:
-        self.engine = engine
-        self.what = (format, precision)
-
-    def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
-        try:
-            return self.engine(images)
-        except Exception as error:  # each engine has its own
-            raise _cannot_run(*self.what, error) from error
-
-
-def _cannot_run(format: str, precision: str, error: Exception) -> ValueError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    # ONNX Runtime begins with codes and the file's temporary name.
-    reason = reason.rpartition("failed:")[2]
-    return ValueError(f"{engine_name(format)} cannot run precision {precision!r} here: {reason}")
-
-
 # What is asked for.
 
 
@@ -346,9 +368,6 @@ def _check_options(
         packages += ("nncf",)
     elif calibration is not None:
         raise ValueError(f"calibration is for precision int8, got it with {precision!r}")
-    for name, value in (("samples", samples), ("opset", opset)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{name} must be an integer, got {value!r}")
     if samples < 1:
         raise ValueError(f"samples must be 1 or more, got {samples}")
     if opset not in OPSETS:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.paths import Pruned
-from dynamicvit.deploy.verify import Found, load_images
 from dynamicvit.evaluation.processor import has_bfloat16
 from dynamicvit.evaluation.setup import input_size
 from dynamicvit.evaluation.timing import Engine
@@ -44,6 +43,7 @@ OPENVINO_HINTS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int8"
 KEY = "dynamicvit"  # under which the metadata lies
 OPSETS = range(18, 24)  # that torch's exporter gives
 _EXAMPLE = 2  # images in the example that is traced; at 0 or 1 the batch would become fixed
+Quantize = Callable[[Any, list[str]], Any]  # a model, names of nodes that stay → it in int8
 
 
 # What a file says of itself in a viewer such as Netron.
@@ -110,13 +110,13 @@ def write_onnx(
     path: Path,
     metadata: str,
     opset: int,
-    calibration: Calibration | None,
+    quantize: Quantize | None,
 ) -> None:
     import onnx
 
     model = _to_onnx(program, opset).model_proto
-    if calibration is not None:
-        model = calibration.quantize(model, _scorer_nodes(model))
+    if quantize is not None:
+        model = quantize(model, _scorer_nodes(model))
     for node in model.graph.node:
         del node.metadata_props[:]  # where in the source it came from
     described = json.loads(metadata)
@@ -134,7 +134,7 @@ def write_openvino(
     path: Path,
     metadata: str,
     opset: int,
-    calibration: Calibration | None,
+    quantize: Quantize | None,
 ) -> None:
     import openvino
 
@@ -143,13 +143,11 @@ def write_openvino(
     converted = _to_onnx(program, opset)
     converted.save(str(between), external_data=True)
     model = openvino.convert_model(between)
-    if calibration is not None:
+    if quantize is not None:
         leave = set(_scorer_nodes(converted.model_proto))
         # Of one ONNX node it may make several: NODE, NODE/WithoutBiases.
         names = [operation.get_friendly_name() for operation in model.get_ops()]
-        model = calibration.quantize(
-            model, [name for name in names if name.partition("/")[0] in leave]
-        )
+        model = quantize(model, [name for name in names if name.partition("/")[0] in leave])
     described = json.loads(metadata)
     half = described["precision"] in ("float16", "bfloat16")
     model.get_parameters()[0].set_layout(openvino.Layout("NCHW"))
@@ -197,46 +195,39 @@ def _to_onnx(program: torch.export.ExportedProgram, opset: int) -> Any:
         )
 
 
-class Calibration:
-    """Static quantisation to int8 by NNCF, with ranges measured on images.
+def quantize(
+    images: Sequence[Tensor], report: Callable[..., None], model: Any, leave: list[str]
+) -> Any:
+    """Static quantisation to int8 by NNCF, with value ranges measured on images.
 
     Args:
-        model: that takes the images.
-        images: which.
+        images: [1, C, H, W] each.
         report: called with each step.
+        model: an ONNX or OpenVINO model.
+        leave: names of the nodes that stay as they are.
     """
+    # nncf imports a module of torch that warns where there is no GPU.
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    logger.setLevel(logging.ERROR)
+    import nncf
 
-    def __init__(
-        self,
-        model: nn.Module,
-        images: Sequence[Found],
-        report: Callable[..., None] = lambda step, detail="": None,
-    ) -> None:
-        self.model = model
-        self.images = images
-        self.report = report
+    logger.setLevel(logging.NOTSET)
+    nncf.set_log_level(logging.ERROR)
 
-    def quantize(self, model: Any, leave: list[str]) -> Any:
-        """An ONNX or OpenVINO model, quantised but for the nodes of these names."""
-        import nncf
+    def take(index: int) -> dict[str, Any]:
+        step = f"measuring value ranges on {len(images)} images"
+        report(step, f"({index + 1}, of several passes)")
+        return {"images": images[index].numpy()}
 
-        nncf.set_log_level(logging.ERROR)
-        batches = [batch.numpy() for batch in load_images(self.model, self.images, 1)]
-
-        def take(index: int) -> dict[str, Any]:
-            step = f"measuring value ranges on {len(batches)} images"
-            self.report(step, f"({index + 1}, of several passes)")
-            return {"images": batches[index]}
-
-        # Without NNCF's own bars, which would go to stdout.
-        with _quiet(), contextlib.redirect_stdout(io.StringIO()):
-            return nncf.quantize(
-                model,
-                nncf.Dataset(range(len(batches)), take),
-                model_type=nncf.ModelType.TRANSFORMER,
-                subset_size=len(self.images),
-                ignored_scope=nncf.IgnoredScope(names=leave),
-            )
+    # Without NNCF's own bars, which would go to stdout.
+    with _quiet(), contextlib.redirect_stdout(io.StringIO()):
+        return nncf.quantize(
+            model,
+            nncf.Dataset(range(len(images)), take),
+            model_type=nncf.ModelType.TRANSFORMER,
+            subset_size=len(images),
+            ignored_scope=nncf.IgnoredScope(names=leave),
+        )
 
 
 def _scorer_nodes(model: Any) -> list[str]:
@@ -297,14 +288,15 @@ LOADERS = {
 
 
 def engine_name(format: str) -> str:
-    match format:
-        case "onnx":
-            return f"ONNX Runtime {version('onnxruntime')}"
-        case "openvino":
-            return f"OpenVINO {version('openvino')}"
-        case "torch":
-            return f"torch.export {torch.__version__}"
-    return f"AOTInductor {torch.__version__}"
+    """What runs a format, with its version."""
+    names = {
+        "onnx": ("ONNX Runtime", "onnxruntime"),
+        "openvino": ("OpenVINO", "openvino"),
+        "torch": ("torch.export", "torch"),
+        "aoti": ("AOTInductor", "torch"),
+    }
+    name, package = names[format]
+    return f"{name} {version(package)}"
 
 
 def _tensors(arrays: Any) -> tuple[Tensor, ...]:

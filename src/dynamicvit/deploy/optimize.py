@@ -23,6 +23,7 @@ from dynamicvit.deploy.engines import (
 )
 from dynamicvit.evaluation.console import show_steps
 from dynamicvit.evaluation.timing import Engine, Round, compare_times, medians, take_turns
+from dynamicvit.io.arguments import check_types
 
 _NO_TIME = "there was no time left"
 
@@ -100,6 +101,7 @@ class Optimized:
         return text
 
 
+@check_types
 @torch.no_grad()
 def optimize(
     model: nn.Module,
@@ -137,19 +139,10 @@ def optimize(
             was asked for is not there, or nothing that was is within the tolerance.
     """
     _check(model, example, tolerance, rounds, seconds)
-    device = example.device.type
-    check_engines(engines, precisions, device)
+    check_engines(engines, precisions, example.device.type)
     # What every candidate is compared with is measured, even if it was not asked for.
     base = Candidate("eager", "float32", "fused")
-    asked = [
-        Candidate(engine, precision, attention)
-        # A compiler takes longest, so it comes last: a time budget may end before.
-        for engine in sorted(
-            engines or filter(installed, ENGINES), key=lambda name: name == "compile"
-        )
-        for precision in precisions or DEFAULT_PRECISIONS
-        for attention in (("fused", "plain") if engine in TORCH_ENGINES else (None,))
-    ]
+    asked = _list_forms(engines or tuple(filter(installed, ENGINES)), precisions)
     reference = copy.deepcopy(model).eval()
     with show_steps(quiet) as report:
         search = _Search(reference, example, tolerance, seconds, report)
@@ -181,6 +174,16 @@ def optimize(
         input_size=tuple(example.shape[1:]),
         device=example.device,
     )
+
+
+def _list_forms(engines: Sequence[str], precisions: Sequence[str] | None) -> list[Candidate]:
+    """A compiler takes longest, so it comes last: a time budget may end before."""
+    return [
+        Candidate(engine, precision, attention)
+        for engine in sorted(engines, key=lambda name: name == "compile")
+        for precision in precisions or DEFAULT_PRECISIONS
+        for attention in (("fused", "plain") if engine in TORCH_ENGINES else (None,))
+    ]
 
 
 class _Search:
@@ -222,27 +225,22 @@ class _Search:
                 self.refused.append(replace(form, reason=_NO_TIME))
                 continue
             name = ", ".join(filter(None, (form.engine, form.precision, form.attention)))
-            self.report(f"building {name}", f"({index + 1} of {len(forms)})")
+            reason, error = None, float("nan")
             try:
+                self.report(f"building {name}", f"({index + 1} of {len(forms)})")
                 check_engine(form.engine, form.precision, self.example.device.type)
-                plain = form.attention == "plain"
-                call = build(self.model, form.engine, form.precision, not plain)
+                call = build(self.model, form.engine, form.precision, form.attention != "plain")
                 error = _error(_logits(call(self.example)), expected)
-            except KeyboardInterrupt:
+                if index and not error <= self.tolerance:
+                    reason = f"its error is above {self.tolerance:g}"
+            except (Exception, KeyboardInterrupt) as failure:  # each engine has its own
                 if not index:
                     raise
-                self.stopped = True
-                self.refused.append(replace(form, reason=_NO_TIME))
-                continue
-            except Exception as failure:  # each engine has its own
-                if not index:
-                    raise
-                self.refused.append(replace(form, reason=first_line(failure)))
-                continue
-            if error <= self.tolerance or not index:
+                self.stopped = isinstance(failure, KeyboardInterrupt)
+                reason = _NO_TIME if self.stopped else first_line(failure)
+            if reason is None:
                 self.calls[form], self.errors[form] = call, error
             else:
-                reason = f"its error is above {self.tolerance:g}"
                 self.refused.append(replace(form, error=error, reason=reason))
 
     def time(self, calls: list[Engine], rounds: int, step: str) -> list[Round]:
@@ -294,8 +292,6 @@ def _check(
         raise ValueError(f"example must be on the model's device {device}, got {example.device}")
     if not tolerance >= 0:
         raise ValueError(f"tolerance must be 0 or more, got {tolerance!r}")
-    if isinstance(rounds, bool) or not isinstance(rounds, int):
-        raise TypeError(f"rounds must be an integer, got {rounds!r}")
     if rounds < 1:
         raise ValueError(f"rounds must be 1 or more, got {rounds!r}")
     if seconds is not None and not seconds > 0:

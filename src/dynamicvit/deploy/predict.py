@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -82,6 +81,8 @@ def predict(
         print_predictions(found)
         if unreadable:
             print(f"unreadable images: {len(unreadable)}: {', '.join(map(plain, unreadable))}")
+        if output:
+            print(f"the predictions are in {plain(output)}")
     return results
 
 
@@ -94,7 +95,7 @@ def _predict_files(
     found: dict[str, list[Prediction]] = {}
     unreadable: list[str] = []
     batch: dict[str, torch.Tensor] = {}
-    for position, file in enumerate(track(files, "predicting", quiet), start=1):
+    for position, file in enumerate(track(files, "predicting, images", quiet), start=1):
         try:
             batch[file] = transform(read_image(file, mode, "image"))
         except (ValueError, FileNotFoundError):
@@ -121,14 +122,10 @@ def _as_text(results: dict[str, list[dict[str, Any]]], suffix: str) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, ["image", "rank", "name", "index", "probability"])
     writer.writeheader()
-    writer.writerows(_rows(results))
-    return text.getvalue()
-
-
-def _rows(results: dict[str, list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
     for image, predictions in results.items():
         for rank, prediction in enumerate(predictions, start=1):
-            yield {"image": image, "rank": rank, **prediction}
+            writer.writerow({"image": image, "rank": rank, **prediction})
+    return text.getvalue()
 
 
 def print_predictions(found: dict[str, list[Prediction]]) -> None:

@@ -18,7 +18,6 @@ from math import isfinite
 from typing import NamedTuple
 
 import torch
-from timm.data.readers import get_img_extensions
 from torch import Tensor, nn
 
 from dynamicvit.core.model import SparseOutput, SparseViT
@@ -27,6 +26,7 @@ from dynamicvit.core.selectors import Selector, Stage
 from dynamicvit.core.tokens import Tokens, keep_mask
 from dynamicvit.evaluation.timing import Engine
 from dynamicvit.io.embedded import embedded_images
+from dynamicvit.io.images import IMAGE_SUFFIXES
 from dynamicvit.io.predictions import ImageSource, class_names, preprocessing, read_image
 
 BATCH_SIZES = (1, 4, 16)
@@ -130,9 +130,9 @@ def find_images(folder: str | None, count: int, argument: str = "images") -> lis
     elif not pathlib.Path(folder).is_dir():
         raise ValueError(f"{argument} must be a folder of images, got {folder}")
     else:
-        kinds = get_img_extensions(as_set=True)
-        files = (path for path in pathlib.Path(folder).rglob("*") if path.suffix.lower() in kinds)
-        found.extend(Found(path, path.parent.name) for path in sorted(files))
+        files = sorted(pathlib.Path(folder).rglob("*"))
+        images = (path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
+        found.extend(Found(path, path.parent.name) for path in images)
     if not found:
         raise ValueError(f"{argument} must be a folder of images, got none in {folder}")
     count = min(count, len(found))
