@@ -18,7 +18,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from itertools import pairwise
@@ -47,6 +47,7 @@ from dynamicvit.evaluation.data import open_data
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.evaluate import evaluate_model
 from dynamicvit.evaluation.loader import create_image_loader
+from dynamicvit.evaluation.timing import interleave, medians
 from dynamicvit.io.embedded import ASSETS
 from dynamicvit.io.files import check_folder, write_text
 from dynamicvit.io.folder import save_folder
@@ -512,7 +513,7 @@ class Bench:
         channels, height, width = resolve_input_data_config(dense)["input_size"]
         images = torch.randn(batch, channels, height, width, device=device)
         labels = torch.zeros(batch, dtype=torch.long, device=device)
-        seconds: dict[str, float] = {}
+        calls: dict[str, Callable[[torch.Tensor], None]] = {}
         for kind in ("dense", "learned", "similarity_merging"):
             student = dense if kind == "dense" else sparsify(dense, 0.7, scorer=kind)
             task: nn.Module = DenseTask(student)
@@ -521,15 +522,15 @@ class Bench:
                 sparse = cast(SparseViT, student)
                 task = SparseTask(sparse, copy.deepcopy(dense), kept_gradients=kept)
             task.to(device).train()
-            times = []
-            for _ in range(3):
-                start = time.perf_counter()
+
+            def step(images: torch.Tensor, task: nn.Module = task) -> None:
                 with self.accelerator.autocast():
                     loss = task(images, labels)["loss"]
                 loss.backward()
-                loss.item()  # waits for the device
-                times.append(time.perf_counter() - start)
-            seconds[kind] = min(times)
+
+            calls[kind] = step
+        times = interleave(list(calls.values()), [images], seconds=0, rounds=3)
+        seconds = dict(zip(calls, medians(times), strict=True))
         found = {}
         for row in rows:
             steps, warm = self.steps_and_warm(row)

@@ -16,7 +16,6 @@ import gc
 import json
 import multiprocessing
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -61,7 +60,7 @@ from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.evaluate import evaluate_model, input_size, token_counts
 from dynamicvit.evaluation.launch import find_device
 from dynamicvit.evaluation.loader import create_image_loader
-from dynamicvit.evaluation.timing import interleave
+from dynamicvit.evaluation.timing import compare_times, interleave, medians
 from dynamicvit.io.embedded import ASSETS, embedded_images
 from dynamicvit.io.files import write_text
 from dynamicvit.io.folder import save_folder
@@ -402,12 +401,11 @@ def measure(run: Run, row: Row) -> None:
         peaks.append(peak and peak / 1e6)
         errors.append(_check(model, call, batches, row.engine))
     times = interleave(calls, batches, run.scale.seconds, run.scale.rounds)
-    medians = [statistics.median(column) for column in zip(*times, strict=True)]
+    seconds = medians(times)
     for side, variant in enumerate(row.variants, 1):
-        ratios = [took[0] / took[side] for took in times]
-        low, _, high = statistics.quantiles(ratios, n=4)
+        speed_up, (low, high) = compare_times(times, 0, side)
         ideal = gmacs[0] / gmacs[side]
-        record = {
+        record: dict[str, Any] = {
             "model": row.model.name,
             "input_size": size,
             "keep_ratio": variant.keep_ratio,
@@ -416,14 +414,14 @@ def measure(run: Run, row: Row) -> None:
             "engine": row.engine,
             "precision": PRECISION,
             "batch_size": row.batch_size,
-            "dense": row.batch_size / medians[0],
-            "sparse": row.batch_size / medians[side],
-            "dense_ms": 1e3 * medians[0],
-            "sparse_ms": 1e3 * medians[side],
-            "speed_up": statistics.median(ratios),
+            "dense": row.batch_size / seconds[0],
+            "sparse": row.batch_size / seconds[side],
+            "dense_ms": 1e3 * seconds[0],
+            "sparse_ms": 1e3 * seconds[side],
+            "speed_up": speed_up,
             "spread": (low, high),
             "gmacs": (gmacs[0], gmacs[side]),
-            "efficiency": statistics.median(ratios) / ideal,
+            "efficiency": speed_up / ideal,
             "peak_mb": (peaks[0], peaks[side]),
             "rounds": len(times),
             "errors": (errors[0], errors[side]),

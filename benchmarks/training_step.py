@@ -18,7 +18,6 @@ import copy
 import json
 import math
 import multiprocessing
-import statistics
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -43,7 +42,7 @@ from dynamicvit.deploy.memory import resident
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.evaluate import input_size
 from dynamicvit.evaluation.launch import find_device
-from dynamicvit.evaluation.timing import interleave
+from dynamicvit.evaluation.timing import compare_times, interleave, medians
 from dynamicvit.io.embedded import ASSETS
 from dynamicvit.io.files import write_text
 from dynamicvit.training.task import SparseTask
@@ -281,24 +280,23 @@ def compare_steps(
         else:
             peaks.append(_peak_in_a_process(side, setting) if memory else None)
     times = interleave(steps, batches, seconds, rounds)
+    seconds_a_step = medians(times)
     results = []
     for index, side in enumerate(sides):
         loss = float(steps[index].loss)
         if not math.isfinite(loss):
             raise ValueError(f"the loss of {side!r} must be finite, got {loss}")
-        median = statistics.median(took[index] for took in times)
-        ratios = [took[0] / took[index] for took in times]
-        low, _, high = statistics.quantiles(ratios, n=4)
+        speed_up, spread = compare_times(times, 0, index)
         peak, reference = peaks[index], peaks[0]
         results.append(
             StepSpeed(
                 side=side,
                 precision=setting.precision,
                 batch_size=setting.batch_size,
-                images_per_second=setting.batch_size / median,
-                step_ms=1e3 * median,
-                speed_up=statistics.median(ratios),
-                spread=(low, high),
+                images_per_second=setting.batch_size / seconds_a_step[index],
+                step_ms=1e3 * seconds_a_step[index],
+                speed_up=speed_up,
+                spread=spread,
                 peak_mb=peak,
                 memory_ratio=reference / peak if reference and peak else None,
                 loss=loss,

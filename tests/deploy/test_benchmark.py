@@ -224,6 +224,7 @@ def test_progress_is_lines_without_a_terminal_and_can_be_silenced(
         ),
         ({"keep_ratio": 0.5}, "keep_ratio and align are for dense models, got 0.5 and None with"),
         ({"img_size": 48}, "img_size is for timm's names, got it with "),
+        ({"weights": "x.pth"}, "weights go with a timm name, not with .*, got x.pth"),
         ({"precisions": ["float32", "float16"]}, "'eager' does not compute in float16 here"),
         ({"precisions": ["int4"]}, "precisions must be of float32, bfloat16, float16, got 'int4'"),
         ({"engines": ["onnx"], "precisions": ["bfloat16"]}, "'onnx' does not compute in bfloat16"),

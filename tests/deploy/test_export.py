@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import re
 import signal
+import sys
 import types
 from collections.abc import Callable
 from dataclasses import replace
@@ -294,6 +296,35 @@ def test_a_precision_that_the_engine_lacks_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_remark_of_torch_on_nncf_s_import_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one module's warnings, and of those alone."""
+    (tmp_path / "nncf.py").write_text(
+        "import logging\n"
+        "logging.getLogger('torch.utils.cpp_extension').warning('No CUDA runtime is found')\n"
+        "logging.getLogger('torch.utils.other').warning('shown')\n"
+        "class ModelType: TRANSFORMER = 0\n"
+        "set_log_level = Dataset = IgnoredScope = quantize = lambda *a, **k: None\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "nncf", raising=False)
+    shown: list[str] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: shown.append(record.getMessage()))
+    loggers = [logging.getLogger(f"torch.utils.{name}") for name in ("cpp_extension", "other")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        formats.quantize([], lambda *step: None, None, [])
+        loggers[0].warning("later")
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+        sys.modules.pop("nncf", None)
+    assert shown == ["shown", "later"]
+
+
 # Nothing half-written.
 
 
@@ -419,6 +450,22 @@ def test_a_folder_that_cannot_be_written_names_the_file(
     path = tmp_path / "model.pt2"
     with pytest.raises(OSError, match=re.escape(f"cannot write {path}: {full}")):
         export_model(_sparse(), path, samples=1)
+
+
+def test_weights_of_one_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`load_model` reads them; what it gives is exported."""
+    asked: list[Any] = []
+
+    def load(name: str, **options: Any) -> Any:
+        asked.append((name, options))
+        return _sparse()
+
+    monkeypatch.setattr(module, "load_model", load)
+    monkeypatch.setattr(module, "export_model", lambda model, *rest, **options: model)
+    path = str(tmp_path / "model.pt2")
+    found = export("vit_tiny_patch16_224", path, weights="mine.pth", quiet=True)
+    assert isinstance(found, SparseViT)
+    assert asked == [("vit_tiny_patch16_224", {"weights": "mine.pth"})]
 
 
 def test_results_that_are_a_folder_are_seen_at_the_start(tmp_path: Path) -> None:

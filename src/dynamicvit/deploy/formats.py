@@ -206,7 +206,7 @@ def quantize(
         model: an ONNX or OpenVINO model.
         leave: names of the nodes that stay as they are.
     """
-    # nncf imports a module of torch that warns where there is no GPU.
+    # nncf imports a module of torch that warns where there is no GPU to compile for.
     logger = logging.getLogger("torch.utils.cpp_extension")
     logger.setLevel(logging.ERROR)
     import nncf
