@@ -417,7 +417,7 @@ def print_benchmark(result: dict[str, Any]) -> None:
 
 def _number(value: float) -> str:
     """Three digits, and whole numbers in full."""
-    return f"{value:.3g}" if value < 999 else f"{value:.0f}"
+    return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
 def _plot(result: dict[str, Any], path: Path) -> None:

@@ -206,21 +206,17 @@ def quantize(
         model: an ONNX or OpenVINO model.
         leave: names of the nodes that stay as they are.
     """
-    # nncf imports a module of torch that warns where there is no GPU to compile for.
-    logger = logging.getLogger("torch.utils.cpp_extension")
-    logger.setLevel(logging.ERROR)
-    import nncf
-
-    logger.setLevel(logging.NOTSET)
-    nncf.set_log_level(logging.ERROR)
 
     def take(index: int) -> dict[str, Any]:
         step = f"measuring value ranges on {len(images)} images"
-        report(step, f"({index + 1}, of several passes)")
+        report(step, f"(image {index + 1}, in one of several passes)")
         return {"images": images[index].numpy()}
 
-    # Without NNCF's own bars, which would go to stdout.
-    with _quiet(), contextlib.redirect_stdout(io.StringIO()):
+    # NNCF's own bars would go to stdout.
+    with _quiet(), _without_cuda_remark(), contextlib.redirect_stdout(io.StringIO()):
+        import nncf
+
+        nncf.set_log_level(logging.ERROR)
         return nncf.quantize(
             model,
             nncf.Dataset(range(len(images)), take),
@@ -321,6 +317,18 @@ def require(format: str, packages: Sequence[str]) -> None:
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"format {format!r} needs {package}: pip install 'dynamicvit[export]'")
+
+
+@contextmanager
+def _without_cuda_remark() -> Iterator[None]:
+    """Without the warning of a module that NNCF imports, that there is no GPU to compile for."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

@@ -368,7 +368,7 @@ def print_evaluations(results: dict[str, dict[str, Any]]) -> None:
         table.add_row(
             cell(name) + (f"\n[dim]{tokens} tokens[/]" if tokens else ""),
             *(f"{row[key]:.{4 if key == 'loss' else 2}f}" for key in given),
-            f"{row['gmacs']:.4g}",
+            f"{row['gmacs']:#.4g}",
             f"{row['images_per_second']:.0f}",
         )
     Console().print(table)

@@ -149,15 +149,13 @@ def sweep(
     if seconds and source.main:
         points = _time(sparse, reference, points, batch_size, seconds, precision, quiet)
     chosen = choose(points, **budget)
+    gmacs = count_gmacs(reference, input_size(reference))
     result = {
         "model": model,
         "images": count,
         **source.describe(images),
-        "dense": {
-            "model": dense,  # None: the sparse model's backbone
-            "top1": top1,
-            "gmacs": count_gmacs(reference, input_size(reference)),
-        },
+        # The model is None for the sparse model's backbone.
+        "dense": {"model": dense, "top1": top1, "gmacs": gmacs},
         "budget": budget,
         "recommended": None if chosen is None else asdict(chosen),
         "points": [asdict(point) for point in points],
@@ -168,11 +166,7 @@ def sweep(
         if save and chosen is not None:
             save_folder(sparse.at(schedule=chosen.schedule), save)
         if not quiet:
-            _print(result, points, chosen)
-            if output:
-                print(f"the results are in {plain(output)}")
-            if save and chosen is not None:
-                print(f"the recommended model is in {plain(save)}")
+            _print(result, points, chosen, output, save)
     if save and chosen is None:
         raise ValueError(f"save needs a schedule within the budget, and none is, got {save!r}")
     return result
@@ -354,7 +348,13 @@ def _name(point: Point, points: Sequence[Point]) -> str:
     return text
 
 
-def _print(result: dict[str, Any], points: Sequence[Point], chosen: Point | None) -> None:
+def _print(
+    result: dict[str, Any],
+    points: Sequence[Point],
+    chosen: Point | None,
+    output: str | None,
+    save: str | None,
+) -> None:
     timed = ["speed-up"] if points[0].speed is not None else []
     table = make_table("keep", "top-1 %", "points lost (95%)", "GMACs", "fewer", *timed)
     for point in points:
@@ -364,7 +364,7 @@ def _print(result: dict[str, Any], points: Sequence[Point], chosen: Point | None
             ("• " if point.frontier else "  ") + name,
             f"{point.top1:.2f}",
             f"{point.change.points_lost:.2f} ({low:.1f} to {high:.1f})",
-            f"{point.gmacs:.4g}",
+            f"{point.gmacs:#.4g}",
             f"{_fewer(point, result):.1f}%",
         ]
         if point.speed is not None:
@@ -381,6 +381,10 @@ def _print(result: dict[str, Any], points: Sequence[Point], chosen: Point | None
         "trained: the model's own schedule, which is always among those tried"
     )
     console.print(_recommendation(result, points, chosen), style="bold")
+    if output:
+        print(f"the results are in {plain(output)}")
+    if save and chosen is not None:
+        print(f"the recommended model is in {plain(save)}")
 
 
 def _recommendation(result: dict[str, Any], points: Sequence[Point], chosen: Point | None) -> str:
