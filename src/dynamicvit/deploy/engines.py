@@ -148,7 +148,7 @@ def save(
     program = formats.trace(reference, torch.float32)
     metadata = json.dumps({"precision": precision})
     write = formats.write_onnx if engine == "onnx" else formats.write_openvino
-    write(program, path, metadata, 18, None)
+    write(program, path, metadata)
     return path
 
 

@@ -24,7 +24,6 @@ from dynamicvit.deploy.engines import first_line
 from dynamicvit.deploy.formats import (
     FORMATS,
     LOADERS,
-    OPSETS,
     PRECISIONS,
     check_openvino,
     engine_name,
@@ -38,7 +37,7 @@ from dynamicvit.deploy.formats import (
 )
 from dynamicvit.deploy.metadata import describe, read_metadata
 from dynamicvit.deploy.verify import Agreement, compare, find_images, load_images
-from dynamicvit.evaluation.console import cell, show_steps
+from dynamicvit.evaluation.console import cell, plain, show_steps
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.timing import Engine
 from dynamicvit.io.arguments import check_types
@@ -86,7 +85,6 @@ def export(
     images: str | None = None,
     calibration: str | None = None,
     samples: int = 256,
-    opset: int = 18,
     weights: str | None = None,
     results: str | None = None,
     quiet: bool = False,
@@ -107,7 +105,6 @@ def export(
             default `images`.
         samples: how many images to compare on, at most. Each is run once: one alone, the next four
             together, the next 16, and so on.
-        opset: of ONNX.
         weights: for a timm name: file with a state dict of your own (safetensors or torch, also of
             Lightning) to load instead of timm's.
         results: JSON file to write the comparison to.
@@ -121,7 +118,7 @@ def export(
             the file does not do what the model does. Then none is written.
     """
     # Before a model is downloaded. `export_model` checks again, for those who call it.
-    _check_options(Path(output), format, precision, calibration, samples, opset)
+    _check_options(Path(output), format, precision, calibration, samples)
     if results:
         check_file("results", results)
     with show_steps(quiet) as report:
@@ -135,14 +132,15 @@ def export(
         images=images,
         calibration=calibration,
         samples=samples,
-        opset=opset,
         quiet=quiet,
     )
-    if not quiet:
-        print_exported(done)
     if results:
         written = {**asdict(done), "environment": environment()}
         write_text(Path(results), json.dumps(written, indent=2) + "\n")
+    if not quiet:
+        print_exported(done)
+        if results:
+            print(f"the comparison is in {plain(results)}")
     return done
 
 
@@ -156,7 +154,6 @@ def export_model(
     images: str | None = None,
     calibration: str | None = None,
     samples: int = 256,
-    opset: int = 18,
     quiet: bool = False,
 ) -> Exported:
     """Write a SparseViT or dense timm model as a file, if its engine does what PyTorch does.
@@ -175,7 +172,7 @@ def export_model(
 
     Args:
         model: not modified; moved to the CPU as a copy.
-        output, format, precision, images, calibration, samples, opset: as for `export`.
+        output, format, precision, images, calibration, samples: as for `export`.
         quiet: show no progress.
 
     Raises:
@@ -186,7 +183,7 @@ def export_model(
         OSError: if the disk is full.
     """
     target = Path(output)
-    format = _check_options(target, format, precision, calibration, samples, opset)
+    format = _check_options(target, format, precision, calibration, samples)
     names = class_names(model)
     preprocessing(model)  # refuses a model that takes no pictures
     found = find_images(images, samples)
@@ -206,9 +203,9 @@ def export_model(
         with _name_target(target):
             match format:
                 case "onnx":
-                    write_onnx(program, path, metadata, opset, calibrate)
+                    write_onnx(program, path, metadata, calibrate)
                 case "openvino":
-                    write_openvino(program, path, metadata, opset, calibrate)
+                    write_openvino(program, path, metadata, calibrate)
                 case "torch":
                     write_torch(program, path, metadata)
                 case "aoti":
@@ -346,7 +343,6 @@ def _check_options(
     precision: str,
     calibration: str | None,
     samples: int,
-    opset: int,
 ) -> str:
     """The format, by default what the end of the output's name says."""
     by_suffix = {suffix: name for name, (suffix, _) in reversed(FORMATS.items())}
@@ -370,8 +366,6 @@ def _check_options(
         raise ValueError(f"calibration is for precision int8, got it with {precision!r}")
     if samples < 1:
         raise ValueError(f"samples must be 1 or more, got {samples}")
-    if opset not in OPSETS:
-        raise ValueError(f"opset must lie in {OPSETS[0]}..{OPSETS[-1]}, got {opset}")
     require(format, packages)
     if format == "openvino":
         check_openvino(precision)

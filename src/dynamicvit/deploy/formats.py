@@ -41,7 +41,7 @@ PRECISIONS = {
 # where the processor has it.
 OPENVINO_HINTS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int8": "f32"}
 KEY = "dynamicvit"  # under which the metadata lies
-OPSETS = range(18, 24)  # that torch's exporter gives
+OPSET = 18  # of ONNX: the first that torch's exporter gives, which most engines read
 _EXAMPLE = 2  # images in the example that is traced; at 0 or 1 the batch would become fixed
 Quantize = Callable[[Any, list[str]], Any]  # a model, names of nodes that stay → it in int8
 
@@ -109,12 +109,11 @@ def write_onnx(
     program: torch.export.ExportedProgram,
     path: Path,
     metadata: str,
-    opset: int,
-    quantize: Quantize | None,
+    quantize: Quantize | None = None,
 ) -> None:
     import onnx
 
-    model = _to_onnx(program, opset).model_proto
+    model = _to_onnx(program).model_proto
     if quantize is not None:
         model = quantize(model, _scorer_nodes(model))
     for node in model.graph.node:
@@ -133,14 +132,13 @@ def write_openvino(
     program: torch.export.ExportedProgram,
     path: Path,
     metadata: str,
-    opset: int,
-    quantize: Quantize | None,
+    quantize: Quantize | None = None,
 ) -> None:
     import openvino
 
     # By way of ONNX, which keeps the fixed image size and the names of inputs and outputs.
     between = path.with_suffix(".onnx")
-    converted = _to_onnx(program, opset)
+    converted = _to_onnx(program)
     converted.save(str(between), external_data=True)
     model = openvino.convert_model(between)
     if quantize is not None:
@@ -181,14 +179,14 @@ def write_aoti(program: torch.export.ExportedProgram, path: Path, metadata: str)
     path.write_bytes(buffer.getvalue())
 
 
-def _to_onnx(program: torch.export.ExportedProgram, opset: int) -> Any:
+def _to_onnx(program: torch.export.ExportedProgram) -> Any:
     stages = range(1, len(program.graph_signature.user_outputs))
     outputs = ["logits", *(f"kept_{stage}" for stage in stages)]
     with _quiet():
         return torch.onnx.export(
             program,
             dynamo=True,
-            opset_version=opset,
+            opset_version=OPSET,
             input_names=["images"],
             output_names=outputs,
             verbose=False,
