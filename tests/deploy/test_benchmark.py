@@ -121,8 +121,8 @@ def test_stages_are_named_and_timed() -> None:
         *("embed", "block 0", "scorer 1", "block 1", "scorer 2", "block 2", "scorer 3"),
         *("block 3", "norm and head", "other"),
     ]
-    assert all(value >= 0 for value in found.values())
-    assert not any(module._forward_pre_hooks for module in sparse.modules())
+    assert all(value > 0 for value in found.values())
+    assert not any("forward" in vars(module) for module in sparse.modules())
     schedule = KeepSchedule((0, 2), (0.5, 0.25))
     found = stage_times(sparsify(tiny_vit(), schedule=schedule), torch.randn(1, 3, 32, 32))
     assert [*found][:4] == ["embed", "scorer 1", "blocks 0–1", "scorer 2"]

@@ -8,7 +8,6 @@ import json
 import statistics
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ from dynamicvit.evaluation.console import make_table, plain, show_steps
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.launch import find_device
 from dynamicvit.evaluation.setup import input_size, token_counts
-from dynamicvit.evaluation.timing import Engine, compare_times, interleave, medians
+from dynamicvit.evaluation.timing import Engine, compare_times, interleave, medians, time_call
 from dynamicvit.io.files import check_file, write_bytes, write_text
 from dynamicvit.io.load import load_model
 
@@ -327,45 +326,39 @@ def peak_bytes(call: Engine, images: Tensor) -> int:
 @torch.inference_mode()
 def stage_times(model: SparseViT, images: Tensor, rounds: int = 5) -> dict[str, float]:
     """Where time goes, eager and in float32: milliseconds of the embedding, of each stage's scorer
-    and blocks, and of norm and head, each called alone with the inputs that it has in the model.
-
-    Parts and the whole model are timed in turn; medians over rounds. What the whole model takes
-    beyond its parts is "other": selection and gathering.
-    """
-    fused = model.fuse()
+    and blocks, and of norm and head; medians over rounds. "other" is selection and gathering."""
+    fused = model.fuse()  # a copy
     backbone = fused.backbone
-    parts: dict[str, list[nn.Module]] = {"embed": [backbone.patch_embed]}
+    parts: dict[str, list[Any]] = {"embed": [backbone.patch_embed]}
     edges = (0, *fused.schedule.blocks, len(backbone.blocks))
     for stage, (start, end) in enumerate(pairwise(edges)):
         if stage:
             parts[f"scorer {stage}"] = [fused.scorers[stage - 1]]
-        name = f"block {start}" if end == start + 1 else f"blocks {start}–{end - 1}"
         if end > start:
+            name = f"block {start}" if end == start + 1 else f"blocks {start}–{end - 1}"
             parts[name] = list(backbone.blocks[start:end])
     parts["norm and head"] = [backbone.norm, backbone.head]
-    inputs: dict[nn.Module, tuple[Any, Any]] = {}
-    hooks = [
-        module.register_forward_pre_hook(
-            lambda module, args, kwargs: inputs.update({module: (args, kwargs)}), with_kwargs=True
-        )
-        for modules in parts.values()
-        for module in modules
-    ]
-    fused(images)
-    for hook in hooks:
-        hook.remove()
+    spent: dict[str, float] = {}
 
-    def call(modules: list[nn.Module], images: Tensor) -> None:
+    def timed(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            seconds, result = time_call(lambda x: forward(x, *args, **kwargs), x)
+            spent[name] = spent.get(name, 0.0) + seconds
+            return result
+
+        return run
+
+    for name, modules in parts.items():
         for module in modules:
-            if module in inputs:  # else the model does without
-                args, kwargs = inputs[module]
-                module(*args, **kwargs)
-
-    calls = [partial(call, modules) for modules in parts.values()]
-    *spent, whole = medians(interleave([*calls, fused], [images], seconds=0, rounds=rounds))
-    rest = max(0.0, whole - sum(spent))  # below 0 only by chance
+            module.forward = timed(name, module.forward)
+    fused(images)
+    times = []
+    for _ in range(rounds):
+        spent.clear()
+        whole, _ = time_call(fused, images)
+        times.append((*(spent.get(name, 0.0) for name in parts), whole - sum(spent.values())))
     return {
-        name: 1e3 * seconds for name, seconds in zip((*parts, "other"), (*spent, rest), strict=True)
+        name: 1e3 * seconds for name, seconds in zip((*parts, "other"), medians(times), strict=True)
     }
 
 
