@@ -64,6 +64,7 @@ from dynamicvit.evaluation.timing import compare_times, interleave, medians
 from dynamicvit.io.embedded import ASSETS, embedded_images
 from dynamicvit.io.files import write_text
 from dynamicvit.io.folder import save_folder
+from dynamicvit.io.load import load_model
 from dynamicvit.quickstart import RECIPE, unpack_images
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.fit import BEST, train
@@ -643,7 +644,7 @@ def accuracy(run: Run, until: float, tiny: bool) -> None:
             found = evaluate_model(network, accelerator.prepare(loader), accelerator)
             part.append({"selection": name, **more, **asdict(found)})
 
-        dense = dynamicvit.load(model)
+        dense = load_model(model)
         run.attempt("accuracy", "dense", 0.0, until, lambda: evaluate("dense", dense))
         needed = GUESS["accuracy"] * run.gpu
         for seed in range(run.seeds):

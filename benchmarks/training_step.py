@@ -32,7 +32,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-import dynamicvit
 from dynamicvit import SparseViT, sparsify
 from dynamicvit.core.model import SparseOutput
 from dynamicvit.core.paths import Masked
@@ -45,6 +44,7 @@ from dynamicvit.evaluation.launch import find_device
 from dynamicvit.evaluation.timing import compare_times, interleave, medians
 from dynamicvit.io.embedded import ASSETS
 from dynamicvit.io.files import write_text
+from dynamicvit.io.load import load_model
 from dynamicvit.training.task import SparseTask
 
 # "kept gradients": as TrainConfig.kept_gradients does.
@@ -167,7 +167,7 @@ class Step:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             teacher: Any = (
-                dynamicvit.load(setting.model)
+                load_model(setting.model)
                 if Path(setting.model).is_dir()
                 else timm.create_model(setting.model, **dict(setting.model_kwargs))
             )

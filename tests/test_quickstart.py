@@ -15,6 +15,7 @@ from dynamicvit.core.model import SparseViT
 from dynamicvit.evaluation.timing import compare_speed
 from dynamicvit.io.embedded import ASSETS
 from dynamicvit.io.folder import save_folder
+from dynamicvit.io.load import load_model
 from dynamicvit.quickstart import quickstart, unpack_images
 from tests.conftest import tiny_vit
 
@@ -32,7 +33,7 @@ def test_the_package_carries_images_and_a_model() -> None:
     assert _size(ASSETS / "images") < 4e6
     assert _size(ASSETS / "model") < 4e6
     assert "MIT License" in (ASSETS / "images" / "LICENSE").read_text()
-    model: Any = dynamicvit.load(ASSETS / "model")
+    model: Any = load_model(ASSETS / "model")
     assert len(model.blocks) == 12
     assert model.patch_embed.grid_size == (14, 14)
     assert len(model.pretrained_cfg["label_names"]) == model.num_classes == 10
@@ -131,10 +132,11 @@ def test_quickstart_begins_with_other_weights_than_timm_s(
 ) -> None:
     """New ones, or those of a file: the model is written, and trained from there."""
     asked: list[tuple[Any, ...]] = []
+    real = quickstart_module.load_model
 
     def load_model(name: str, pretrained: bool = True, **options: Any) -> Any:
         asked.append((name, pretrained, options))
-        return tiny_vit(num_classes=2) if name == "some_vit" else dynamicvit.load(name)
+        return tiny_vit(num_classes=2) if name == "some_vit" else real(name)
 
     monkeypatch.setattr(quickstart_module, "load_model", load_model)
     for options in ({"pretrained": False}, {"weights": "mine.pt"}):
@@ -147,6 +149,6 @@ def test_quickstart_begins_with_other_weights_than_timm_s(
             options.get("pretrained", True),
             {key: value for key, value in options.items() if key == "weights"},
         )
-        assert not isinstance(dynamicvit.load(output / "dense"), SparseViT)
+        assert not isinstance(real(output / "dense"), SparseViT)
         assert metrics["settings"]["model"] == str(output / "dense")
         assert metrics["settings"]["weights"] == options.get("weights")

@@ -8,16 +8,15 @@ Images become one contact sheet a class and split, of 28×28 tiles in the order 
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torchvision.datasets import FashionMNIST
 
-import dynamicvit
 from dynamicvit.io.embedded import ASSETS, SHEET_COLUMNS
 from dynamicvit.io.folder import save_folder
+from dynamicvit.io.load import load_model
 
 PER_CLASS = {"train": 600, "val": 200}
 
@@ -35,7 +34,7 @@ def make_images(root: str) -> None:
 
 
 def make_model(run: str) -> None:
-    model: Any = dynamicvit.load(Path(run) / "best")
+    model = load_model(Path(run) / "best")
     for key in ("tag", "license"):  # those of timm's weights of the same architecture
         model.pretrained_cfg.pop(key, None)
     # Half precision halves the package; weights are read back as float32.

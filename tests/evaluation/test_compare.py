@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-import dynamicvit
 import dynamicvit.evaluation.compare as compare_module
 from dynamicvit import cli
 from dynamicvit.core.model import sparsify
@@ -22,6 +21,7 @@ from dynamicvit.evaluation.compare import (
     describe,
     draw_keep_rates,
 )
+from dynamicvit.io.load import load_model
 from tests.conftest import CLASSES, tiny_vit, write_images
 
 
@@ -111,7 +111,7 @@ def test_compare_from_the_command_line(
     images: Path, dense_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sparse, output = tmp_path / "sparse", tmp_path / "out" / "compare"
-    sparsify(dynamicvit.load(dense_folder), 0.7).save_pretrained(sparse)
+    sparsify(load_model(dense_folder), 0.7).save_pretrained(sparse)
     (images / "val" / "dark" / "00.png").write_text("not an image")
     arguments = [str(sparse), "--data", str(images), "--dense", str(dense_folder), "--workers=0"]
     assert cli.main(["compare", *arguments, "--skip-unreadable", "--output", str(output)]) == 0

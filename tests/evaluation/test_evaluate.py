@@ -26,6 +26,7 @@ from dynamicvit.evaluation.evaluate import (
 from dynamicvit.evaluation.sweep import sweep
 from dynamicvit.evaluation.unreadable import DataError
 from dynamicvit.io.folder import save_folder
+from dynamicvit.io.load import load_model
 from tests.conftest import CLASSES, tiny_vit
 
 
@@ -67,7 +68,7 @@ def test_evaluate_compares_models_and_writes_json(
     images: Path, dense_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sparse = tmp_path / "sparse"
-    sparsify(dynamicvit.load(dense_folder), 0.7).save_pretrained(sparse)
+    sparsify(load_model(dense_folder), 0.7).save_pretrained(sparse)
     (images / "val" / "dark" / "00.png").write_text("not an image")
     results = evaluate(
         [str(dense_folder), str(sparse)],
@@ -88,7 +89,7 @@ def test_a_random_choice_is_evaluated_alike_each_time(
     images: Path, dense_folder: Path, tmp_path: Path
 ) -> None:
     folder = str(tmp_path / "random")
-    sparsify(dynamicvit.load(dense_folder), 0.5, scorer="random").save_pretrained(folder)
+    sparsify(load_model(dense_folder), 0.5, scorer="random").save_pretrained(folder)
     losses = [evaluate([folder], str(images), workers=0)[folder]["loss"] for _ in range(2)]
     assert losses[0] == losses[1]
 
@@ -185,7 +186,7 @@ def test_quiet_prints_nothing(
     images: Path, dense_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sparse = str(tmp_path / "sparse")
-    sparsify(dynamicvit.load(dense_folder), 0.7).save_pretrained(sparse)
+    sparsify(load_model(dense_folder), 0.7).save_pretrained(sparse)
     evaluate([sparse], str(images), workers=0, quiet=True)
     sweep(sparse, str(images), workers=0, seconds=1e-3, quiet=True)
     compare(sparse, str(images), workers=0, output=str(tmp_path / "compare"), quiet=True)

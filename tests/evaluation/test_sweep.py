@@ -24,12 +24,13 @@ from dynamicvit.evaluation.sweep import (
     sweep,
 )
 from dynamicvit.io.folder import save_folder
+from dynamicvit.io.load import load_model
 from tests.conftest import CLASSES, tiny_vit
 
 
 @pytest.fixture
 def sparse_folder(dense_folder: Path, tmp_path: Path) -> Path:
-    sparsify(dynamicvit.load(dense_folder), 0.7).save_pretrained(tmp_path / "sparse")
+    sparsify(load_model(dense_folder), 0.7).save_pretrained(tmp_path / "sparse")
     return tmp_path / "sparse"
 
 

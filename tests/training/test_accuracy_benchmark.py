@@ -15,7 +15,6 @@ import pytest
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
-import dynamicvit
 from benchmarks import accuracy
 from benchmarks.accuracy import SCALES, plan, same_cost_ratio
 from benchmarks.cluttered import write_cluttered
@@ -23,6 +22,7 @@ from benchmarks.tables import summarise, tables
 from dynamicvit import SparseViT, sparsify
 from dynamicvit.core.selectors import SELECTORS, name_of
 from dynamicvit.io.embedded import embedded_images
+from dynamicvit.io.load import load_model
 from dynamicvit.training.metrics import METRICS
 from tests.conftest import tiny_vit
 from tests.training.worker import Stopped, stopped_after
@@ -73,7 +73,7 @@ def test_rows_are_run_and_written_and_left_alone_when_done(
         assert row["environment"]["torch"]
         trained = row["settings"]["train"]
         assert (trained is None) == (row["steps"] == 0)
-        model = dynamicvit.load(folder / row["row"] / accuracy.FINAL)
+        model = load_model(folder / row["row"] / accuracy.FINAL)
         if row["scorer"] is not None:
             assert isinstance(model, SparseViT)
             assert name_of(model.scorers) == row["scorer"]

@@ -24,6 +24,7 @@ from dynamicvit.core.backbones import base as backbone
 from dynamicvit.core.model import SparseViT, sparsify
 from dynamicvit.core.selectors import SELECTORS, name_of
 from dynamicvit.io.folder import save_folder
+from dynamicvit.io.load import load_model
 from dynamicvit.training import loop, phases, progress, setup, student
 from dynamicvit.training.checkpoints import CHECKPOINTS, find_checkpoints
 from dynamicvit.training.config import TrainConfig, complete
@@ -121,7 +122,7 @@ def test_other_rules_are_trained_and_saved(options: dict[str, Any], scorer: str)
     model = dynamicvit.load(Path(options["output"]) / BEST)
     assert isinstance(model, SparseViT)
     assert name_of(model.scorers) == scorer
-    before = dynamicvit.load(options["model"]).state_dict()
+    before = load_model(options["model"]).state_dict()
     after = cast(Any, model.backbone).state_dict()
     assert any(not torch.equal(before[key], after[key]) for key in before), "nothing was learned"
 
@@ -133,7 +134,7 @@ def test_dense_training_learns_and_gets_the_data_s_head(options: dict[str, Any])
         TrainConfig(**options, model_kwargs=shape, keep_ratio=None, mixup=0, cutmix=0, ema=None)
     )
     assert evaluation.top1 == 100.0, "bright and dark are easily told apart"
-    model = dynamicvit.load(Path(options["output"]) / BEST)
+    model = load_model(Path(options["output"]) / BEST)
     assert model.num_classes == 2
 
 
@@ -152,7 +153,7 @@ def test_dense_training_has_stochastic_depth_too(options: dict[str, Any]) -> Non
 
 def test_frozen_epochs_train_the_scorers_alone(options: dict[str, Any]) -> None:
     train(TrainConfig(**options | {"freeze_epochs": 2, "ema": None}))
-    dense = dynamicvit.load(options["model"])
+    dense = load_model(options["model"])
     trained = dynamicvit.load(Path(options["output"]) / BEST)
     assert isinstance(trained, SparseViT)
     for name, value in trained.backbone.state_dict().items():
@@ -180,7 +181,7 @@ def test_the_warm_start_s_learning_rate_falls_from_one_over_width(
 
     monkeypatch.setattr(phases, "AdamW", Watched)
     train(TrainConfig(**options | {"epochs": 0, "warm_start": 4}))
-    width = cast(Any, dynamicvit.load(f"{options['output']}/best")).embed_dim
+    width = load_model(f"{options['output']}/best").embed_dim
     assert rates == pytest.approx([share / width for share in (1, 0.75, 0.5, 0.25)])
 
 
@@ -364,7 +365,7 @@ def test_a_skipped_step_changes_nothing(
     state = _last(options["output"])
     assert state["optimizer"] is None
     assert state["place"]["skipped"] == 1
-    dense = dynamicvit.load(options["model"]).state_dict()
+    dense = load_model(options["model"]).state_dict()
     for part in ("student", "ema"):
         for name, value in dense.items():
             assert torch.equal(state[part][f"backbone.{name}"], value)
@@ -762,7 +763,7 @@ def test_other_classes_are_learnt_by_the_dense_model_first(
     train(TrainConfig(**options), resume=True)
     assert [line["kind"] for line in _lines(str(output / "dense"))].count("validation") == 3
     assert {line["step"] for line in _lines(str(output))} == {1, 2, 3, 4}
-    dense, sparse = dynamicvit.load(output / "dense" / BEST), dynamicvit.load(output / BEST)
+    dense, sparse = load_model(output / "dense" / BEST), dynamicvit.load(output / BEST)
     assert not isinstance(dense, SparseViT)
     assert isinstance(sparse, SparseViT)
     assert dense.num_classes == sparse.num_classes == 2
@@ -785,7 +786,7 @@ def test_no_epochs_give_a_baseline_without_training(
     assert [line["kind"] for line in lines] == ["warm_start"] * warm_start + ["validation"]
     assert (lines[-1]["top1"], lines[-1]["step"]) == (evaluation.top1, 0)
     sparse = dynamicvit.load(Path(options["output"]) / BEST)
-    dense = dynamicvit.load(options["model"])
+    dense = load_model(options["model"])
     assert isinstance(sparse, SparseViT)
     for name, value in dense.state_dict().items():
         assert torch.equal(sparse.backbone.state_dict()[name], value), name
@@ -845,7 +846,7 @@ def test_the_data_is_looked_at_before_weights_are_fetched(
 
 
 def test_a_sparse_model_is_not_made_sparse_again(options: dict[str, Any], tmp_path: Path) -> None:
-    sparsify(dynamicvit.load(options["model"]), 0.7).save_pretrained(tmp_path / "sparse")
+    sparsify(load_model(options["model"]), 0.7).save_pretrained(tmp_path / "sparse")
     with pytest.raises(ValueError, match="model must be dense to start from"):
         train(TrainConfig(**options | {"model": str(tmp_path / "sparse")}))
 

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import timm
-import torch
 from huggingface_hub import hf_hub_download
 from rich.console import Console
-from timm.models import is_model_in_modules
-from torch import nn
 
 from dynamicvit.core.backbones import UnsupportedBackbone, adapter_of
 from dynamicvit.core.macs import count_gmacs
@@ -26,7 +21,7 @@ from dynamicvit.io.files import check_file, write_text
 from dynamicvit.io.folder import CONFIG
 from dynamicvit.io.hub import offline_if_unreachable, one_line
 from dynamicvit.io.load import is_hub_id
-from dynamicvit.models.names import BACKBONES
+from dynamicvit.models.names import build_on_meta, count_parameters, why_unsupported
 
 # timm's modules that build on VisionTransformer or Eva, or on something near; and ours.
 MODULES = (
@@ -72,17 +67,6 @@ def names(filter: str = "*") -> list[str]:
     return sorted({name for module in MODULES for name in timm.list_models(filter, module=module)})
 
 
-def build_on_meta(name: str) -> Any:
-    """A model with shapes but no values: any size fits in memory."""
-    with torch.device("meta"):
-        # Values are not there to be initialised, which would take seconds.
-        skips = ("deit", "lvvit", "vision_transformer", "vision_transformer_hybrid")
-        options: dict[str, Any] = (
-            {"weight_init": "skip"} if is_model_in_modules(name, skips) else {}
-        )
-        return timm.create_model(name, **options)
-
-
 def check(name: str, keep_ratio: float = 0.7) -> Support:
     """Whether timm's model of this name can be made sparse, and what that saves."""
     model = build_on_meta(name)
@@ -105,7 +89,7 @@ def check(name: str, keep_ratio: float = 0.7) -> Support:
         None,
         size,
         (patches, *schedule.counts(patches)),
-        _count_parameters(model) / 1e6,
+        count_parameters(model) / 1e6,
         count_gmacs(model, size),
         count_gmacs(sparse, size),
     )
@@ -167,12 +151,8 @@ def _find(filter: str) -> list[str]:
     if matching:
         return matching
     start = f"filter must match a plain transformer of timm's, got {filter!r}"
-    if timm.is_model(base):
-        model = build_on_meta(base)
-        try:
-            adapter_of(model)
-        except UnsupportedBackbone as error:
-            raise ValueError(f"{start}: {error}; near in size: {_near_in_size(model)}") from error
+    if why := why_unsupported(base):
+        raise ValueError(f"{start}: {why}")
     others = timm.list_models(name)
     if others:
         some = ", ".join(others[:3])
@@ -183,37 +163,30 @@ def _find(filter: str) -> list[str]:
 
 
 def _architecture(hub_id: str) -> str:
-    """timm's name of the model that a hub id holds.
+    """timm's name of the model that a hub id holds. A name that timm knows needs no network.
 
     Raises:
         ValueError: if it is none of timm's, or not reached.
     """
+    name = hub_id.split("/")[1]
+    if timm.is_model(name):
+        return name
+    near = [other for other in names() if name.replace("-", "_") in other][:3]
     start = f"filter must be timm's name or the hub id of a timm model, got {hub_id!r}"
     try:
         with offline_if_unreachable():
             config = json.loads(Path(hf_hub_download(hub_id, CONFIG)).read_text(encoding="utf-8"))
         found = config.get("architecture")
     except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{start}: {one_line(error)}") from error
+        hint = f"; near: {', '.join(near)}" if near else ""
+        raise ValueError(f"{start}: {one_line(error)}{hint}") from error
     if not isinstance(found, str):
         kind = config.get("model_type")
-        near = [name for name in names() if hub_id.split("/")[1].replace("-", "_") in name][:3]
         raise ValueError(
             f"{start}, whose {CONFIG} is of another library (model type {kind!r}); near: "
             + (", ".join(near) or "timm's own on the hub, which are called timm/…")
         )
     return found
-
-
-def _near_in_size(model: nn.Module) -> str:
-    """The names of the two models of `BACKBONES` with most nearly as many parameters."""
-    size = _count_parameters(model)
-    sizes = {name: _count_parameters(build_on_meta(name)) for name in BACKBONES}
-    return ", ".join(sorted(sizes, key=lambda name: abs(math.log(sizes[name] / size)))[:2])
-
-
-def _count_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _row(item: Support) -> tuple[str, ...]:

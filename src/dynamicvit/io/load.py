@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import timm
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
 
+from dynamicvit.core.backbones import UnsupportedBackbone
 from dynamicvit.core.model import SparseViT
 from dynamicvit.io.folder import CONFIG, WEIGHTS, load_folder
 from dynamicvit.io.hub import offline_if_unreachable, one_line
 from dynamicvit.io.weights import find_weights, load_strictly
+from dynamicvit.models.names import why_unsupported
 
 
 def load(folder_or_hub_id: str | os.PathLike[str]) -> SparseViT:
-    """Load a saved model, ready to classify: `dynamicvit.load(...)(images)`.
+    """Load a saved sparse model, ready to classify: `dynamicvit.load(...)(images)`.
 
     Args:
         folder_or_hub_id: a folder written by `save_pretrained`, or a Hugging Face Hub id
             ("owner/name") holding the same two files.
 
     Returns:
-        The model; float32, in eval mode. A folder that holds a dense model gives that timm model,
-        whatever the annotation says; typed code uses `dynamicvit.io.load.load_model` for it.
+        The model; float32, in eval mode.
 
     Raises:
         FileNotFoundError: if there is no such folder, it lacks a file, or the hub has no such model
             or is not reached.
-        TypeError: if the argument is no path.
+        TypeError: if the argument is no path, or the model there is dense.
         ValueError: if a file is damaged or does not fit, saying what is wrong where.
     """
-    return cast(SparseViT, _load(folder_or_hub_id))
+    model = _load(folder_or_hub_id)
+    if not isinstance(model, SparseViT):
+        raise TypeError(
+            f"folder_or_hub_id must hold a sparse model, got the dense model {folder_or_hub_id}; "
+            "dynamicvit.io.load.load_model loads it"
+        )
+    return model
 
 
 def _load(folder_or_hub_id: str | os.PathLike[str]) -> nn.Module:
@@ -50,7 +58,24 @@ def _load(folder_or_hub_id: str | os.PathLike[str]) -> nn.Module:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"no folder {hub_id!r} here, and nothing from the hub: {one_line(error)}"
+            + _sparse_note(hub_id)
         ) from error
+
+
+def check_backbone(name: str) -> None:
+    """Refuse a timm model that cannot become sparse before its weights are downloaded.
+
+    Raises:
+        UnsupportedBackbone: saying why, and what is near in size.
+    """
+    why = _why_unsupported(name)
+    if why is not None:
+        raise UnsupportedBackbone(f"model {name!r}: {why}")
+
+
+def _why_unsupported(name: str) -> str | None:
+    """`why_unsupported` for one of timm's names, also as a hub id (timm/NAME)."""
+    return None if _exists(Path(name)) else why_unsupported(name.removeprefix("timm/"))
 
 
 def is_timm_name(name: str) -> bool:
@@ -64,9 +89,12 @@ def is_hub_id(name: str) -> bool:
 
 
 def load_model(
-    name: str, pretrained: bool = True, weights: str | None = None, **model_kwargs: Any
+    name: str | os.PathLike[str],
+    pretrained: bool = True,
+    weights: str | None = None,
+    **model_kwargs: Any,
 ) -> Any:
-    """A model folder, a hub id "owner/name", or a timm model.
+    """A sparse or dense model: a model folder, a hub id "owner/name", or a timm model.
 
     Args:
         name: what to load.
@@ -79,11 +107,13 @@ def load_model(
     Raises:
         FileNotFoundError, ValueError: if nothing of that name exists, or it cannot be loaded.
     """
-    if not isinstance(name, str):
+    if not isinstance(name, str | os.PathLike):
         raise TypeError(f"model must be a folder, a hub id or a timm name, got {name!r}")
+    name = os.fspath(name)
     if not is_timm_name(name):
         if "/" not in name and not _exists(Path(name)):
-            close = timm.list_models(f"*{name}*")[:3] if name else ()
+            close = timm.list_models(f"*{name}*")[:3] if name else []
+            close = close or difflib.get_close_matches(name, timm.list_models())
             hint = f"; did you mean {', '.join(close)}?" if close else ""
             raise ValueError(f"model must be a folder, a hub id or a timm name, got {name!r}{hint}")
         if weights is not None:
@@ -103,11 +133,18 @@ def _create(name: str, pretrained: bool, model_kwargs: dict[str, Any]) -> Any:
     except (TypeError, AssertionError, RuntimeError, OSError) as error:
         raise ValueError(
             f"timm cannot create {name!r} (pretrained={pretrained}): {one_line(error)}"
+            + _sparse_note(name)
         ) from error
     if not pretrained:  # these describe timm's weights, which this model does not have
         for key in ("tag", "license", "origin_url", "paper_ids", "paper_name", "notes"):
             model.pretrained_cfg.pop(key, None)
     return model
+
+
+def _sparse_note(name: str) -> str:
+    """For an error about a timm model: that it could not become sparse either."""
+    why = _why_unsupported(name)
+    return "" if why is None else f"; nor can it be made sparse: {why}"
 
 
 def _load_weights(name: str, weights: str, model_kwargs: dict[str, Any]) -> Any:

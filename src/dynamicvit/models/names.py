@@ -1,15 +1,21 @@
-"""Sparse models by name in timm's registry: `timm.create_model("dynamicvit_deit_small_patch16_224",
-keep_ratio=0.7)`, for the backbones of the paper and the families they belong to."""
+"""Names in timm's registry: sparse models of ours, and which of timm's can become sparse.
+
+`timm.create_model("dynamicvit_deit_small_patch16_224", keep_ratio=0.7)` makes a sparse model, for
+the backbones of the paper and the families they belong to.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import timm
-from timm.models import register_model
+import torch
+from timm.models import is_model_in_modules, register_model
+from torch import nn
 
-from dynamicvit.core.backbones import adapter_of
+from dynamicvit.core.backbones import UnsupportedBackbone, adapter_of
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.schedule import KeepSchedule
 
@@ -56,3 +62,38 @@ def _entrypoint(backbone: str) -> Callable[..., SparseViT]:
 
 for _backbone in BACKBONES:
     register_model(_entrypoint(_backbone))
+
+
+def build_on_meta(name: str) -> Any:
+    """timm's model of this name with shapes but no values: any size fits in memory."""
+    with torch.device("meta"):
+        # Values are not there to be initialised, which would take seconds.
+        skips = ("deit", "lvvit", "vision_transformer", "vision_transformer_hybrid")
+        options: dict[str, Any] = (
+            {"weight_init": "skip"} if is_model_in_modules(name, skips) else {}
+        )
+        return timm.create_model(name, **options)
+
+
+def why_unsupported(name: str) -> str | None:
+    """Why timm's model of this name cannot become sparse, and which ones near it in size can.
+
+    Shapes alone tell, so no weights are read or downloaded. None if it can, or if timm does not
+    know the name.
+    """
+    if not timm.is_model(name):
+        return None
+    model = build_on_meta(name)
+    try:
+        adapter_of(model.backbone if isinstance(model, SparseViT) else model)
+    except UnsupportedBackbone as error:
+        size = count_parameters(model)
+        sizes = {other: count_parameters(build_on_meta(other)) for other in BACKBONES}
+        near = sorted(sizes, key=lambda other: abs(math.log(sizes[other] / size)))[:2]
+        return f"{error}; near in size: {', '.join(near)}"
+    return None
+
+
+def count_parameters(model: nn.Module) -> int:
+    """How many parameters a model has."""
+    return sum(parameter.numel() for parameter in model.parameters())
