@@ -447,7 +447,7 @@ class Bench:
         evaluation = self._evaluate(model, row.seed)
         steps, warm = self.steps_and_warm(row)
         if config is not None:
-            steps = config.epochs * (cast(int, config.epoch_images) // config.batch_size)
+            steps = config.epochs * (cast(int, config.epoch_images) // cast(int, config.batch_size))
         result = {
             "row": row.folder,
             "table": row.table,

@@ -144,7 +144,7 @@ def _run(folder: Path, config: TrainConfig, given: dict[str, Any], quiet: bool) 
     results: dict[str, Evaluation] = {}
 
     def measure(name: str, model: nn.Module) -> None:
-        batches: Any = track(loader, f"evaluating {name}", quiet)
+        batches: Any = track(loader, f"evaluating {name}", quiet, "batches")
         results[name] = evaluate_model(model, batches, accelerator)
 
     console.print("[bold]2/5[/] evaluating the dense model")
@@ -159,7 +159,7 @@ def _run(folder: Path, config: TrainConfig, given: dict[str, Any], quiet: bool) 
     fused, size = sparse.fuse(), input_size(dense)
     speeds = [
         speed
-        for batch_size in track(BATCH_SIZES, "timing batch sizes", quiet)
+        for batch_size in track(BATCH_SIZES, "timing", quiet, "batch sizes")
         for speed in compare_speed(dense, fused, size, (batch_size,))
     ]
 

@@ -19,6 +19,7 @@ import yaml
 from safetensors.torch import load_file
 
 import dynamicvit
+from dynamicvit import cli
 from dynamicvit.core.backbones import UnsupportedBackbone
 from dynamicvit.core.backbones import base as backbone
 from dynamicvit.core.model import SparseViT, sparsify
@@ -636,7 +637,7 @@ def test_a_checkpoint_from_before_an_option_is_gone_on_with(options: dict[str, A
 
 def test_a_run_is_neither_overwritten_nor_resumed_as_another(options: dict[str, Any]) -> None:
     train(TrainConfig(**options | {"epochs": 1}))
-    with pytest.raises(ValueError, match="already holds a run"):
+    with pytest.raises(ValueError, match="which holds a run"):
         train(TrainConfig(**options))
     with pytest.raises(ValueError, match=r"another config: keep_ratio was 0\.7, got 0\.5"):
         train(TrainConfig(**options | {"keep_ratio": 0.5}), resume=True)
@@ -746,21 +747,21 @@ def test_other_classes_are_learnt_by_the_dense_model_first(
     options |= {"dense_epochs": 3, "epochs": 1}
     output = Path(options["output"])
 
-    def stop(run: Any) -> Any:
+    def stop(run: Any, status: Any) -> Any:
         if run.total_step:
             raise KeyboardInterrupt
-        return validate(run)
+        return validate(run, status)
 
     validate = loop.validate
     monkeypatch.setattr(loop, "validate", stop)
     for resume in (False, True):  # in the dense run, then in it again
         with pytest.raises(KeyboardInterrupt):
             train(TrainConfig(**options), resume)
-        assert not (output / CONFIG).exists()
-    with pytest.raises(ValueError, match=r"output .*run.dense already holds a run"):
+    with pytest.raises(ValueError, match=r"output must be .* got .*run, which holds a run"):
         train(TrainConfig(**options))
     monkeypatch.undo()
-    train(TrainConfig(**options), resume=True)
+    # Every option comes from the run's own config, the model above all.
+    assert cli.main(["train", "--output", str(output), "--resume"]) == 0
     assert [line["kind"] for line in _lines(str(output / "dense"))].count("validation") == 3
     assert {line["step"] for line in _lines(str(output))} == {1, 2, 3, 4}
     dense, sparse = load_model(output / "dense" / BEST), dynamicvit.load(output / BEST)
@@ -908,11 +909,15 @@ def test_where_there_is_no_terminal_lines_tell_of_the_steps(
 ) -> None:
     train(TrainConfig(**options))
     text = capsys.readouterr().out
-    assert "images/s" not in text, "it was done in no time"
+    assert " left" not in text, "it was done in no time"
+    assert "dense training" not in text
+    assert "sparse (learned, ratios 0.70 0.49 0.34) training: 2 epochs, 4 steps each" in text
+    best = f"{options['output']}/best"
+    assert f"to evaluate it: dynamicvit evaluate {best} --data {options['data']}" in text
     assert " met: " not in text, "there is nothing to say about the images"
     monkeypatch.setattr(progress.Status, "SECONDS", 0.0)
     train(TrainConfig(**options | {"output": options["output"] + "_2"}))
-    lines = [line for line in capsys.readouterr().out.splitlines() if "images/s" in line]
+    lines = [line for line in capsys.readouterr().out.splitlines() if " left" in line]
     assert len(lines) == 8
-    pattern = r"epoch 1/2  step 3/8  loss \d+\.\d+  .*kept .* \d+\.\d images/s  0:\d\d:\d\d left"
+    pattern = r"epoch 1/2  step 3/8  loss \d+\.\d+  kept 0.\d\d 0.\d\d 0.\d\d  0:\d\d:\d\d left"
     assert re.fullmatch(pattern, lines[2])

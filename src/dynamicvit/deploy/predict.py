@@ -95,7 +95,7 @@ def _predict_files(
     found: dict[str, list[Prediction]] = {}
     unreadable: list[str] = []
     batch: dict[str, torch.Tensor] = {}
-    for position, file in enumerate(track(files, "predicting, images", quiet), start=1):
+    for position, file in enumerate(track(files, "predicting", quiet, "images"), start=1):
         try:
             batch[file] = transform(read_image(file, mode, "image"))
         except (ValueError, FileNotFoundError):

@@ -13,7 +13,7 @@ from typing import TypeVar
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 T = TypeVar("T")
@@ -22,13 +22,14 @@ T = TypeVar("T")
 _FIRST, _NEXT = 3.0, 10.0
 
 
-def track(items: Iterable[T], what: str, quiet: bool = False) -> Iterator[T]:
+def track(items: Iterable[T], what: str, quiet: bool = False, unit: str = "") -> Iterator[T]:
     """Go through the items and show on stderr how far that is: a bar on a terminal, else lines.
 
     Args:
         items: what to go through.
         what: what is done, such as "evaluating run/best".
         quiet: show nothing.
+        unit: what the items are, such as "images".
     """
     # Before the bar, because loader processes should start without it.
     iterator, total = iter(items), length_hint(items) or None
@@ -36,12 +37,11 @@ def track(items: Iterable[T], what: str, quiet: bool = False) -> Iterator[T]:
     if quiet:
         yield from iterator
     elif console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         # Without a thread that draws: loader processes are forked from this one.
         with Progress(
-            *columns, TimeRemainingColumn(), console=console, transient=True, auto_refresh=False
+            *bar_columns(), console=console, expand=True, transient=True, auto_refresh=False
         ) as progress:
-            task = progress.add_task(escape(plain(what)), total=total)
+            task = progress.add_task(escape(plain(what)), total=total, unit=unit, status="")
             progress.refresh()
             shown = time.monotonic()
             for item in iterator:
@@ -55,9 +55,21 @@ def track(items: Iterable[T], what: str, quiet: bool = False) -> Iterator[T]:
         for done, item in enumerate(iterator):
             if time.monotonic() - shown > wait:
                 count = f"{done}" if total is None else f"{done} of {total}"
-                print(f"{plain(what)}: {count}", file=sys.stderr, flush=True)
+                print(f"{plain(what)}: {count} {unit}".rstrip(), file=sys.stderr, flush=True)
                 shown, wait = time.monotonic(), _NEXT
             yield item
+
+
+def bar_columns() -> list[ProgressColumn]:
+    """What a bar shows of a task, which has the fields `unit` and `status`. The bar itself takes
+    the room that is left."""
+    return [
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.completed}/{task.total} {task.fields[unit]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+    ]
 
 
 @contextmanager

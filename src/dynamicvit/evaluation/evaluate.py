@@ -257,7 +257,7 @@ class Source:
         Random selection draws the same each time."""
         images, loader = open_images(model, name, self.accelerator, *self._options)
         with seeded(self.accelerator):
-            yield images, track(loader, f"{what}, batches", quiet or not self.main)
+            yield images, track(loader, what, quiet or not self.main, "batches")
 
     def describe(self, images: ImageData) -> dict[str, Any]:
         """What stands beside figures of these images, in a JSON file."""

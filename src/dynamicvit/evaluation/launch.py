@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, parse_flag_from_env
 from rich.console import Console
 
@@ -50,6 +51,9 @@ def find_device(device: str | None) -> torch.device:
 def start_processes(precision: str, device: str | None = None, **options: Any) -> Accelerator:
     """accelerate's Accelerator, for whatever launched this process.
 
+    accelerate keeps one state for the whole process. A later call changes it: precision and device
+    are those of the last call, also for an Accelerator that was made before.
+
     Warns where the processor computes bfloat16 slower than float32.
 
     Args:
@@ -71,9 +75,12 @@ def start_processes(precision: str, device: str | None = None, **options: Any) -
     if asked not in ("no", mixed):
         raise ValueError(f"the launcher's mixed_precision must be {mixed!r}, got {asked!r}")
     # Unless it is told that there is no device, accelerate takes launched processes for lone ones.
+    cpu = device == "cpu" or not torch.accelerator.is_available()
+    if is_initialized():  # accelerate refuses to change its state
+        AcceleratorState()._mixed_precision, cpu = mixed, False
     accelerator = Accelerator(
         mixed_precision=mixed,
-        cpu=device == "cpu" or not torch.accelerator.is_available(),
+        cpu=cpu,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
         **options,
     )
@@ -90,7 +97,6 @@ def start_processes(precision: str, device: str | None = None, **options: Any) -
     if chosen is not None and launched > 1 and chosen.index is not None:
         raise ValueError(f"device must have no number with several processes, got {device!r}")
     if launched == 1:
-        # accelerate keeps one state for the whole process: an earlier call's choice is undone.
         accelerator.state.device = chosen or find_device(None)
     on_cpu = accelerator.device.type == "cpu"
     if mixed == "bf16" and on_cpu and accelerator.is_main_process and not has_bfloat16():

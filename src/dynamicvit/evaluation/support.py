@@ -119,7 +119,7 @@ def models(
     if output:
         check_file("output", output)
     matching = _find(filter)
-    found = [check(name, keep_ratio) for name in track(matching, "counting", quiet)]
+    found = [check(name, keep_ratio) for name in track(matching, "counting", quiet, "models")]
     if output:
         write_text(Path(output), _markdown(filter, keep_ratio, found))
     if quiet:

@@ -315,7 +315,7 @@ def _time(
 ) -> list[Point]:
     fused = model.fuse()
     timed = []
-    for point in track(points, "timing, schedules", quiet):
+    for point in track(points, "timing", quiet, "schedules"):
         pruned = fused.at(schedule=point.schedule)
         [speed] = compare_speed(dense, pruned, input_size(model), (batch_size,), seconds, precision)
         timed.append(replace(point, speed=speed))

@@ -34,6 +34,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
+# Images that a process computes at once, where the training split has so many.
+USUAL_BATCH = 128
+
 # The paper's recipe is for the 1.28 million images of ImageNet. Thirty epochs of fewer than this
 # many are so few steps that its learning rates, scaled by a small batch, teach the scorers nothing.
 FEW_IMAGES = 100_000
@@ -144,10 +147,51 @@ def find_recipe(name: str) -> dict[str, Any]:
     return RECIPES[name]
 
 
+def choose_batch(config: TrainConfig, images: int, processes: int) -> TrainConfig:
+    """Fill in `batch_size` if it is None, so that an epoch has a step.
+
+    Args:
+        config: what the user asked for.
+        images: in the training split.
+        processes: how many share a step.
+
+    Raises:
+        ValueError: if the training split does not fill an epoch, or an epoch a step.
+    """
+    length = images if config.epoch_images is None else config.epoch_images
+    if length > images:
+        raise ValueError(
+            f"epoch_images must not exceed the training split's {images} images, got {length}"
+        )
+    of = "training split's" if config.epoch_images is None else "epoch's"
+    several = processes * config.accumulate
+    mixed = bool(config.mixup or config.cutmix)
+    if config.batch_size is None:
+        batch = min(USUAL_BATCH, length // several)
+        batch -= batch % 2 if mixed else 0
+        if batch < 1:
+            raise ValueError(
+                f"data must have at least {several * (1 + mixed)} training images, so that each "
+                f"step has a batch{' of two, for Mixup' if mixed else ''}; the {of} are {length}, "
+                f"got {config.data}"
+            )
+        return replace(config, batch_size=batch)
+    if mixed and config.batch_size % 2:
+        raise ValueError(f"batch_size must be even for Mixup, got {config.batch_size}")
+    if length < config.batch_size * several:
+        raise ValueError(
+            f"batch_size must not exceed the {of} {length} images, got "
+            f"{config.batch_size}" + (f" × {several} in a step" if several > 1 else "")
+        )
+    return config
+
+
 def complete(
     config: TrainConfig, images: int, batch: int, earlier: dict[str, Any] | None = None
 ) -> TrainConfig:
     """Fill in `lr`, `freeze_epochs`, `warmup_epochs` and `start_at_ratio` where they are None.
+
+    (`batch_size` is filled in before, by `choose_batch`.)
 
     Frozen and warm-up epochs are a sixth of all, the paper's 5 of 30 (none are frozen for scorers
     with nothing to learn). With `FEW_IMAGES` or more the rest is the paper's too. With fewer,
@@ -164,7 +208,7 @@ def complete(
     lr = 1e-3
     if few:
         lr = (1e-3 if config.sparse else 1e-4) * 1024 / batch  # it is multiplied by batch / 1024
-    found = {
+    found: dict[str, Any] = {
         "lr": lr,
         "freeze_epochs": config.epochs // 6 if SELECTORS[config.scorer].learns else 0,
         "warmup_epochs": config.epochs // 6,
@@ -174,7 +218,7 @@ def complete(
     return replace(
         config,
         **{
-            name: earlier.get(name, value)
+            name: value if earlier.get(name) is None else earlier[name]
             for name, value in found.items()
             if getattr(config, name) is None
         },

@@ -68,12 +68,20 @@ def on_first_process(function: Callable[[], T]) -> T:
 
 @contextmanager
 def sigterm_noted() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM does not end the process: the given function says whether it came."""
+    """Inside, SIGTERM does not end the process: the given function says whether it came. A second
+    one ends it at once."""
     noted = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # no other may ask for signals
         yield noted.is_set
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: noted.set())
+
+    def note(number: int, frame: object) -> None:
+        if noted.is_set():
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        noted.set()
+
+    before = signal.signal(signal.SIGTERM, note)
     try:
         yield noted.is_set
     finally:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import timm
 from rich.console import Console
 
+from dynamicvit.evaluation.console import plain
 from dynamicvit.evaluation.evaluate import Evaluation
-from dynamicvit.training.config import TrainConfig
+from dynamicvit.training.config import TrainConfig, choose_batch
 from dynamicvit.training.distributed import lost_process_named, on_first_process
 from dynamicvit.training.loop import fit
 from dynamicvit.training.metrics import METRICS
 from dynamicvit.training.phases import needs_dense_training, train_dense, warm_start
-from dynamicvit.training.run import Session
+from dynamicvit.training.run import Run, Session
 from dynamicvit.training.run_folder import BEST, CONFIG, DENSE, folder_locked
 from dynamicvit.training.setup import check_new_run, load_dense, open_session, prepare, start
 
@@ -29,8 +32,8 @@ def train(config: TrainConfig, resume: bool = False) -> Evaluation:
     process flushes denormal numbers to zero, on CPUs that can.
 
     On SIGTERM a checkpoint is written at the end of the step (of the next one, if it comes during
-    validation; the last validation is finished), and the process exits with 143. Steps of a warm
-    start, which comes first, are not kept: there it ends at once.
+    validation; the last validation is finished), and the process exits with 143. A second SIGTERM
+    ends it at once. Steps of a warm start, which comes first, are not kept: there the first does.
 
     Args:
         config: what to train, on what, how.
@@ -54,6 +57,8 @@ def train(config: TrainConfig, resume: bool = False) -> Evaluation:
         check_new_run(output)
     with lost_process_named(f"start them again with --resume, to go on from {output}"):
         session = open_session(config)
+        images = len(cast(Any, session.train_data.dataset))
+        config = choose_batch(config, images, session.accelerator.num_processes)
         with _locked(output):
             dense = load_dense(config)
             if needs_dense_training(config, dense, session.train_data.class_names):
@@ -63,8 +68,10 @@ def train(config: TrainConfig, resume: bool = False) -> Evaluation:
             ready = prepare(config, session, dense, resume)
             if ready.checkpoint is None:
                 warm_start(ready)
-            evaluation = fit(start(ready))
+            run = start(ready)
+            evaluation = fit(run)
             _tell_images_met(session)
+            _tell_best(run)
     return evaluation
 
 
@@ -74,6 +81,16 @@ def _locked(output: Path) -> Iterator[None]:
     with ExitStack() as stack:
         on_first_process(lambda: stack.enter_context(folder_locked(output)))
         yield
+
+
+def _tell_best(run: Run) -> None:
+    """Where the best model is, and the command that evaluates it."""
+    config, best, console = run.config, str(run.output / BEST), run.session.console
+    command = ["dynamicvit", "evaluate", best, "--data", config.data]
+    command += ["--data_dir", config.data_dir] if config.data_dir is not None else []
+    command += ["--split", config.val_split] if config.val_split != "val" else []
+    text = f"best model: {best}, top-1 {run.best:.2f}%\nto evaluate it: {shlex.join(command)}"
+    console.print(plain(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def _warn_of_fresh_weights(config: TrainConfig) -> None:

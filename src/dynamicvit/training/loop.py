@@ -35,15 +35,16 @@ def fit(run: Run) -> Evaluation:
     """
     config, console = run.config, run.session.console
     evaluation: Evaluation | None = None
-    status = Status(console, run.last_step, run.total_step, run.layout.total)
+    status = Status(console, run.last_step, run.total_step)
     try:
         with status.shown(), sigterm_noted() as stop_asked:
             if run.epoch >= config.epochs or run.at_epoch_end:
-                evaluation = validate(run)  # the checkpoint at an epoch's end was written before
+                # The checkpoint at an epoch's end was written before its validation.
+                evaluation = validate(run, status)
             while run.epoch < config.epochs and not (run.at_epoch_end and run.out_of_patience):
                 train_epoch(run, status, stop_asked)
                 run.save()  # first: a kill while it validates does not cost the epoch
-                evaluation = validate(run)
+                evaluation = validate(run, status)
                 status.restart()
         if run.epoch < config.epochs:
             console.print(
@@ -78,7 +79,7 @@ def train_epoch(run: Run, status: Status, stop_asked: Callable[[], bool]) -> Non
         if (run.total_step - run.epoch * run.steps) % config.log_steps == 0 or not inside:
             _record(run, numbers, clock)
         if inside and config.validate_steps and run.total_step % config.validate_steps == 0:
-            validate(run)
+            validate(run, status)
             run.task.train()
             clock = Clock()
             status.restart()
@@ -164,13 +165,13 @@ class Means:
                 self.total[name] = self.total[name] + part if name in self.total else part
 
 
-def validate(run: Run) -> Evaluation:
+def validate(run: Run, status: Status) -> Evaluation:
     """Evaluate, and save the best model."""
     model = run.ema.module if run.ema is not None else run.student
     if run.whole is not None:
         run.whole.load_state_dict(full_weights(model))
         model = run.whole
-    evaluation = evaluate_model(model, run.val_loader, run.accelerator)
+    evaluation = evaluate_model(model, status.validating(run.val_loader), run.accelerator)
     line = {"kind": "validation", "epoch": run.epoch, "step": run.total_step, **asdict(evaluation)}
     run.records.log(line)
     epoch = run.epoch + run.seen / run.feed.images

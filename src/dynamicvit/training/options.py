@@ -198,7 +198,8 @@ class OptimizationOptions:
             these becomes sparse, and is the teacher. 0 refuses such data.
         epoch_images: images in an epoch, other ones each time; null for the whole split.
         patience: stop after this many epochs without a better top-1; null never stops early.
-        batch_size: images that each process computes at once.
+        batch_size: images that each process computes at once; by default 128, or as many as the
+            training split fills.
         accumulate: such batches in a step. The global batch, batch_size × processes × accumulate,
             defines a run: divided over another number of processes it is the same run. With another
             accumulate it is nearly the same: the token loss is the mean over the kept tokens of
@@ -225,7 +226,7 @@ class OptimizationOptions:
     dense_epochs: int = 30
     epoch_images: int | None = None
     patience: int | None = None
-    batch_size: int = 128
+    batch_size: int | None = None
     accumulate: int = 1
     lr: float | None = None
     backbone_lr: float = 0.01

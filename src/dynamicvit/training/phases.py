@@ -15,14 +15,16 @@ from torch.optim import AdamW
 from dynamicvit.core.backbones import Backbone
 from dynamicvit.core.model import SparseViT
 from dynamicvit.evaluation.data import seed_of
+from dynamicvit.io.files import write_text
 from dynamicvit.io.load import load_model
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.distributed import clip_gradients
 from dynamicvit.training.loop import Batch, Means, fit
+from dynamicvit.training.metrics import METRICS
 from dynamicvit.training.progress import Status
 from dynamicvit.training.run import Prepared, Session
 from dynamicvit.training.run_folder import BEST, CONFIG, DENSE, has_best, own_config
-from dynamicvit.training.setup import check_new_run, prepare, start
+from dynamicvit.training.setup import has_begun, prepare, start
 from dynamicvit.training.student import has_other_classes
 from dynamicvit.training.task import WarmStartTask
 
@@ -43,16 +45,19 @@ def train_dense(config: TrainConfig, session: Session, dense: Any, resume: bool)
     output = Path(config.output)
     folder = output / DENSE
     # Where the sparse run has begun, the dense one is complete.
-    if not ((output / CONFIG).exists() and has_best(folder)):
+    if not (has_begun(output) and has_best(folder)):
+        if session.accelerator.is_main_process:  # --resume finds the options there
+            write_text(output / CONFIG, config.to_yaml())
         session.console.print(
             f"{config.model} has {dense.num_classes} classes, the data "
             f"{len(session.train_data.class_names or ())}: first the dense model is trained on it, "
             f"in {folder}",
             soft_wrap=True,
+            highlight=False,
         )
-        if not resume:
-            check_new_run(folder)
         fit(start(prepare(_dense_config(config, folder, resume), session, dense, resume)))
+        if session.accelerator.is_main_process:
+            (output / METRICS).touch()  # the sparse run has begun
         session.accelerator.wait_for_everyone()
     found = load_model(str(folder / BEST))
     set_seed(config.seed)
@@ -89,7 +94,7 @@ def warm_start(ready: Prepared) -> None:
         student.scorers.parameters(), lr=lr, weight_decay=config.weight_decay, fused=True
     )
     batches = _endless(ready)
-    status = Status(ready.session.console, config.warm_start, 0, ready.layout.total)
+    status = Status(ready.session.console, config.warm_start, 0)
     with status.shown():
         for done in range(1, config.warm_start + 1):
             numbers = _warm_start_step(ready, done, task, optimizer, batches)

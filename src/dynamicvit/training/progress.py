@@ -9,11 +9,11 @@ from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
+from torch.utils.data import DataLoader
 
+from dynamicvit.evaluation.console import bar_columns, track
 from dynamicvit.evaluation.unreadable import DataError
-
-_SHOWN = ("loss", "cross_entropy", "ratio", "logit_kl", "token")
 
 
 class Clock:
@@ -52,23 +52,19 @@ class Status:
         console: of the run; quiet in all processes but the first.
         total: number of the last step.
         done: number of the step that the loop starts after.
-        batch: images in a step.
     """
 
     SECONDS = 10.0  # between lines, where there is no terminal
 
-    def __init__(self, console: Console, total: int, done: int, batch: int) -> None:
-        self.console, self.total, self.batch = console, total, batch
+    def __init__(self, console: Console, total: int, done: int) -> None:
+        self.console, self.total = console, total
         self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
+            *bar_columns(),
             console=console,
+            expand=True,
             disable=console.quiet or not console.is_terminal,
         )
-        self.task = self.bar.add_task("train", total=total, completed=done, status="")
+        self.task = self.bar.add_task("train", total=total, completed=done, unit="steps", status="")
         self.since = time.perf_counter(), done
 
     @contextmanager
@@ -76,6 +72,17 @@ class Status:
         """Inside, the bar is on the screen, if there is a screen."""
         with self.bar:
             yield self
+
+    def validating(self, batches: DataLoader) -> Iterator[Any]:
+        """Give the batches of a validation, and show how many are done."""
+        if self.bar.disable:
+            yield from track(batches, "validating", self.console.quiet, "batches")
+            return
+        task = self.bar.add_task("validating", total=len(batches), unit="batches", status="")
+        for batch in batches:
+            yield batch
+            self.bar.advance(task)
+        self.bar.remove_task(task)
 
     def step(self, step: int, epoch: str, numbers: dict[str, Any]) -> None:
         """Tell of a step that is done.
@@ -94,12 +101,8 @@ class Status:
         self.since = start + seconds, step
         speed = (step - before) / max(seconds, 1e-9)
         left = timedelta(seconds=round((self.total - step) / speed))
-        self.console.print(
-            f"{epoch}  step {step}/{self.total}  {text}  {speed * self.batch:.1f} images/s  "
-            f"{left} left",
-            soft_wrap=True,
-            highlight=False,
-        )
+        line = f"{epoch}  step {step}/{self.total}  {text}  {left} left"
+        self.console.print(line, soft_wrap=True, highlight=False)
 
     def restart(self) -> None:
         """Leave out of the speed what was done since the last step."""
@@ -107,8 +110,9 @@ class Status:
 
 
 def describe(numbers: dict[str, Any]) -> str:
-    """The losses and shares of kept tokens of a step, in one line."""
-    parts = [f"{k} {v:.3f}" for k, v in numbers.items() if k in _SHOWN and isinstance(v, float)]
+    """The loss and the shares of kept tokens of a step, in few words; metrics.jsonl has all."""
+    text = f"loss {numbers['loss']:.3f}"
     if "kept" in numbers:
-        parts.append("kept " + " ".join(f"{share:.2f}" for share in numbers["kept"]))
-    return "  ".join(parts)
+        kept = [f"{share:.2f}" for share in numbers["kept"]]
+        text += "  kept " + " ".join(kept if len(kept) <= 3 else [kept[0], "…", kept[-1]])
+    return text

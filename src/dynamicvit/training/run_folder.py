@@ -71,13 +71,6 @@ def folder_locked(output: Path) -> Iterator[None]:
     path = output / LOCK
     output.mkdir(parents=True, exist_ok=True)
     file = _lock(path)
-    if file is None:
-        with suppress(OSError):
-            holder = path.read_text(encoding="utf-8", errors="replace").strip()
-        raise ValueError(
-            f"output {output} is in use by another training ({holder or 'unknown process'}): "
-            "wait for it, stop it, or choose another folder"
-        )
     try:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -90,16 +83,32 @@ def folder_locked(output: Path) -> Iterator[None]:
             output.rmdir()
 
 
-def _lock(path: Path) -> IO[str] | None:
-    """The locked file, or None if another process has it."""
+def check_unlocked(output: Path) -> None:
+    """Raise ValueError if another process trains into this folder, naming it."""
+    if (output / LOCK).exists():
+        _lock(output / LOCK).close()
+
+
+def _lock(path: Path) -> IO[str]:
+    """The locked file.
+
+    Raises:
+        ValueError: if another process has it.
+    """
     while True:
         file = path.open("a+", encoding="utf-8")
         try:
             # Not flock: loader processes inherit that, and may outlive this process by seconds.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+        except (BlockingIOError, PermissionError) as error:
             file.close()
-            return None
+            holder = ""
+            with suppress(OSError):
+                holder = path.read_text(encoding="utf-8", errors="replace").strip()
+            raise ValueError(
+                f"output must be a folder that no other training uses, got {path.parent}, in use "
+                f"by {holder or 'an unknown process'}: wait for it or stop it"
+            ) from error
         except OSError:  # a file system without locks
             return file
         with suppress(FileNotFoundError):

@@ -22,13 +22,13 @@ from dynamicvit.evaluation.launch import start_processes
 from dynamicvit.evaluation.loader import create_image_loader
 from dynamicvit.evaluation.setup import backbone_of
 from dynamicvit.io.files import check_folder, write_text
-from dynamicvit.io.load import load_model
+from dynamicvit.io.load import check_backbone, load_model
 from dynamicvit.training.checkpoints import Checkpoint, find_checkpoints, load_place
-from dynamicvit.training.config import TrainConfig, complete
+from dynamicvit.training.config import USUAL_BATCH, TrainConfig, complete
 from dynamicvit.training.determinism import EpochOrder, Feed, Layout, key_drop_paths
 from dynamicvit.training.metrics import METRICS, CollapseWatch, Records, check_trackers
 from dynamicvit.training.run import Prepared, Run, Session, Skips, check_same_run
-from dynamicvit.training.run_folder import CONFIG, own_config
+from dynamicvit.training.run_folder import CONFIG, DENSE, check_unlocked, own_config
 from dynamicvit.training.student import (
     create_student,
     create_task,
@@ -55,13 +55,15 @@ def open_session(config: TrainConfig) -> Session:
     shared: dict[str, Any] = {
         "data_dir": config.data_dir,
         "skip_unreadable": config.skip_unreadable,
-        "batch_size": config.batch_size,
+        "batch_size": config.batch_size or USUAL_BATCH,
     }
     train_data = open_data(config.data, config.train_split, training=True, **shared)
     val_data = open_data(
         config.data, config.val_split, class_names=train_data.class_names, **shared
     )
     console = Console(quiet=not accelerator.is_main_process)
+    for name, images in (("training", train_data), ("validation", val_data)):
+        console.print(f"{name} data: {images.describe()}", markup=False, soft_wrap=True)
     return Session(accelerator, console, train_data, val_data)
 
 
@@ -71,6 +73,8 @@ def load_dense(config: TrainConfig) -> Any:
     Raises:
         ValueError, FileNotFoundError: if there is none, or it is not one to start from.
     """
+    if config.sparse:
+        check_backbone(config.model)
     kwargs = config.model_kwargs
     if config.weights is not None:
         kwargs = kwargs | {"weights": config.weights}
@@ -82,11 +86,18 @@ def load_dense(config: TrainConfig) -> Any:
     return dense
 
 
+def has_begun(output: Path) -> bool:
+    """Whether a folder holds a run."""
+    return (output / METRICS).exists() or bool(find_checkpoints(output))
+
+
 def check_new_run(output: Path) -> None:
-    """Raise ValueError if a folder holds a run."""
-    if (output / METRICS).exists() or find_checkpoints(output):
+    """Raise ValueError if a folder holds a run, or the dense training that comes before one."""
+    if has_begun(output) or has_begun(output / DENSE):
+        check_unlocked(output)
         raise ValueError(
-            f"output {output} already holds a run: resume it, or choose another folder"
+            f"output must be a folder without a run, or --resume given to go on with it, "
+            f"got {output}, which holds a run"
         )
 
 
@@ -106,7 +117,10 @@ def prepare(config: TrainConfig, session: Session, dense: Any, resume: bool) -> 
     for images_of in (data, session.val_data):
         images_of.set_channels(dense.in_chans)
     layout = Layout(
-        config.batch_size, accelerator.num_processes, config.accumulate, accelerator.process_index
+        cast(int, config.batch_size),
+        accelerator.num_processes,
+        config.accumulate,
+        accelerator.process_index,
     )
     images = len(cast(Any, data.dataset))
     config = complete(config, images, layout.total, own_config(output) if resume else None)
@@ -120,8 +134,15 @@ def prepare(config: TrainConfig, session: Session, dense: Any, resume: bool) -> 
     student.to(accelerator.device)
     checkpoint = _find_checkpoint(config, session) if resume else None
     records = Records(config, accelerator, session.console, checkpoint and checkpoint[1])
-    for name, images_of in (("training", data), ("validation", session.val_data)):
-        session.console.print(f"{name} data: {images_of.describe()}", markup=False, soft_wrap=True)
+    kind = "dense"
+    if isinstance(student, SparseViT):
+        kept = " ".join(f"{ratio:.2f}" for ratio in student.schedule.ratios)
+        kind = f"sparse ({config.scorer}, ratios {kept})"
+    session.console.print(
+        f"{kind} training: {config.epochs} epochs, {feed.images // layout.total} steps each, "
+        f"{layout.total} images a step",
+        highlight=False,
+    )
     if accelerator.is_main_process:
         write_text(output / CONFIG, config.to_yaml())
     return Prepared(
@@ -203,7 +224,7 @@ def _create_loaders(
     try:
         loader = create_image_loader(
             data,
-            config.batch_size,
+            layout.batch,
             training=True,
             scale=tuple(config.crop_scale or (1.0, 1.0)),
             ratio=tuple(config.crop_ratio if config.crop_scale else (1.0, 1.0)),
@@ -218,9 +239,9 @@ def _create_loaders(
         raise ValueError(
             f"auto_augment is not a policy that timm knows, got {config.auto_augment!r}"
         ) from error
-    val_loader = create_image_loader(session.val_data, config.batch_size, training=False, **shared)
+    val_loader = create_image_loader(session.val_data, layout.batch, training=False, **shared)
     images = len(cast(Any, data.dataset))
-    length = _epoch_length(config, images, layout)
+    length = images if config.epoch_images is None else config.epoch_images
     order = None
     if not isinstance(data.dataset, IterableDataset):
         order = EpochOrder(images, config.seed, length)
@@ -231,28 +252,9 @@ def _create_loaders(
     return Feed(data, loader, order, layout, config.seed), val_loader
 
 
-def _epoch_length(config: TrainConfig, images: int, layout: Layout) -> int:
-    """Images in an epoch."""
-    length = images if config.epoch_images is None else config.epoch_images
-    if length > images:
-        raise ValueError(
-            f"epoch_images must not exceed the training split's {images} images, got {length}"
-        )
-    if length < layout.total:
-        several = layout.processes * layout.accumulate
-        of = "training split's" if config.epoch_images is None else "epoch's"
-        raise ValueError(
-            f"batch_size must not exceed the {of} {length} images, got "
-            f"{config.batch_size}" + (f" × {several} in a step" if several > 1 else "")
-        )
-    return length
-
-
 def _create_mixup(config: TrainConfig, student: Any) -> Mixup | None:
     if not (config.mixup or config.cutmix):
         return None
-    if config.batch_size % 2:
-        raise ValueError(f"batch_size must be even for Mixup, got {config.batch_size}")
     return Mixup(
         mixup_alpha=config.mixup,
         cutmix_alpha=config.cutmix,

@@ -36,7 +36,7 @@ class Photos:
         self._folder = folder
         self._files: list[Path] = []
         self.thumbnails: list[Path] = []
-        for file in track(files, "reading photos", quiet):
+        for file in track(files, "reading", quiet, "photos"):
             try:
                 picture = _read_thumbnail(file)
             except Exception:  # foreign bytes make Pillow raise nearly anything

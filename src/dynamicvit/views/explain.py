@@ -139,7 +139,7 @@ def explain_files(
     for source in films:
         video.check_video(source)
     mode, _ = preprocessing(sparse)
-    for source in track(stills, "reading images", quiet):
+    for source in track(stills, "reading", quiet, "images"):
         read_image(source, mode, "images")
 
     first, written = _explain_stills(stills, kinds, sparse, other, quiet)
@@ -190,7 +190,7 @@ def _explain_stills(
         for start in range(0, len(sources), _BATCH)
         for item in explain(sparse, sources[start : start + _BATCH], dense)
     )
-    for source in track(sources, "explaining images", quiet):
+    for source in track(sources, "explaining", quiet, "images"):
         found = next(explanations)
         for kind in kinds:
             written.append(stills[source].with_name(f"{stills[source].name}.{kind}"))
@@ -209,7 +209,7 @@ def _explain_film(
         return [draw_sheet([item], side=SIDE) for item in explain(sparse, frames, dense)]
 
     frames = video.redraw_video(source, target, draw)
-    *_, count = track(frames, f"explaining frames of {source.name}", quiet)
+    *_, count = track(frames, f"explaining {source.name}", quiet, "frames")
     return count
 
 

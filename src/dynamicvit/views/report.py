@@ -302,10 +302,10 @@ def _look_at(
     read: Iterator[tuple[torch.Tensor, int]]
     what = "looking at examples"
     if isinstance(images.dataset, IterableDataset):  # a stream: its first images
-        read = track(islice(images.dataset, _LOOKED_AT), what, quiet)
+        read = track(islice(images.dataset, _LOOKED_AT), what, quiet, "images")
     else:
         chosen = _spread(range(len(images.dataset)), _LOOKED_AT)
-        read = (images.dataset[index] for index in track(chosen, what, quiet))
+        read = (images.dataset[index] for index in track(chosen, what, quiet, "images"))
     examples: dict[str, list[_Example]] = {"right": [], "wrong": [], "apart": []}
     while batch := list(islice(read, _BATCH)):
         there = [(image, int(target)) for image, target in batch if int(target) >= 0]
