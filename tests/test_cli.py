@@ -103,10 +103,13 @@ def test_train_offers_every_field_of_its_config() -> None:
             "keep_ratios must be list[float] or null, such as [0.7], got 0.7\n",
         ),
         (["sweep", "m", "--data", "x", "--max_loss", "a"], "max_loss must be float or null, got a"),
-        (["quickstart", "--data", "x"], "data and model go together"),
+        (["quickstart", "--data", "x"], "model must be given with data"),
         (["predict", "--model", "x"], "required: images"),
         (["predict", "cat.jpg"], "model"),
-        (["predict", "cat.jpg", "--model", "./nowhere"], "no model folder at nowhere"),
+        (["predict", "cat.jpg", "--model", "./nowhere"], "no image at cat.jpg"),
+        (["predict", __file__, "--model", "./nowhere"], "no model folder at nowhere"),
+        (["predict", __file__, "--model", __file__], "--weights FILE"),
+        (["quickstart", "--model", "x"], "data must be given with model"),
         (["predict", "cat.jpg", "--model", "x", "--top_k", "many"], 'key "top_k"'),
         (["explain", "cat.jpg", "--model", "x"], "images must be files or folders, got no file at"),
         (["explain", ".", "--model", "x", "--formats", "[bmp]"], "formats must be of png, gif"),
@@ -183,6 +186,23 @@ def test_evaluate_from_the_command_line(
     arguments = [str(dense_folder), "--data", str(images), "--workers", "0"]
     assert cli.main(["evaluate", *arguments, "--output", str(output)]) == 0
     assert json.loads(output.read_text())[str(dense_folder)]["images"] == 8
+
+
+def test_a_quiet_command_prints_its_result_alone(
+    images: Path, dense_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where it writes no named file. With one it prints nothing."""
+    for arguments in (
+        ["evaluate", str(dense_folder), "--data", str(images), "--workers=0"],
+        ["predict", str(images / "val"), "--model", str(dense_folder)],
+        ["models", "deit_256"],
+    ):
+        assert cli.main([*arguments, "--quiet"]) == 0
+        found, error = capsys.readouterr()
+        assert len(json.loads(found)) in (1, 8)
+        assert error == ""
+        assert cli.main([*arguments, "--quiet", "--output", str(tmp_path / "out.json")]) == 0
+        assert capsys.readouterr() == ("", "")
 
 
 def test_predict_from_the_command_line(

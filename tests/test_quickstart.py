@@ -117,10 +117,12 @@ def test_quickstart_refuses_bad_options_before_it_writes(tmp_path: Path) -> None
 
 
 def test_options_that_do_not_go_together(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data and model go together .* model='m'"):
+    with pytest.raises(ValueError, match=r"data must be given with model, .*, got m alone"):
         quickstart(model="m")
     for options in ({"pretrained": False}, {"weights": "mine.pt"}):
-        with pytest.raises(ValueError, match="pretrained and weights go with model, got"):
+        with pytest.raises(
+            ValueError, match="model must be given with pretrained and weights, got"
+        ):
             quickstart(**options)
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"output must be a folder, got .* is a file"):

@@ -16,12 +16,14 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import docstring_parser
 from jsonargparse import ArgumentParser
 
 from dynamicvit.core.backbones import UnsupportedBackbone
+from dynamicvit.evaluation.console import plain
 from dynamicvit_command import COMMANDS, fail, main
 
 # What a user can cause, as opposed to a defect of ours, which deserves its traceback.
@@ -63,9 +65,13 @@ def run(name: str, arguments: Sequence[str]) -> int:
         for parameter, kind in configs.items():
             fields = [item.name for item in dataclasses.fields(kind)]
             values[parameter] = kind(**{field: values.pop(field) for field in fields})
-        function(
+        # A quiet command that writes no named file gives its result, so that scripts can read it.
+        alone = _has_optional_output(function) and values["quiet"] and values["output"] is None
+        result = function(
             *[values.pop(name) for name in _positional_only(function) if name in values], **values
         )
+        if alone and os.environ.get("RANK", "0") == "0":
+            print(_as_text(result))
         sys.stdout.flush()
     except BrokenPipeError:  # such as `dynamicvit models | head`
         # Python flushes once more when it exits, which must not fail again.
@@ -146,9 +152,16 @@ def build_parser(name: str) -> tuple[ArgumentParser, dict[str, type]]:
     skip: set[str | int] = {*configs, *(action.dest for action in parser._actions)}
     parser.add_function_arguments(function, skip=skip)
     for action in parser._actions:
+        if action.dest == "quiet" and _has_optional_output(function):
+            action.help = "print the result alone, and no progress; with output, nothing"
         if isinstance(action.default, bool):  # --resume alone means --resume true
             action.nargs, action.const = "?", True
     return parser, configs
+
+
+def _has_optional_output(function: Callable[..., object]) -> bool:
+    parameter = inspect.signature(function).parameters.get("output")
+    return parameter is not None and parameter.default is None
 
 
 def _positional_only(function: Callable[..., object]) -> list[str]:
@@ -162,6 +175,13 @@ def _underscored(argument: str) -> str:
         return argument
     option, equals, value = argument.partition("=")
     return "--" + option[2:].replace("-", "_") + equals + value
+
+
+def _as_text(result: object) -> str:
+    """What a command returns: the name of a file that it wrote, or figures as JSON."""
+    if isinstance(result, Path):
+        return plain(result)
+    return json.dumps(result, indent=2, default=dataclasses.asdict)
 
 
 def _one_line(error: BaseException) -> str:

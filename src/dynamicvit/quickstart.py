@@ -12,27 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
 from timm.data import resolve_input_data_config
 from torch import nn
-from torch.utils.data import DataLoader
 
 import dynamicvit
+from dynamicvit.core.backbones import Backbone
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.selectors.rules import RandomScorer
 from dynamicvit.evaluation.console import make_table, plain, track
 from dynamicvit.evaluation.data import ImageData, open_data
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.evaluate import Evaluation, evaluate_model, input_size, print_evaluations
+from dynamicvit.evaluation.launch import start_processes
 from dynamicvit.evaluation.loader import create_image_loader
+from dynamicvit.evaluation.setup import backbone_of
 from dynamicvit.evaluation.timing import Speed, compare_speed
 from dynamicvit.io.embedded import ASSETS, embedded_images
 from dynamicvit.io.files import check_folder, write_text, written_whole
 from dynamicvit.io.folder import save_folder
-from dynamicvit.io.load import load_model
-from dynamicvit.training.config import TrainConfig
+from dynamicvit.io.load import check_backbone, load_model
+from dynamicvit.training.config import TrainConfig, choose_batch
 from dynamicvit.training.fit import BEST, CONFIG, DENSE, METRICS, train
 from dynamicvit.views.explain import explain
 from dynamicvit.views.explanation import draw_sheet
@@ -44,7 +45,7 @@ def quickstart(
     model: str | None = None,
     keep_ratio: float = 0.7,
     epochs: int = 1,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     seed: int = 0,
     pretrained: bool = True,
     weights: str | None = None,
@@ -67,7 +68,7 @@ def quickstart(
         keep_ratio: share of the tokens that each of the three stages keeps.
         epochs: passes over the training images in the fine-tuning. With more than one, the epoch
             with the best top-1 is kept, chosen on the same images that the result is measured on.
-        batch_size: images a training step.
+        batch_size: images a training step; by default 32, or all if there are fewer.
         seed: of everything random.
         pretrained: for a timm name: load timm's pretrained weights, from the hub or its cache.
         weights: for a timm name: file with a state dict to load instead.
@@ -79,14 +80,15 @@ def quickstart(
     Raises:
         ValueError, FileNotFoundError: naming what is wrong with the options, model or data.
     """
-    if (model is None) != (data is None):
+    if data is None and model is not None:
+        raise ValueError(f"data must be given with model, a folder of images, got {model} alone")
+    if model is None and data is not None:
         raise ValueError(
-            f"data and model go together (or neither, for the embedded ones), "
-            f"got data={data!r}, model={model!r}"
+            f"model must be given with data, such as deit_small_patch16_224, got {data} alone"
         )
     if model is None and (weights is not None or not pretrained):
         raise ValueError(
-            f"pretrained and weights go with model, got pretrained={pretrained}, weights={weights}"
+            f"model must be given with pretrained and weights, got {pretrained} and {weights}"
         )
     check_folder("output", output)
     folder = Path(output)
@@ -114,19 +116,8 @@ def _run(folder: Path, config: TrainConfig, given: dict[str, Any], quiet: bool) 
     """The five steps. Arguments: the folder to write, what to train, and what was asked for."""
     started = time.perf_counter()
     console = Console(soft_wrap=True)
-    pretrained, weights = given.get("pretrained", True), given.get("weights")
-    own = {} if weights is None else {"weights": weights}
-    dense = load_model(config.model, pretrained, **own)
-    if isinstance(dense, SparseViT):
-        raise ValueError(f"model must be dense, got the sparse model {config.model}")
-    if given["data"] == "embedded":
-        unpack_images(Path(config.data))
+    config, dense = _begin(folder, config, given)
     images = open_data(config.data, "val", in_chans=dense.in_chans)
-    folder.mkdir(parents=True, exist_ok=True)
-    _remove_run(Path(config.output))
-    if weights is not None or not pretrained:
-        save_folder(dense, folder / "dense")
-        config = replace(config, model=str(folder / "dense"))
 
     console.print(
         f"[bold]1/5[/] fine-tuning at keep ratio {config.keep_ratio} with the paper's losses"
@@ -139,21 +130,14 @@ def _run(folder: Path, config: TrainConfig, given: dict[str, Any], quiet: bool) 
         config = replace(config, model=str(with_new_head))
         dense = load_model(config.model)
 
-    accelerator = Accelerator()
-    loader = _loader(images, dense, accelerator)
-    results: dict[str, Evaluation] = {}
-
-    def measure(name: str, model: nn.Module) -> None:
-        batches: Any = track(loader, f"evaluating {name}", quiet, "batches")
-        results[name] = evaluate_model(model, batches, accelerator)
-
     console.print("[bold]2/5[/] evaluating the dense model")
-    measure("dense", dense)
+    results = {"dense": _evaluate("dense", dense, images, quiet)}
     console.print("[bold]3/5[/] evaluating the sparse model, and random selection beside it")
-    measure("sparse", sparse)
+    results["sparse"] = _evaluate("sparse", sparse, images, quiet)
     set_seed(config.seed)
     random_scorers = [RandomScorer() for _ in sparse.scorers]
-    measure("random selection", SparseViT(sparse.backbone, sparse.schedule, random_scorers))
+    random = SparseViT(sparse.backbone, sparse.schedule, random_scorers)
+    results["random selection"] = _evaluate("random selection", random, images, quiet)
 
     console.print("[bold]4/5[/] timing dense against sparse, in turn")
     fused, size = sparse.fuse(), input_size(dense)
@@ -166,7 +150,6 @@ def _run(folder: Path, config: TrainConfig, given: dict[str, Any], quiet: bool) 
     console.print("[bold]5/5[/] drawing what is kept")
     _draw(sparse.cpu().eval(), images, folder / "keep_maps.png")
 
-    best = max(speeds, key=lambda speed: speed.speed_up)
     metrics: dict[str, Any] = {
         "dense": asdict(results["dense"]),
         "sparse": asdict(results["sparse"]),
@@ -174,7 +157,7 @@ def _run(folder: Path, config: TrainConfig, given: dict[str, Any], quiet: bool) 
         "points_lost": results["dense"].top1 - results["sparse"].top1,
         "gmacs_saved_percent": 100 * (1 - results["sparse"].gmacs / results["dense"].gmacs),
         "speed": [asdict(speed) for speed in speeds],
-        "best_speed_up": best.speed_up,
+        "best_speed_up": max(speed.speed_up for speed in speeds),
         "settings": {
             **given,
             "model": config.model if given["model"] != "embedded" else "embedded",
@@ -186,25 +169,46 @@ def _run(folder: Path, config: TrainConfig, given: dict[str, Any], quiet: bool) 
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     print_evaluations({name: asdict(value) for name, value in results.items()})
     _print_speeds(console, speeds)
-    points = [round(results[name].top1 - results["dense"].top1, 2) + 0.0 for name in results]
-    rates = {speed.batch_size: f"{speed.speed_up:.2f}×" for speed in (speeds[0], best)}
-    throughput = ", ".join(f"{rate} at batch {size}" for size, rate in rates.items())
-    console.print(
-        f"[bold]{metrics['gmacs_saved_percent']:.1f}% fewer GMACs, throughput {throughput}, "
-        f"top-1 {points[1]:+.2f} points[/] (random selection: {points[2]:+.2f})"
-    )
-    if speeds[0].speed_up < 0.9 * best.speed_up:
-        console.print(
-            f"At batch {speeds[0].batch_size} the number of calls takes the time of a model this "
-            "small, not the size of its products."
-        )
-    console.print(
-        f"used beside the paper's recipe: start_at_ratio, warm_start for {config.warm_start} "
-        f"steps; {metrics['seconds']:.0f} s in all"
-    )
-    for what, name in (("model", "sparse"), ("pictures", "keep_maps.png")):
-        console.print(f"{what}: {plain(folder / name)}", markup=False)
+    _print_result(console, folder, config, metrics, speeds)
     return metrics
+
+
+def _begin(
+    folder: Path, config: TrainConfig, given: dict[str, Any]
+) -> tuple[TrainConfig, Backbone]:
+    """What to train, and the dense model to begin with; all of it checked, and the images there."""
+    check_backbone(config.model)
+    if given["data"] == "embedded":
+        unpack_images(Path(config.data))
+    images = len(open_data(config.data, "train").dataset)
+    if config.batch_size is None:
+        config = replace(config, batch_size=min(32, images))
+    choose_batch(config, images, processes=1)
+    pretrained, weights = given.get("pretrained", True), given.get("weights")
+    own = {} if weights is None else {"weights": weights}
+    dense = load_model(config.model, pretrained, **own)
+    if isinstance(dense, SparseViT):
+        raise ValueError(f"model must be dense, got the sparse model {config.model}")
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_run(Path(config.output))
+    if weights is not None or not pretrained:
+        save_folder(dense, folder / "dense")
+        config = replace(config, model=str(folder / "dense"))
+    return config, dense
+
+
+def _evaluate(name: str, model: nn.Module, images: ImageData, quiet: bool) -> Evaluation:
+    accelerator = start_processes("float32")
+    loader = create_image_loader(
+        images,
+        64,
+        resolve_input_data_config(backbone_of(model)),
+        training=False,
+        workers=0,
+        device=accelerator.device,
+    )
+    batches = track(accelerator.prepare(loader), f"evaluating {name}", quiet, "batches")
+    return evaluate_model(model, batches, accelerator)
 
 
 BATCH_SIZES = (1, 8, 32)  # that are timed
@@ -235,7 +239,8 @@ def _remove_run(folder: Path) -> None:
     """Remove an earlier quickstart's run, and nothing that is not one."""
     if not folder.exists():
         return
-    if not ((folder / CONFIG).is_file() and (folder / METRICS).is_file()):
+    begun = (folder / METRICS).is_file() or (folder / DENSE).is_dir()
+    if not ((folder / CONFIG).is_file() and begun):
         raise ValueError(f"output has a {folder.name} that no quickstart wrote, got {folder}")
     shutil.rmtree(folder)
 
@@ -251,19 +256,6 @@ def unpack_images(folder: Path) -> Path:
             picture.save(target / f"{index:03}.png")
     (folder / ".complete").touch()
     return folder
-
-
-def _loader(images: ImageData, model: Any, accelerator: Accelerator) -> DataLoader:
-    return accelerator.prepare(
-        create_image_loader(
-            images,
-            64,
-            resolve_input_data_config(model),
-            training=False,
-            workers=0,
-            device=accelerator.device,
-        )
-    )
 
 
 def _draw(model: SparseViT, images: ImageData, path: Path) -> None:
@@ -293,3 +285,35 @@ def _print_speeds(console: Console, speeds: list[Speed]) -> None:
             f"{speed.spread[0]:.2f}–{speed.spread[1]:.2f}",
         )
     console.print(table)
+
+
+def _print_result(
+    console: Console,
+    folder: Path,
+    config: TrainConfig,
+    metrics: dict[str, Any],
+    speeds: list[Speed],
+) -> None:
+    best = max(speeds, key=lambda speed: speed.speed_up)
+    dense = metrics["dense"]["top1"]
+    lost, blind = (
+        f"{round(metrics[name]['top1'] - dense, 2) + 0.0:+.2f}"
+        for name in ("sparse", "random_selection")
+    )
+    rates = {speed.batch_size: f"{speed.speed_up:.2f}×" for speed in (speeds[0], best)}
+    throughput = ", ".join(f"{rate} at batch {size}" for size, rate in rates.items())
+    console.print(
+        f"[bold]{metrics['gmacs_saved_percent']:.1f}% fewer GMACs, throughput {throughput}, "
+        f"top-1 {lost} points[/] (random selection: {blind})"
+    )
+    if speeds[0].speed_up < 0.9 * best.speed_up:
+        console.print(
+            f"At batch {speeds[0].batch_size} the number of calls takes the time of a model this "
+            "small, not the size of its products."
+        )
+    console.print(
+        f"used beside the paper's recipe: start_at_ratio, warm_start for {config.warm_start} "
+        f"steps; {metrics['seconds']:.0f} s in all"
+    )
+    for what, name in (("model", "sparse"), ("pictures", "keep_maps.png")):
+        console.print(f"{what}: {plain(folder / name)}", markup=False)

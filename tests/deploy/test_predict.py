@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dynamicvit import load, sparsify
+from dynamicvit import sparsify
 from dynamicvit.deploy.predict import predict
 from dynamicvit.io import predictions as core
 from dynamicvit.io.folder import save_folder
+from dynamicvit.io.load import load_model
 from tests.conftest import tiny_vit
 
 
@@ -29,7 +30,7 @@ def test_each_image_gets_its_classes(
     results = predict(files, str(dense_folder), top_k=9, output=str(output))
     assert list(results) == files
     assert json.loads(output.read_text()) == results
-    expected = core.predict(load(dense_folder), files)
+    expected = core.predict(load_model(dense_folder), files)
     for found, best in zip(results.values(), expected, strict=True):
         assert [item["name"] for item in found] == [item.name for item in best]
         assert {item["name"] for item in found} == {"bright", "dark"}
@@ -144,7 +145,7 @@ def test_more_images_than_a_batch(
         Image.new("RGB", (32, 32), (3 * index, 0, 255 - 3 * index)).save(name)
     results = predict(names, str(dense_folder), top_k=2)
     assert list(results) == names
-    expected = core.predict(load(dense_folder), names[-1])
+    expected = core.predict(load_model(dense_folder), names[-1])
     assert results[names[-1]][0]["probability"] == pytest.approx(expected[0].probability, abs=1e-5)
     printed = capsys.readouterr().out
     assert "20 more images" in printed

@@ -131,7 +131,7 @@ def test_evaluate_names_what_is_wrong(images: Path, dense_folder: Path, tmp_path
     with pytest.raises(FileNotFoundError, match="no model folder at"):
         evaluate([str(tmp_path / "nowhere")], str(images))
     (images / "val" / "dark").rename(images / "val" / "dim")
-    with pytest.raises(ValueError, match="no data folder at nowhere"):
+    with pytest.raises(ValueError, match=r"data must be a folder .*got nowhere"):
         evaluate([str(dense_folder)], "nowhere")
 
 

@@ -227,8 +227,8 @@ def test_sweep_names_what_is_wrong(
     cases: list[tuple[Path, dict[str, Any], str]] = [
         (dense_folder, {}, "model must be sparse, got the dense model"),
         (tmp_path / "nowhere", {}, "no model folder at"),
-        (three, {}, "the data has 2 classes, .* has 3"),
-        (sparse_folder, {"data": "nowhere"}, "no data folder at nowhere"),
+        (three, {}, "data must have the 3 classes of .*, got 2: bright, dark"),
+        (sparse_folder, {"data": "nowhere"}, "data must be a folder .*got nowhere"),
         (sparse_folder, {"precision": "fp8"}, "precision must be"),
         (sparse_folder, {"dense": str(sparse_folder)}, "dense must be a dense model, got"),
         (sparse_folder, {"dense": str(other)}, r"dense must have the input_size .*\(3, 16, 16\)"),

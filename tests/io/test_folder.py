@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dynamicvit import KeepSchedule, SparseViT, load, sparsify
 from dynamicvit.io import folder as folder_module
 from dynamicvit.io.folder import CONFIG, WEIGHTS, load_folder, save_folder
+from dynamicvit.io.load import load_model
 from tests.conftest import randomise, tiny_vit
 from tests.io.limits import limited_file_size
 
@@ -62,7 +63,9 @@ def test_a_sparse_model_comes_back_the_same(tmp_path: Path, name: str) -> None:
 def test_a_dense_model_comes_back_the_same(tmp_path: Path) -> None:
     dense, images = tiny_vit(global_pool="avg"), torch.randn(2, 3, 32, 32)
     save_folder(dense.train(), tmp_path / "dense")
-    loaded = load(tmp_path / "dense")
+    with pytest.raises(TypeError, match=r"must hold a sparse model, got the dense .*load_model"):
+        load(tmp_path / "dense")
+    loaded = load_model(tmp_path / "dense")
     assert type(loaded) is type(dense)
     assert not loaded.training
     assert torch.equal(loaded(images), dense.eval()(images))
@@ -335,7 +338,7 @@ def test_folders_of_earlier_versions_are_read() -> None:
         "old_dense": [-0.11904982477426529, -0.44370904564857483, 0.5494568347930908],
     }
     for name, logits in expected.items():
-        model: Any = load(Path(__file__).parent / "data" / name)
+        model = load_model(Path(__file__).parent / "data" / name)
         torch.testing.assert_close(model(images), torch.tensor([logits]), atol=1e-5, rtol=1e-5)
         assert isinstance(model, SparseViT) == (name == "old_sparse")
     model = load(Path(__file__).parent / "data" / "old_sparse")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dynamicvit import KeepSchedule, UnsupportedBackbone, cli, from_released, load
+from dynamicvit.io.load import load_model
 from dynamicvit.io.weights import read_weights
 from tests.conftest import randomise
 
@@ -207,7 +208,7 @@ def test_convert_writes_what_the_file_holds(
     def run(file: str, *options: str) -> Any:
         out = str(tmp_path / "out")
         assert cli.main(["convert", str(tmp_path / file), out, *options]) == 0
-        return load(out)
+        return load_model(out)
 
     images = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(run("dense.safetensors")(images), dense(images))
@@ -386,7 +387,9 @@ def test_a_foreign_file_is_refused(tmp_path: Path, suffix: str, content: bytes) 
 )
 def test_a_torch_file_without_a_state_dict_is_refused(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=r"weights\.pth (holds no state dict|is damaged or not)"):
+    with pytest.raises(
+        ValueError, match=r"weights\.pth (must hold a state dict|is damaged or not)"
+    ):
         read_weights(tmp_path / "weights.pth")
 
 

@@ -371,8 +371,10 @@ def test_a_processor_without_bfloat16_is_told(
     for has in (True, False):
         monkeypatch.setattr(launch, "has_bfloat16", lambda has=has: has)
         for precision in ("float32", "bfloat16"):
-            AcceleratorState._reset_state(reset_partial_state=True)
-            start_processes(precision)
+            # In one process: accelerate by itself refuses another precision.
+            with start_processes(precision).autocast():
+                product = torch.ones(2, 2) @ torch.ones(2, 2)
+            assert product.dtype == getattr(torch, precision)
             error = capsys.readouterr().err
             warned = error.startswith("warning: this processor has no bfloat16")
             assert warned == (precision == "bfloat16" and not has)

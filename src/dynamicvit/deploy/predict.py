@@ -98,9 +98,9 @@ def _predict_files(
     for position, file in enumerate(track(files, "predicting", quiet, "images"), start=1):
         try:
             batch[file] = transform(read_image(file, mode, "image"))
-        except (ValueError, FileNotFoundError):
+        except (ValueError, FileNotFoundError) as error:
             if not skip_unreadable:
-                raise
+                raise ValueError(f"{error} (skip_unreadable goes on without it)") from error
             unreadable.append(file)
         if batch and (len(batch) == _BATCH or position == len(files)):
             logits = run(model, torch.stack(list(batch.values())))

@@ -20,7 +20,13 @@ from timm.data import ImageDataset, IterableImageDataset, create_dataset
 from torch.utils.data import Dataset
 
 from dynamicvit.evaluation.unreadable import DataError, Unreadable
-from dynamicvit.io.images import IMAGE_SUFFIXES, MODES, check_regular, convert_image
+from dynamicvit.io.images import (
+    IMAGE_SUFFIXES,
+    MODES,
+    check_regular,
+    convert_image,
+    why_unreadable,
+)
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "test")}
 # Of a picture 20,000 pixels wide and 1 high, a resize to a usual height would make gigabytes.
@@ -193,13 +199,14 @@ def open_data(
     found = _class_names(dataset)
     if class_names is not None and found is not None and found != list(class_names):
         raise DataError(
-            f"the classes of {data} are not those expected: {_difference(found, list(class_names))}"
+            f"data must have the classes expected, got {data} with others: "
+            f"{_difference(found, list(class_names))}"
         )
     if isinstance(dataset, torch.utils.data.IterableDataset):
         return ImageData(dataset, found)
     images = _Images(dataset, mode, skip_unreadable, replace=training)
     if len(images) == 0:
-        raise DataError(f"{data} has no images in split {split!r}")
+        raise DataError(f"data must have images in the split {split!r}, got {data} with none")
     return ImageData(images, found)
 
 
@@ -217,7 +224,10 @@ def seed_of(*place: int | str) -> int:
 def check_labels(targets: torch.Tensor, num_classes: int) -> None:
     """Raise DataError if class indices [B] are not below `num_classes` (-1: no image)."""
     if targets.numel() and int(targets.max()) >= num_classes:
-        raise DataError(f"the data has class {int(targets.max())}, the model {num_classes} classes")
+        raise DataError(
+            f"data must have class indices below {num_classes}, the model's number of classes, "
+            f"got {int(targets.max())}"
+        )
 
 
 class _Images(Dataset):
@@ -246,14 +256,15 @@ class _Images(Dataset):
                 name = self._name(at)
                 if self.unreadable is None:
                     raise DataError(
-                        f"cannot read image {name}: {error} (skip_unreadable goes on without it)"
+                        f"cannot read image {name}: {why_unreadable(error)} "
+                        "(skip_unreadable goes on without it)"
                     ) from error
                 self.unreadable.add(at, name)
                 if not self.replace:
                     image, target = Image.new(self.mode, (64, 64)), -1
                     break
         else:
-            raise DataError("no image of the data set can be read")
+            raise DataError("data must have images that can be read, got none")
         if self.place is not None:
             # timm's transforms draw from all three generators.
             seed = seed_of(*self.place, index)
@@ -296,13 +307,19 @@ class _Images(Dataset):
 
 def _split_folder(root: Path, split: str) -> Path:
     if not root.is_dir():
-        raise DataError(f"no data folder at {root}")
+        raise DataError(
+            f"data must be a folder of images, or a data set name such as torch/cifar10, "
+            f"got {root}, which is no folder"
+        )
     # Another name than these two is meant: "test" may not be answered with what chose a model.
     for name in _SPLITS.get(split, (split,)):
         if (root / name).is_dir():
             return root / name
     found = sorted(path.name for path in root.iterdir() if path.is_dir())
-    raise DataError(f"{root} has no folder {split!r}; it has {found or 'no folders'}")
+    raise DataError(
+        f"data must be a folder with images in {split}/CLASS, got {root}, which has "
+        + (f"the folders {', '.join(found)}" if found else "no folders")
+    )
 
 
 def _open_folder(folder: Path, mode: str, expected: Sequence[str] | None) -> ImageDataset:
@@ -310,12 +327,12 @@ def _open_folder(folder: Path, mode: str, expected: Sequence[str] | None) -> Ima
         path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
     )
     if not classes:
-        raise DataError(f"{folder} has no class folders")
+        raise DataError(f"data must have a folder for each class, got none in {folder}")
     for name in classes:
         try:
             name.encode()
         except UnicodeEncodeError as error:
-            raise DataError(f"names of class folders must be UTF-8, got {name!r}") from error
+            raise DataError(f"data must have class folders named in UTF-8, got {name!r}") from error
     try:
         dataset = create_dataset(
             "",
@@ -326,16 +343,17 @@ def _open_folder(folder: Path, mode: str, expected: Sequence[str] | None) -> Ima
         )
     except RuntimeError as error:
         raise DataError(
-            f"{folder} has no images in its class folders ({', '.join(IMAGE_SUFFIXES)})"
+            f"data must have images ({', '.join(IMAGE_SUFFIXES)}), got none in the class folders "
+            f"of {folder}"
         ) from error
     reader = dataset.reader
     nested = sorted(set(reader.class_to_idx) - set(classes))
     if nested:
-        raise DataError(f"images must lie right in {folder}/CLASS, got a folder {nested[0]!r}")
+        raise DataError(f"data must have images right in {folder}/CLASS, got {nested[0]!r} in one")
     if expected is None:
         for name in classes:
             if name not in reader.class_to_idx:
-                raise DataError(f"class {name!r} in {folder} has no images")
+                raise DataError(f"data must have images of each class, got none in {folder / name}")
     elif set(reader.class_to_idx) < set(expected):  # of others the caller complains
         names = _class_names(dataset) or []
         places = {name: index for index, name in enumerate(expected)}
@@ -355,7 +373,7 @@ def _open_named(
     if importlib.util.find_spec(package) is None:
         raise DataError(f"{data!r} needs {package}: pip install 'dynamicvit[{extra}]'")
     if data_dir is None and prefix != "hfds":
-        raise DataError(f"{data!r} needs data_dir, the folder where it lies")
+        raise DataError(f"data_dir must be the folder where {data!r} lies, got None")
     # timm spells the usual two splits "train" and "validation" for every source.
     split = "validation" if split == "val" else split
     try:
@@ -383,9 +401,11 @@ def _check_index(folder: str, split: str) -> None:
     if "://" in folder or "tar" in split:  # on another machine, or files named one by one
         return
     if not Path(folder).is_dir():
-        raise DataError(f"no data folder at {folder}")
+        raise DataError(f"data_dir must be a folder, got {folder}, which is none")
     if not any((Path(folder) / name).is_file() for name in ("_info.json", "info.json")):
-        raise DataError(f"{folder} has no _info.json, the index of WebDataset shards")
+        raise DataError(
+            f"data_dir must hold _info.json, the index of WebDataset shards, got {folder} without"
+        )
 
 
 def _class_names(dataset: Any) -> list[str] | None:

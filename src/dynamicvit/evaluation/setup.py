@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from textwrap import shorten
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from dynamicvit.core.backbones import Backbone
 from dynamicvit.core.model import SparseViT
+from dynamicvit.evaluation.console import plain
 from dynamicvit.evaluation.data import ImageData, open_data
 from dynamicvit.evaluation.loader import create_image_loader
 from dynamicvit.evaluation.unreadable import DataError
@@ -112,7 +114,10 @@ def load_pair(model: str, dense: str | None = None) -> tuple[SparseViT, nn.Modul
 def check_classes(names: Sequence[str] | None, model: nn.Module, model_name: str) -> None:
     """Raise DataError unless the data has as many classes as the model."""
     if names is not None and len(names) != model.num_classes:
-        raise DataError(f"the data has {len(names)} classes, {model_name} has {model.num_classes}")
+        raise DataError(
+            f"data must have the {model.num_classes} classes of {model_name}, got {len(names)}: "
+            f"{shorten(', '.join(map(plain, names)), 200, placeholder=' …')}"
+        )
 
 
 def check_loading(batch_size: int, workers: int, crop_pct: float | None) -> None:

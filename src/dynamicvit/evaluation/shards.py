@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from timm.data.readers.reader_wds import ReaderWds
 
 from dynamicvit.evaluation.unreadable import DataError, Unreadable
+from dynamicvit.io.images import why_unreadable
 
 _FLAGS = 1 << 20
 
@@ -108,8 +109,8 @@ class Shards(ReaderWds):
         """Raise, or count the sample that was decoded last and have it left out."""
         if self.unreadable is None:
             raise DataError(
-                f"cannot read the image of {self._name()}: {error} (skip_unreadable goes on "
-                f"without it)"
+                f"cannot read the image of {self._name()}: {why_unreadable(error)} "
+                "(skip_unreadable goes on without it)"
             ) from error
         name = self._name()
         self.unreadable.add(zlib.crc32(name.encode()) % _FLAGS, name)

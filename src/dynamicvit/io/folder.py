@@ -22,7 +22,7 @@ from dynamicvit.core.model import SparseViT
 from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.core.selectors import check_name, name_of
 from dynamicvit.io.files import name_in_errors
-from dynamicvit.io.weights import load_strictly
+from dynamicvit.io.weights import OWN_WEIGHTS, load_strictly
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -150,7 +150,8 @@ def load_folder(folder: str | os.PathLike[str]) -> nn.Module:
     except (OSError, ValueError):  # such as a name that is too long
         exists = False
     if not exists:
-        raise FileNotFoundError(f"no model folder at {folder}")
+        hint = f", which is a file; {OWN_WEIGHTS}" if os.path.isfile(folder) else ""
+        raise FileNotFoundError(f"no model folder at {folder}{hint}")
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is not a model folder: it has no {name}")

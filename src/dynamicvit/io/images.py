@@ -8,7 +8,7 @@ import stat
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # Files of a folder that count as images; timm by itself leaves all but PNG and JPEG out unsaid.
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -44,6 +44,7 @@ def find_images(names: Sequence[str]) -> list[str]:
     Raises:
         TypeError: if `names` is no sequence of strings.
         ValueError: if a folder or a pattern has no image.
+        FileNotFoundError: if there is no such file.
     """
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"images must be a list of names, got {names!r}")
@@ -56,12 +57,19 @@ def find_images(names: Sequence[str]) -> list[str]:
             files = sorted(file for file in files if file.lower().endswith(IMAGE_SUFFIXES))
         elif glob.has_magic(name) and not os.path.exists(name):
             files = sorted(file for file in glob.glob(name, recursive=True) if os.path.isfile(file))
-        else:
+        elif os.path.lexists(name):
             files = [name]
+        else:
+            raise FileNotFoundError(f"no image at {name}")
         if not files:
             raise ValueError(f"images must be files, folders or patterns, got none in {name!r}")
         found += files
     return list(dict.fromkeys(found))
+
+
+def why_unreadable(error: Exception) -> str:
+    """Why a picture cannot be read, without the name that its reader has for the open file."""
+    return "cannot identify image file" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:

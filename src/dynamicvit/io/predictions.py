@@ -18,7 +18,7 @@ from timm.data import (
 )
 from torch import Tensor, nn
 
-from dynamicvit.io.images import MODES, check_regular, convert_image
+from dynamicvit.io.images import MODES, check_regular, convert_image, why_unreadable
 
 ImageSource = str | os.PathLike[str] | Image.Image
 
@@ -197,7 +197,7 @@ def read_image(source: ImageSource, mode: str, label: str) -> Image.Image:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no image at {label}") from error
     except Exception as error:  # foreign bytes make Pillow raise nearly anything
-        raise ValueError(f"cannot read image {label}: {error}") from error
+        raise ValueError(f"cannot read image {label}: {why_unreadable(error)}") from error
     width, height = picture.size
     if not 0 < max(width, height) <= _MAX_ASPECT * min(width, height):
         raise ValueError(

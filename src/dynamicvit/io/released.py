@@ -17,7 +17,7 @@ from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.io.arguments import check_types
 from dynamicvit.io.files import check_folder
 from dynamicvit.io.folder import save_folder
-from dynamicvit.io.weights import load_strictly, read_weights, unwrap
+from dynamicvit.io.weights import OWN_WEIGHTS, load_strictly, read_weights, unwrap
 from dynamicvit.models.lvvit import from_official
 
 
@@ -192,7 +192,9 @@ def _build(
     needed = _SIZES if architecture is None else {}
     missing = [key for key in needed if key not in weights]
     if missing:
-        raise ValueError(f"{source} is not of a DeiT, LV-ViT or plain ViT: it has no {missing}")
+        raise ValueError(
+            f"{source} must be of a DeiT, LV-ViT or plain ViT: it has no {missing}; {OWN_WEIGHTS}"
+        )
     optional = {"reg_token": 3, "patch_embed.backbone.0.conv.weight": 4}
     for key, axes in (_SIZES | optional).items():
         shape = weights[key].shape if key in weights else (1,) * axes
@@ -214,8 +216,8 @@ def _build(
         adapter_of(model)
         sizes["img_size"] = _image_size(weights, model, source, img_size)
         return timm.create_model(architecture, **sizes)
-    except UnsupportedBackbone:
-        raise
+    except UnsupportedBackbone as error:
+        raise UnsupportedBackbone(f"architecture {architecture!r}: {error}") from error
     except (RuntimeError, AssertionError, TypeError, AttributeError) as error:
         raise ValueError(f"architecture {architecture!r} does not fit {source}: {error}") from error
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 # Where files hold their weights, by precedence: what the DynamicViT authors evaluate, then timm's.
 WRAPPERS = ("model", "state_dict_ema", "model_ema", "state_dict")
+OWN_WEIGHTS = "weights of your own go with a timm name: --weights FILE, load_model(…, weights=FILE)"
 _DEEPEST = 3  # levels of dicts in which weights are looked for
 _LISTED = 5  # keys that an error names
 
@@ -30,7 +31,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     weights = unwrap(_read(Path(path)))
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise ValueError(f"{path} holds no state dict")
+        raise ValueError(f"{path} must hold a state dict, got none; {OWN_WEIGHTS}")
     return weights
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, IterableDataset
 
-from dynamicvit.core.backbones import adapter_of
+from dynamicvit.core.backbones import UnsupportedBackbone, adapter_of
 from dynamicvit.core.model import SparseViT
 from dynamicvit.evaluation.data import ImageData, open_data
 from dynamicvit.evaluation.launch import start_processes
@@ -82,7 +82,10 @@ def load_dense(config: TrainConfig) -> Any:
     if isinstance(dense, SparseViT):
         raise ValueError(f"model must be dense to start from, got the sparse model {config.model}")
     if config.sparse:
-        adapter_of(dense)
+        try:
+            adapter_of(dense)
+        except UnsupportedBackbone as error:
+            raise UnsupportedBackbone(f"model {config.model!r}: {error}") from error
     return dense
 
 
@@ -134,13 +137,13 @@ def prepare(config: TrainConfig, session: Session, dense: Any, resume: bool) -> 
     student.to(accelerator.device)
     checkpoint = _find_checkpoint(config, session) if resume else None
     records = Records(config, accelerator, session.console, checkpoint and checkpoint[1])
-    kind = "dense"
+    phase = "dense training"
     if isinstance(student, SparseViT):
         kept = " ".join(f"{ratio:.2f}" for ratio in student.schedule.ratios)
-        kind = f"sparse ({config.scorer}, ratios {kept})"
+        phase = f"sparse training ({config.scorer}, ratios {kept})"
     session.console.print(
-        f"{kind} training: {config.epochs} epochs, {feed.images // layout.total} steps each, "
-        f"{layout.total} images a step",
+        f"{phase}: {config.epochs} epochs of {feed.images // layout.total} steps, "
+        f"batch {layout.total}",
         highlight=False,
     )
     if accelerator.is_main_process:
