@@ -320,8 +320,9 @@ def test_without_skip_unreadable_the_file_is_named(images: Path) -> None:
         ]
         file = re.escape(str(images / "train" / "odd" / name))
         message = rf"cannot read image {file}: .*\S.* \(skip_unreadable goes on without it"
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(DataError, match=message) as caught:
             data.dataset[index]
+        assert "<_io" not in str(caught.value)
 
 
 def test_all_that_can_be_read_has_the_model_s_channels(images: Path) -> None:

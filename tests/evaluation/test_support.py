@@ -273,6 +273,8 @@ def test_models_are_listed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
         ("me/deit-small-patch16-224", "'vit'.*near: .*deit_small_patch16_224"),
         ("me/odd", "filter must be .* got 'me/odd'"),
         ("me/none", "got 'me/none': no route"),
+        ("me/deit-small", "got 'me/deit-small': no route; near: deit_small"),
+        ("timm/resnet18.a1_in1k", "ResNet is not supported: .*; near in size: "),
     ],
 )
 def test_models_says_what_is_wrong_and_what_is_near(
@@ -308,6 +310,8 @@ def test_models_takes_hub_ids_and_names_of_weights(
     _serve(tmp_path, monkeypatch)
     for name in ("me/vit", "deit_256.untrained"):
         assert [item.name for item in zoo.models(name, quiet=True)] == ["deit_256"]
+    found = zoo.models("timm/deit_tiny_patch16_224.fb_in1k", quiet=True)
+    assert [item.name for item in found] == ["deit_tiny_patch16_224"]
 
 
 def test_the_list_fits_into_80_columns(

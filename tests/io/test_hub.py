@@ -12,9 +12,10 @@ from huggingface_hub import HfApi, RepoUrl, constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from dynamicvit import KeepSchedule, SparseViT, count_gmacs, load, sparsify
+from dynamicvit.core.backbones import UnsupportedBackbone
 from dynamicvit.io.folder import CONFIG, WEIGHTS
 from dynamicvit.io.hub import offline_if_unreachable
-from dynamicvit.io.load import load_model
+from dynamicvit.io.load import check_backbone, load_model
 from tests.conftest import randomise, tiny_vit
 
 NAMES = ["ant", "bee", "cat", "dog", "élan"]
@@ -235,6 +236,20 @@ def test_without_a_network_nothing_is_tried_again(
     with pytest.raises(ValueError, match=rf"'test_vit'.*{unreachable}|cannot create 'test_vit'"):
         load_model("test_vit")
     assert len(asked) == 3
+    # What could not become sparse is told with it; and to whoever needs that, without the hub.
+    unsupported = "ResNet is not supported: .*; near in size: "
+    for name in ("resnet18", "timm/resnet18.a1_in1k"):
+        with pytest.raises((ValueError, FileNotFoundError), match=f"made sparse: {unsupported}"):
+            load_model(name)
+    assert len(asked) == 5
+    for name in ("resnet18", "timm/resnet18.a1_in1k"):
+        with pytest.raises(UnsupportedBackbone, match=f"model '{name}': {unsupported}"):
+            check_backbone(name)
+    for name in ("deit_256", "dynamicvit_deit_256", "me/none", "folder"):
+        check_backbone(name)
+    with pytest.raises(ValueError, match=r"got 'vit_smal_patch16_224'; did you mean vit_small_pa"):
+        load_model("vit_smal_patch16_224")
+    assert len(asked) == 5
     assert not constants.HF_HUB_OFFLINE, "it is put back"
 
 

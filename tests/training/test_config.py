@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dynamicvit.training.config import TrainConfig
+from dynamicvit.training.config import TrainConfig, choose_batch
 from dynamicvit.training.options import (
     AugmentationOptions,
     HardwareOptions,
@@ -98,6 +98,31 @@ def test_a_broken_file_is_named(content: bytes, message: str, tmp_path: Path) ->
     with pytest.raises(ValueError, match=rf"{file} .*{message}") as caught:
         TrainConfig.from_file(file)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "images", "processes", "batch"),
+    [
+        ({}, 5000, 1, 128),
+        ({}, 47, 1, 46),  # even, for Mixup
+        ({"mixup": 0, "cutmix": 0}, 47, 1, 47),
+        ({"accumulate": 2}, 47, 3, 6),
+        ({"epoch_images": 10}, 47, 1, 10),
+        ({"batch_size": 47, "mixup": 0, "cutmix": 0}, 47, 1, 47),
+        ({"accumulate": 8}, 47, 3, "data must have at least 48 training images, .*got images"),
+        ({}, 1, 1, "data must have at least 2 training images, so .* the training split's are 1"),
+        ({"batch_size": 48}, 47, 1, "batch_size must not exceed the training split's 47 images"),
+    ],
+)
+def test_the_batch_is_what_the_data_fills(
+    options: dict[str, Any], images: int, processes: int, batch: int | str
+) -> None:
+    config = _config(**options)
+    if isinstance(batch, int):
+        assert choose_batch(config, images, processes).batch_size == batch
+        return
+    with pytest.raises(ValueError, match=batch):
+        choose_batch(config, images, processes)
 
 
 def test_old_names_of_precision_are_read() -> None:

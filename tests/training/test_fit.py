@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -16,7 +17,9 @@ from typing import Any, cast
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader, TensorDataset
 
 import dynamicvit
 from dynamicvit import cli
@@ -916,8 +919,31 @@ def test_where_there_is_no_terminal_lines_tell_of_the_steps(
     assert f"to evaluate it: dynamicvit evaluate {best} --data {options['data']}" in text
     assert " met: " not in text, "there is nothing to say about the images"
     monkeypatch.setattr(progress.Status, "SECONDS", 0.0)
+    monkeypatch.setattr("dynamicvit.evaluation.console._FIRST", -1.0)
     train(TrainConfig(**options | {"output": options["output"] + "_2"}))
-    lines = [line for line in capsys.readouterr().out.splitlines() if " left" in line]
+    printed = capsys.readouterr()
+    assert "validating: 0 of 2 batches" in printed.err
+    lines = [line for line in printed.out.splitlines() if " left" in line]
     assert len(lines) == 8
     pattern = r"epoch 1/2  step 3/8  loss \d+\.\d+  kept 0.\d\d 0.\d\d 0.\d\d  0:\d\d:\d\d left"
     assert re.fullmatch(pattern, lines[2])
+    assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize("stages", [0, 3, 11])
+def test_a_terminal_shows_the_run_in_one_line(stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=80, color_system=None)
+    status = progress.Status(console, 36_000, 0)
+    numbers: dict[str, Any] = {"loss": 2.345, "kept": [0.5] * stages} if stages else {"loss": 2.3}
+    with status.shown():
+        status.step(12_000, "epoch 10/30", numbers)
+        status.bar.refresh()
+        loader = DataLoader(TensorDataset(torch.zeros(6)), batch_size=2)
+        assert len(list(status.validating(loader))) == 3
+    shown = re.split(r"[\r\n]", screen.getvalue())
+    [line, *_] = [line for line in shown if "12000/36000 steps" in line]
+    assert "loss 2.3" in line
+    assert ("kept 0.50" in line) == bool(stages)
+    assert "…" not in line.replace("0.50 … 0.50", "")
+    assert any("3/3 batches" in line or "0/3 batches" in line for line in shown)

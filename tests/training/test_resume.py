@@ -19,6 +19,7 @@ from dynamicvit import cli
 from dynamicvit.training import loop, run_folder
 from dynamicvit.training.checkpoints import find_checkpoints, load_place
 from dynamicvit.training.config import TrainConfig
+from dynamicvit.training.distributed import sigterm_noted
 from dynamicvit.training.fit import train
 from dynamicvit.training.metrics import METRICS
 from dynamicvit.training.run import Run
@@ -234,6 +235,19 @@ def test_a_folder_in_use_is_refused_and_that_of_a_dead_process_taken_over(
     assert (output / LOCK).exists()
     train(TrainConfig(**options | {"epochs": 0}))
     assert not (output / LOCK).exists()
+
+
+def test_a_second_sigterm_ends_the_process() -> None:
+    child = os.fork()
+    if child == 0:
+        try:
+            with sigterm_noted() as asked:
+                signal.raise_signal(signal.SIGTERM)
+                if asked():
+                    signal.raise_signal(signal.SIGTERM)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
 
 
 def test_a_file_that_is_just_being_removed_is_no_lock(

@@ -163,13 +163,13 @@ def _find(filter: str) -> list[str]:
 
 
 def _architecture(hub_id: str) -> str:
-    """timm's name of the model that a hub id holds. A name that timm knows needs no network.
+    """timm's name of the model that a hub id holds. timm's own are known without the hub.
 
     Raises:
         ValueError: if it is none of timm's, or not reached.
     """
-    name = hub_id.split("/")[1]
-    if timm.is_model(name):
+    owner, name = hub_id.split("/")
+    if owner == "timm" and timm.is_model(name):
         return name
     near = [other for other in names() if name.replace("-", "_") in other][:3]
     start = f"filter must be timm's name or the hub id of a timm model, got {hub_id!r}"
