@@ -914,7 +914,7 @@ def test_where_there_is_no_terminal_lines_tell_of_the_steps(
     text = capsys.readouterr().out
     assert " left" not in text, "it was done in no time"
     assert "dense training" not in text
-    assert "sparse training (learned, ratios 0.70 0.49 0.34): 2 epochs of 4 steps, batch 4" in text
+    assert "sparse training (learned, ratios 0.70 0.49 0.34): epochs 2, images 16, batch 4" in text
     best = f"{options['output']}/best"
     assert f"to evaluate it: dynamicvit evaluate {best} --data {options['data']}" in text
     assert " met: " not in text, "there is nothing to say about the images"

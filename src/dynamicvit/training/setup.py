@@ -142,8 +142,7 @@ def prepare(config: TrainConfig, session: Session, dense: Any, resume: bool) -> 
         kept = " ".join(f"{ratio:.2f}" for ratio in student.schedule.ratios)
         phase = f"sparse training ({config.scorer}, ratios {kept})"
     session.console.print(
-        f"{phase}: {config.epochs} epochs of {feed.images // layout.total} steps, "
-        f"batch {layout.total}",
+        f"{phase}: epochs {config.epochs}, images {feed.images}, batch {layout.total}",
         highlight=False,
     )
     if accelerator.is_main_process:
@@ -170,7 +169,7 @@ def _find_checkpoint(config: TrainConfig, session: Session) -> Checkpoint | None
     found = load_place(output)
     if found is not None:
         check_same_run(found[0], config, session.train_data.class_names, found[1])
-    elif (output / METRICS).exists():
+    elif (output / METRICS).exists() and (output / METRICS).stat().st_size:
         session.console.print(
             f"{output} has no checkpoint yet: the run starts from the beginning", soft_wrap=True
         )
