@@ -51,6 +51,36 @@ def save_folder(
     """
     if not isinstance(folder, str | os.PathLike):
         raise TypeError(f"folder must be a path, got {folder!r}")
+    backbone, extra = _describe(model, class_names)
+    target = Path(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside the target, then moved: an interrupted or failed save leaves no half model.
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        with name_in_errors(target / CONFIG, temporary / CONFIG):
+            save_config_for_hf(backbone, str(temporary / CONFIG), model_config=extra)
+        tensors = {
+            key: (value.to(dtype) if dtype and value.is_floating_point() else value)
+            .contiguous()
+            .cpu()
+            for key, value in model.state_dict().items()
+        }
+        with name_in_errors(target / WEIGHTS, temporary / WEIGHTS):
+            save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        target.mkdir(exist_ok=True)
+        # Without its config a folder is refused, so a kill in between leaves no mixed model.
+        (target / CONFIG).unlink(missing_ok=True)
+        for name in (WEIGHTS, CONFIG):
+            os.chmod(temporary / name, 0o644)
+            os.replace(temporary / name, target / name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _describe(
+    model: nn.Module, class_names: Sequence[str] | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The timm model in a model, and what its config says beside timm's own entries."""
     schedule = getattr(model, "schedule", None)
     backbone: Any = model if schedule is None else model.backbone
     cfg = getattr(backbone, "pretrained_cfg", None)
@@ -79,33 +109,11 @@ def save_folder(
         names = None  # those of another head
     extra: dict[str, Any] = {"label_names": names} if names else {}
     if isinstance(model, SparseViT):
-        extra["dynamicvit"] = _describe(model, scorer)
-    target = Path(folder)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside the target, then moved: an interrupted or failed save leaves no half model.
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        with name_in_errors(target / CONFIG, temporary / CONFIG):
-            save_config_for_hf(backbone, str(temporary / CONFIG), model_config=extra)
-        tensors = {
-            key: (value.to(dtype) if dtype and value.is_floating_point() else value)
-            .contiguous()
-            .cpu()
-            for key, value in model.state_dict().items()
-        }
-        with name_in_errors(target / WEIGHTS, temporary / WEIGHTS):
-            save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        target.mkdir(exist_ok=True)
-        # Without its config a folder is refused, so a kill in between leaves no mixed model.
-        (target / CONFIG).unlink(missing_ok=True)
-        for name in (WEIGHTS, CONFIG):
-            os.chmod(temporary / name, 0o644)
-            os.replace(temporary / name, target / name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        extra["dynamicvit"] = _describe_sparse(model, scorer)
+    return backbone, extra
 
 
-def _describe(model: SparseViT, scorer: str | None) -> dict[str, Any]:
+def _describe_sparse(model: SparseViT, scorer: str | None) -> dict[str, Any]:
     """What makes a backbone this model, for its config."""
     schedule = model.schedule
     found: dict[str, Any] = {"blocks": schedule.blocks, "ratios": schedule.ratios, "scorer": scorer}
@@ -118,7 +126,7 @@ def _describe(model: SparseViT, scorer: str | None) -> dict[str, Any]:
 
 
 def _build(backbone: nn.Module, found: Any) -> SparseViT:
-    """The model that `_describe` described. Raises TypeError or ValueError if it did not."""
+    """The model that `_describe_sparse` described. Raises TypeError or ValueError if it did not."""
     if not isinstance(found, dict) or not {"blocks", "ratios"} <= found.keys():
         raise ValueError(f"'dynamicvit' must hold blocks and ratios, got {found!r:.200}")
     scorer = found.get("scorer", "learned")  # older folders do not name it
