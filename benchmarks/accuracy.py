@@ -49,8 +49,7 @@ from dynamicvit.evaluation.loader import create_image_loader
 from dynamicvit.evaluation.timing import interleave, medians
 from dynamicvit.io.embedded import ASSETS
 from dynamicvit.io.files import check_folder, write_text
-from dynamicvit.io.folder import save_folder
-from dynamicvit.io.load import load_model
+from dynamicvit.io.folder import load_folder, save_folder
 from dynamicvit.quickstart import RECIPE, unpack_images
 from dynamicvit.training.checkpoints import CHECKPOINTS, find_checkpoints
 from dynamicvit.training.config import RECIPES, TrainConfig
@@ -320,7 +319,7 @@ class Bench:
     console: Console = field(default_factory=lambda: Console(width=120))
 
     def __post_init__(self) -> None:
-        if self.model is not None and isinstance(load_model(self.model), SparseViT):
+        if self.model is not None and isinstance(load_folder(self.model), SparseViT):
             raise ValueError(f"model must be a dense model's folder, got the sparse {self.model}")
         self.accelerator = Accelerator(mixed_precision=PRECISIONS[self.precision])
         self.images = {
@@ -338,7 +337,7 @@ class Bench:
         """Blocks of the dense model."""
         if self.model is None:
             return int(cast(Any, self.scale.model)["model_kwargs"].get("depth", 12))
-        return len(load_model(self.model).blocks)
+        return len(cast(Any, load_folder(self.model)).blocks)
 
     def steps_and_warm(self, row: Row) -> tuple[int, int]:
         """Steps of training, and of the warm start before them."""
@@ -471,13 +470,13 @@ class Bench:
         """The model after the last step: the best epoch would be chosen on the test images."""
         output = Path(config.output)
         train(config, resume=True)
-        model = load_model(output / BEST)
+        model = load_folder(output / BEST)
         state = torch.load(find_checkpoints(output)[-1], map_location="cpu", weights_only=True)
         model.load_state_dict(state["student"])
         return model
 
     def _untrained(self, row: Row) -> nn.Module:
-        dense = load_model(self.dense)
+        dense = load_folder(self.dense)
         if row.scorer is None:
             return dense
         return sparsify(dense, schedule=self.schedule(row), scorer=row.scorer)
@@ -507,7 +506,7 @@ class Bench:
             given = cast(Any, self.scale.model)
             dense = timm.create_model(given["model"], **given["model_kwargs"])
         else:
-            dense = load_model(self.model)
+            dense = load_folder(self.model)
         device = self.accelerator.device
         batch = self.scale.batch_size
         channels, height, width = resolve_input_data_config(dense)["input_size"]

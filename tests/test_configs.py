@@ -11,7 +11,7 @@ import yaml
 
 from dynamicvit import KeepSchedule, SparseViT, count_gmacs
 from dynamicvit.evaluation.support import build_on_meta
-from dynamicvit.training.config import TrainConfig, complete
+from dynamicvit.training.config import TrainConfig, choose_batch, complete
 from dynamicvit.training.fit import train
 from tests.conftest import write_images
 
@@ -50,7 +50,8 @@ def test_a_config_holds_the_recipe_and_costs_what_was_published(name: str) -> No
     assert config.output == f"runs/{name}"
     assert f"--config configs/{name}.yaml" in CONFIGS[name].read_text()
     # What is filled in for ImageNet is the paper's recipe, for DeiT-S.
-    recipe = complete(TrainConfig(data=config.data, output=config.output), 1_281_167, 1024)
+    recipe = choose_batch(TrainConfig(data=config.data, output=config.output), 1_281_167, 8)
+    recipe = complete(recipe, 1_281_167, 1024)
     row: dict[str, Any] = {"model": config.model, "keep_ratio": config.keep_ratio}
     if name.startswith("deit_base"):
         row |= {"ratio_weight": 5.0, "drop_path": 0.2}
