@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -69,6 +69,11 @@ REACH_RATIO = {"ratio_weight": 10.0}
 BEST_START = {**REACH_RATIO, "warm_start": WARM_START}
 # What `train --recipe` sets, except the number of steps. The paper's 30 epochs are six here; the
 # first freezes the backbone and warms up, as the paper's first five do.
+# One model for every budget.
+KEEP_RATIOS = [0.3, 1.0]
+BUDGETS = (0.9, 0.7, 0.5, 0.4, 0.35)
+LEVELS = (0.3, 0.5, 0.7, 1.0)
+CALIBRATION = 4096  # images
 PAPER = {
     "epochs": 6,
     "freeze_epochs": 1,
@@ -279,7 +284,9 @@ def plan(scale: Scale, seeds: int = 1, depth: int = 12) -> list[Row]:
         Row(f"static-{ratio}-no_warm_start", "starts", full, "static", ratio, options=REACH_RATIO)
         for ratio in BASELINE_RATIOS
     ]
-    first = [Row("dense", "dense", scale.dense_steps), *main, *recipes, *fewer]
+    options = {**BEST_START, "keep_ratios": KEEP_RATIOS}
+    budgets = [Row("budgets", "budgets", full, "learned", 0.7, headline=True, options=options)]
+    first = [Row("dense", "dense", scale.dense_steps), *main, *recipes, *fewer, *budgets]
     more = [replace(row, seed=seed) for seed in range(1, seeds) for row in first if row.headline]
     return [*first, *more, *stages, *losses, *starts]
 
@@ -444,6 +451,9 @@ class Bench:
         model = self._train(row, config) if config is not None else self._untrained(row)
         save_folder(model, folder / FINAL)
         evaluation = self._evaluate(model, row.seed)
+        if "keep_ratios" in row.options:
+            evaluation["budgets"] = self._budgets(cast(SparseViT, model))
+            save_folder(model, folder / FINAL)  # with its calibration
         steps, warm = self.steps_and_warm(row)
         if config is not None:
             steps = config.epochs * (cast(int, config.epoch_images) // cast(int, config.batch_size))
@@ -481,8 +491,8 @@ class Bench:
             return dense
         return sparsify(dense, schedule=self.schedule(row), scorer=row.scorer)
 
-    def _evaluate(self, model: nn.Module, seed: int) -> dict[str, Any]:
-        images = open_data(self.data, "val", data_dir=self.data_dir, in_chans=1)
+    def _loader(self, model: nn.Module, split: str) -> Any:
+        images = open_data(self.data, split, data_dir=self.data_dir, in_chans=1)
         backbone: Any = model.backbone if isinstance(model, SparseViT) else model
         loader = create_image_loader(
             images,
@@ -492,8 +502,44 @@ class Bench:
             workers=self.workers,
             device=self.accelerator.device,
         )
+        return self.accelerator.prepare(loader)
+
+    @torch.no_grad()
+    def _budgets(self, model: SparseViT) -> list[dict[str, Any]]:
+        """One model at several budgets: the same for all images, and each image its own.
+
+        It is calibrated on images of the training split, prepared as for validation.
+        """
+        model.to(self.accelerator.device).eval()
+        batches = islice(self._loader(model, "train"), CALIBRATION // 256)
+        model.calibrate((images for images, _ in batches), LEVELS)
+        cost, patches = model.budget().cost, cast(int, model.adapter.num_patches(model.backbone))
+        points = [
+            {"keep_ratio": ratio, "per_image": per_image}
+            for ratio in BUDGETS
+            for per_image in (False, True)
+        ]
+        models = [model.at(**point) for point in points]
+        right, gmacs = [0] * len(points), [0.0] * len(points)
+        count = 0
+        for images, targets in self._loader(model, "val"):
+            count += len(images)
+            for number, each in enumerate(models):
+                output = each.pruned(images)
+                right[number] += int((output.logits.argmax(1) == targets).sum())
+                schedules = [each.schedule] if each.levels is None else each.levels.schedules
+                costs = {schedule.counts(patches)[0]: cost(schedule) for schedule in schedules}
+                kept = output.keep[0].sum(dim=1).long().tolist()
+                gmacs[number] += sum(costs[number_kept] for number_kept in kept)
+        return [
+            {**point, "top1": 100 * hits / count, "gmacs": total / count}
+            for point, hits, total in zip(points, right, gmacs, strict=True)
+        ]
+
+    def _evaluate(self, model: nn.Module, seed: int) -> dict[str, Any]:
+        loader = self._loader(model, "val")
         set_seed(seed)  # random selection draws here
-        found = asdict(evaluate_model(model, self.accelerator.prepare(loader), self.accelerator))
+        found = asdict(evaluate_model(model, loader, self.accelerator))
         del found["images_per_second"]  # of one pass, among whatever else runs
         return found
 

@@ -37,8 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "plot": (
         "dynamicvit.views.plot:plot",
-        "Draw how a training run went, finished or not: losses, accuracy, tokens kept, "
-        "learning rates.",
+        "Draw the curves of a training run, finished or not: losses, accuracy, kept tokens, rates.",
     ),
     "report": (
         "dynamicvit.views.report:report",

@@ -113,7 +113,9 @@ def test_a_stream_has_no_shorter_epochs(
 @pytest.mark.parametrize("scorer", [name for name, kind in SELECTORS.items() if kind.reads_blocks])
 def test_rules_that_read_blocks_are_not_sharded(options: dict[str, Any], scorer: str) -> None:
     sparse, teacher = sparsify(tiny_vit(), 0.7, scorer=scorer), tiny_vit()
-    processes: Any = SimpleNamespace(num_processes=2, device=torch.device("cpu"), reduce=sum)
+    processes: Any = SimpleNamespace(
+        num_processes=2, device=torch.device("cpu"), reduce=sum, gather=sum
+    )
     config = TrainConfig(**options, shard=True, scorer=scorer)
     with pytest.raises(ValueError, match=f"shard must be false .* got {scorer}"):
         create_task(config, processes, sparse, cast(Any, teacher), None)
