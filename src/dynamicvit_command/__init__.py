@@ -41,7 +41,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "report": (
         "dynamicvit.views.report:report",
-        "Show a model, its training and what was measured of it, as one HTML file.",
+        "Show a model, its training and its measured results as one HTML file.",
     ),
     "predict": (
         "dynamicvit.deploy.predict:predict",
@@ -49,12 +49,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "explain": (
         "dynamicvit.views.explain:explain_files",
-        "Show which patches of images a model keeps, stage by stage, and what it takes them for.",
+        "Show which patches of images a model keeps at each stage, and the classes it predicts.",
     ),
     "demo": (
         "dynamicvit.views.demo:demo",
-        "Serve a page where images are dropped in and the keep ratio is moved, on this machine "
-        "alone.",
+        "Serve a web page that shows what a model keeps of an image at any keep ratio.",
     ),
     "export": (
         "dynamicvit.deploy.export:export",
