@@ -69,6 +69,9 @@ def _core_calls(sparse: SparseViT) -> list[tuple[Callable[..., Any], dict[str, A
     image = torch.zeros(1, 3, 32, 32)
     decisions = [torch.ones(1, 16)] * 3
 
+    calibrated, half = copy.deepcopy(sparse), sparse.schedule.with_keep_ratio(0.5)
+    calibrated.calibrate(torch.randn(4, 3, 32, 32), (0.5, 1.0))
+
     def resize(img_size: Any) -> None:
         copy.deepcopy(sparse).set_input_size(img_size)
 
@@ -78,6 +81,7 @@ def _core_calls(sparse: SparseViT) -> list[tuple[Callable[..., Any], dict[str, A
     return [
         (dynamicvit.sparsify, {"model": tiny_vit(), "keep_ratio": 0.7, "align": None}),
         (dynamicvit.sparsify, {"model": tiny_vit(), "schedule": None, "scorer": "random"}),
+        (dynamicvit.sparsify, {"model": tiny_vit(), "keep_ratio": 0.7, "squeeze": True}),
         (dynamicvit.SparseViT, {"backbone": tiny_vit(), "schedule": KeepSchedule((1,), (0.5,))}),
         (dynamicvit.count_gmacs, {"model": tiny_vit(), "input_size": (3, 32, 32)}),
         (dynamicvit.TokenScorer, {"dim": 32}),
@@ -88,6 +92,9 @@ def _core_calls(sparse: SparseViT) -> list[tuple[Callable[..., Any], dict[str, A
         (sparse.masked, {"images": image, "decisions": decisions, "temperature": 1.0}),
         (sparse.at, {"keep_ratio": 0.5}),
         (sparse.at, {"schedule": KeepSchedule((1,), (0.5,))}),
+        (calibrated.at, {"keep_ratio": 0.6, "per_image": True}),
+        (calibrated.at, {"gmacs": calibrated.budget().cost(half), "per_image": True}),
+        (sparse.calibrate, {"images": image.repeat(2, 1, 1, 1), "keep_ratios": (0.5, 1.0)}),
         (resize, {"img_size": (32, 32)}),
         (reset, {"num_classes": 3, "global_pool": "token"}),
     ]

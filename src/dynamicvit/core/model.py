@@ -105,6 +105,8 @@ class SparseViT(TimmModel):
             raise TypeError(f"scorers must be one selector a stage, got {scorers!r:.200}")
         scorers = list(scorers)
         _check_scorers(scorers, model, len(schedule.blocks))
+        if not isinstance(squeeze, bool):
+            raise TypeError(f"squeeze must be true or false, got {squeeze!r:.200}")
         if squeeze and scorers[0].merges:
             raise ValueError(
                 f"squeeze needs scorers that choose tokens, got {type(scorers[0]).__name__}"
@@ -112,7 +114,7 @@ class SparseViT(TimmModel):
         self.backbone = model
         self.scorers = nn.ModuleList(scorers).train(model.training)
         self.schedule = schedule
-        self.squeeze = bool(squeeze)
+        self.squeeze = squeeze
         self.training = model.training
         self.calibration: Calibration | None = None
         self.levels: Levels | None = None
@@ -374,6 +376,8 @@ class SparseViT(TimmModel):
         >>> sparse.at(keep_ratio=0.5).schedule.counts(196)
         (98, 49, 24)
         """
+        if not isinstance(per_image, bool):
+            raise TypeError(f"per_image must be true or false, got {per_image!r:.200}")
         own = self.schedule.blocks
         given = {"keep_ratio": keep_ratio, "schedule": schedule, "gmacs": gmacs}
         if sum(value is not None for value in given.values()) != 1:
