@@ -70,7 +70,7 @@ BEST_START = {**REACH_RATIO, "warm_start": WARM_START}
 # What `train --recipe` sets, except the number of steps. The paper's 30 epochs are six here; the
 # first freezes the backbone and warms up, as the paper's first five do.
 # One model for every budget.
-KEEP_RATIOS = [0.3, 1.0]
+KEEP_RATIOS = [0.4, 1.0]
 BUDGETS = (0.9, 0.7, 0.5, 0.4, 0.35)
 LEVELS = (0.3, 0.5, 0.7, 1.0)
 CALIBRATION = 4096  # images

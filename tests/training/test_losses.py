@@ -17,6 +17,7 @@ from dynamicvit.training.losses import (
     cross_entropy,
     distillation_loss,
     kept_count,
+    level_loss,
     logit_kl,
     ratio_loss,
     token_kl,
@@ -80,6 +81,15 @@ def test_a_batch_as_a_whole_reaches_its_budget(seed: int, ratio: float, share: f
     assert again.sum() == max(1, round(float(ratios[1]) * 100))
     gathered = batch_threshold(ratios, lambda _: scores)(0, halves[0], None)
     assert gathered == threshold(0, scores, None)
+
+
+def test_the_level_of_scores_is_held() -> None:
+    scores = torch.tensor([[3.0, 1.0], [2.0, -2.0]], requires_grad=True)
+    loss = level_loss([scores, 2 * scores], lambda own: own)
+    assert loss.item() == pytest.approx(1.0 + 4.0)
+    # Another process has a mean of 3: the gradient is that of the mean of both.
+    level_loss([scores], lambda own: (own + 3.0) / 2).backward()
+    torch.testing.assert_close(scores.grad, torch.full_like(scores, 2 * 2.0 / 4))
 
 
 def test_a_budget_larger_than_what_is_left_keeps_what_is_left() -> None:

@@ -61,8 +61,9 @@ def test_the_budgets_of_steps_come_again(options: dict[str, Any], tmp_path: Path
     )
     assert whole == resumed
     first = {ratios[0] for ratios, _ in whole}
-    assert (min(first), max(first)) == (pytest.approx(0.4), 1.0)
-    assert len(first) > 2
+    assert len(first) > 4
+    assert min(first) > 0.4 - 1e-6
+    assert max(first) <= 1.0
 
 
 def test_what_is_given_goes_before_the_run_s_own_config(

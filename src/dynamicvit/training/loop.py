@@ -213,12 +213,11 @@ def _draw(run: Run, images: Tensor) -> Draws:
 def _ratios(keep_ratios: list[float], draws: Draws) -> Tensor:
     """The budget of a step: for each stage, the share of tokens that it keeps, [S].
 
-    A quarter of the steps have the largest ratio, a quarter the least, the others one in between.
+    A tenth of the steps have the largest ratio, a tenth the least, the others one in between.
     """
     least, most = keep_ratios
-    ratio = most if draws.budget < 0.25 else least
-    if draws.budget >= 0.5:
-        ratio = least + (most - least) * (2 * draws.budget - 1)
+    share = min(max((draws.budget - 0.1) / 0.8, 0.0), 1.0)
+    ratio = least + (most - least) * share
     stages = draws.keep.shape[1]
     return torch.tensor([ratio**stage for stage in range(1, stages + 1)], device=draws.keep.device)
 

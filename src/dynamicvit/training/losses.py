@@ -14,6 +14,8 @@ from torch import Tensor
 
 from dynamicvit.core.model import SparseOutput
 
+LEVEL_WEIGHT = 0.05  # of `level_loss`
+
 
 @dataclass(frozen=True)
 class LossWeights:
@@ -71,11 +73,28 @@ def ratio_loss(
     for mask, ratio in zip(keep, ratios, strict=True):
         share = mask.float().mean(dim=1)
         if of_batch is not None:
-            share = share.mean()
-            # The gradient that this process has a part in is that of the mean over all.
-            share = share + (of_batch(share.detach()) - share.detach())
+            share = _of_batch(share.mean(), of_batch)
         terms.append((ratio - share).square().mean())
     return torch.stack(terms).sum()
+
+
+def level_loss(scores: Sequence[Tensor], of_batch: Callable[[Tensor], Tensor]) -> Tensor:
+    """The batch's mean score, squared, sum over stages.
+
+    `batch_threshold` takes the common level of all scores off, so that no decision depends on it.
+    But each decision to keep would raise it, without end: this holds it near 0.
+
+    Args:
+        scores: for each stage, [B, N] log-odds of keeping.
+        of_batch: as for `ratio_loss`.
+    """
+    levels = [_of_batch(score.float().mean(), of_batch) for score in scores]
+    return torch.stack(levels).square().sum()
+
+
+def _of_batch(value: Tensor, of_batch: Callable[[Tensor], Tensor]) -> Tensor:
+    """The mean over processes, with the gradient that this process has a part in."""
+    return value + (of_batch(value.detach()) - value.detach())
 
 
 def batch_threshold(
@@ -202,4 +221,6 @@ def distillation_loss(
         parts["ratio"] = ratio_loss(student.keep, ratios, of_batch)
         parts["token"] = token_loss(student.tokens, teacher_tokens, student.keep[-1], count)
         loss = loss + weights.ratio / len(ratios) * parts["ratio"] + weights.token * parts["token"]
+        if of_batch is not None:
+            loss = loss + LEVEL_WEIGHT * level_loss(student.scores, of_batch)
     return {"loss": loss, **parts}
