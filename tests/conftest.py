@@ -43,6 +43,7 @@ SLOW_TESTS = {
     "test_it_runs_without_optional_packages",
     "test_kinds_of_models_as_onnx",
     "test_more_shapes_are_compiled_than_torch_compiles_one_function_for",
+    "test_squeezed_models[aoti]",
     "test_steps_are_timed_and_memory_is_measured",
     "test_the_command_runs_whole_without_optional_packages",
     "test_the_page_passes_the_validator",

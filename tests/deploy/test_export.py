@@ -44,10 +44,11 @@ from tests.conftest import randomise, tiny_vit, write_images
 NAMES = ["ant", "bee", "cat", "dog", "élan"]
 
 
-def _sparse(ratios: tuple[float, ...] = (0.5,), **options: Any) -> Any:
+def _sparse(ratios: tuple[float, ...] = (0.5,), squeeze: bool = False, **options: Any) -> Any:
     """A stage before each block."""
     schedule = KeepSchedule(tuple(range(len(ratios))), ratios)
-    sparse = sparsify(tiny_vit(**{"depth": len(ratios), **options}), schedule=schedule)
+    dense = tiny_vit(**{"depth": len(ratios), **options})
+    sparse = sparsify(dense, schedule=schedule, squeeze=squeeze)
     randomise(sparse.scorers)
     sparse.pretrained_cfg["label_names"] = NAMES
     return sparse
@@ -57,8 +58,10 @@ def _two_stages(**options: Any) -> Any:
     return _sparse((0.7, 0.3), **options)
 
 
-def _check_onnx(path: Path, sparse: SparseViT, images: Tensor) -> None:
-    """Run by hand, at a batch size not used before."""
+def _check_onnx(
+    path: Path, sparse: Any, images: Tensor, other: tuple[int, ...] | None = None
+) -> None:
+    """Run by hand, at a batch size not used before, with the file's counts or others."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -67,7 +70,14 @@ def _check_onnx(path: Path, sparse: SparseViT, images: Tensor) -> None:
     assert [item.name for item in session.get_outputs()] == ["logits", *stages]
     for value in (*session.get_inputs(), *session.get_outputs()):
         assert value.shape[0] == "batch"
-    logits, *kept = session.run(["logits", *stages], {"images": images.numpy()})
+    assert [item.name for item in session.get_overridable_initializers()] == ["counts"]
+    fed: dict[str, Any] = {"images": images.numpy()}
+    if other is not None:
+        fed["counts"] = np.array(other)
+        start = sparse.backbone.patch_embed.num_patches
+        ratios = tuple(count / start for count in other)
+        sparse = sparse.at(schedule=KeepSchedule(sparse.schedule.blocks, ratios))
+    logits, *kept = session.run(["logits", *stages], fed)
     expected = sparse.pruned(images)
     np.testing.assert_allclose(logits, expected.logits, atol=1e-5)
     for mask, stage in zip(expected.keep, kept, strict=True):
@@ -103,6 +113,8 @@ def test_exports_do_what_the_model_does(format: str, precision: str, tmp_path: P
     assert (agreement.images, agreement.batch_sizes) == (21, (1, 4, 16))
     assert agreement.kept_agreement is not None
     assert agreement.kept_agreement > 80
+    others = [other.kept_counts for other in done.other_budgets]
+    assert others == ([(16,), (4,)] if format in formats.COUNTED else [])
     if precision == "float32":
         assert agreement.max_difference < 1e-5
         assert (agreement.top1_agreement, agreement.kept_agreement) == (100, 100)
@@ -130,9 +142,10 @@ def test_exports_do_what_the_model_does(format: str, precision: str, tmp_path: P
         "float32",
     )
     assert (metadata["resize"], metadata["fit"], metadata["crop"]) == ([35, 35], "cover", [32, 32])
-    assert [*metadata["inputs"]] == ["images"]
+    assert [*metadata["inputs"]] == ["images", *["counts"] * (format in formats.COUNTED)]
     assert [*metadata["outputs"]] == ["logits", "kept_1"]
-    assert "int64 [batch, 8]" in metadata["outputs"]["kept_1"]
+    kept = "counts[0]" if format in formats.COUNTED else "8"
+    assert f"int64 [batch, {kept}]" in metadata["outputs"]["kept_1"]
     if format == "openvino":
         _check_openvino(path, metadata)
     assert metadata.get("inference_precision") == (
@@ -145,7 +158,7 @@ def _check_openvino(path: Path, metadata: dict[str, Any]) -> None:
     import openvino
 
     model = openvino.Core().read_model(path)
-    assert [value.get_any_name() for value in model.inputs] == ["images"]
+    assert [value.get_any_name() for value in model.inputs] == ["images", "counts"]
     assert [value.get_any_name() for value in model.outputs] == ["logits", "kept_1"]
     assert model.get_parameters()[0].get_layout() == openvino.Layout("NCHW")
     assert model.get_rt_info(["outputs", "kept_1"]).value == metadata["outputs"]["kept_1"]
@@ -157,8 +170,9 @@ def _check_openvino(path: Path, metadata: dict[str, Any]) -> None:
         {"name": "vit_tiny_patch16_224", "global_pool": "avg", "reg_tokens": 3},
         {"name": "eva02_tiny_patch14_224"},
         {"name": "lvvit_tiny", "img_size": 64, "patch_size": 16},
+        {"squeeze": True},
     ],
-    ids=lambda options: options["name"],
+    ids=lambda options: options.get("name", "squeezed"),
 )
 def test_kinds_of_models_as_onnx(options: dict[str, Any], tmp_path: Path) -> None:
     """Each with two stages, so that positions at the second are those of the first's."""
@@ -169,18 +183,20 @@ def test_kinds_of_models_as_onnx(options: dict[str, Any], tmp_path: Path) -> Non
     export_model(sparse, path, samples=5)
     size = options.get("img_size", 32)
     with torch.no_grad():
-        _check_onnx(path, sparse, torch.randn(7, 3, size, size))
+        for other in (None, (9, 2), (16, 5)):
+            _check_onnx(path, sparse, torch.randn(7, 3, size, size), other)
 
     model = onnx.load(str(path))
     assert [(item.domain, item.version) for item in model.opset_import] == [("", 18)]
     operators = {node.op_type for node in model.graph.node}
     assert not {"If", "Loop", "Scan", "NonZero", "Unique"} & operators
     assert not {name for name in operators if name.startswith("Scatter")}
-    assert operators <= OPERATORS
+    assert operators <= OPERATORS | (SQUEEZE_OPERATORS if sparse.squeeze else set())
     assert sum(node.op_type == "TopK" for node in model.graph.node) == 2
     assert not any(node.metadata_props for node in model.graph.node)
     described = read_metadata(path)
-    assert model.graph.input[0].doc_string == described["inputs"]["images"]
+    inputs = {value.name: value.doc_string for value in model.graph.input}
+    assert inputs == described["inputs"]
     outputs = {value.name: value.doc_string for value in model.graph.output}
     assert outputs == described["outputs"]
     assert len(model.functions) == 0
@@ -194,6 +210,27 @@ OPERATORS = {
     *("Cast", "Concat", "Constant", "Expand", "Range", "Reshape", "Shape", "Squeeze"),
     *("Transpose", "Unsqueeze"),
 }
+SQUEEZE_OPERATORS = {"ArgMax", "Clip", "Equal", "Exp", "ReduceL2", "ReduceSum"}
+
+
+@pytest.mark.parametrize("format", ["openvino", "torch", "aoti"])
+def test_squeezed_models(format: str, tmp_path: Path) -> None:
+    done = export_model(
+        _two_stages(squeeze=True), tmp_path / f"model{FORMATS[format][0]}", format, samples=5
+    )
+    assert (done.agreement.top1_agreement, done.agreement.kept_agreement) == (100, 100)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "counts"), [((0.7, 0.3), [(16, 16), (5, 2)]), ((1.0, 1.0), [(8, 8), (4, 4)])]
+)
+def test_other_budgets_are_compared(
+    ratios: tuple[float, ...], counts: list[tuple[int, ...]]
+) -> None:
+    found = module._other_budgets(_sparse(ratios), "onnx")
+    assert list(found) == counts
+    for each, sparse in found.items():
+        assert sparse.schedule.counts(16) == each
 
 
 def test_dense_models_and_the_command_line(
@@ -336,7 +373,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Exported]:
         opened.append(program)
         path.write_bytes(metadata.encode())
 
-    monkeypatch.setattr(module, "trace", lambda model, dtype: formats._Graph(model.fuse(), dtype))
+    def trace(model: Any, dtype: torch.dtype, free_counts: bool) -> nn.Module:
+        return formats._Graph(model.fuse(), dtype)
+
+    monkeypatch.setattr(module, "trace", trace)
     monkeypatch.setattr(module, "write_torch", write)
     monkeypatch.setitem(module.LOADERS, "torch", lambda path, precision: opened[-1])
 
@@ -409,9 +449,10 @@ def test_a_full_disk_leaves_no_file(
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(Path, "write_bytes", lambda *arguments: _raise(full))
     if format == "openvino":  # its own writer, here without what comes before
-        parameter = types.SimpleNamespace(set_layout=lambda layout: None)
+        node = types.SimpleNamespace(set_layout=lambda layout: None)
         graph = types.SimpleNamespace(
-            set_rt_info=lambda *arguments: None, get_parameters=lambda: [parameter]
+            set_rt_info=lambda *arguments: None,
+            input=lambda name: types.SimpleNamespace(get_node=lambda: node),
         )
         program = types.SimpleNamespace(save=lambda *arguments, **options: None)
         monkeypatch.setattr(formats, "_to_onnx", lambda *arguments: program)
@@ -504,7 +545,7 @@ def test_use_the_file_gives_what_predict_gives(
 ) -> None:
     """The page's own code, on photos of odd sizes."""
     page = Path(__file__).parents[2] / "docs" / "use-the-file.md"
-    onnx, openvino = re.findall(
+    onnx, openvino, other_budget = re.findall(
         r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE
     )
     sparse = _two_stages(in_chans=options.get("in_chans", 3))
@@ -532,6 +573,12 @@ def test_use_the_file_gives_what_predict_gives(
             exec(code, scope)
             for index, probability in expected.items():
                 assert scope["probabilities"][index] == pytest.approx(probability, abs=1e-3)
+        exec(other_budget, scope)
+        half = sparse.at(schedule=KeepSchedule(sparse.schedule.blocks, (5 / 16, 2 / 16)))
+        probabilities = scope["logits"] - scope["logits"].max()
+        probabilities = np.exp(probabilities) / np.exp(probabilities).sum()
+        for item in half.predict("photo.jpg"):
+            assert probabilities[item.index] == pytest.approx(item.probability, abs=1e-3)
 
 
 def test_metadata_of_other_files(tmp_path: Path) -> None:

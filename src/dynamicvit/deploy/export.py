@@ -8,20 +8,25 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from dynamicvit.core.model import SparseViT
+from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.deploy.engines import first_line
 from dynamicvit.deploy.formats import (
+    COUNTED,
+    COUNTS,
     FORMATS,
     LOADERS,
     PRECISIONS,
@@ -36,10 +41,10 @@ from dynamicvit.deploy.formats import (
     write_torch,
 )
 from dynamicvit.deploy.metadata import describe, read_metadata
-from dynamicvit.deploy.verify import Agreement, compare, find_images, load_images
+from dynamicvit.deploy.verify import BATCH_SIZES, Agreement, compare, find_images, load_images
 from dynamicvit.evaluation.console import cell, plain, show_steps
 from dynamicvit.evaluation.environment import environment
-from dynamicvit.evaluation.timing import Engine
+from dynamicvit.evaluation.setup import token_counts
 from dynamicvit.io.arguments import check_types
 from dynamicvit.io.files import check_file, write_text
 from dynamicvit.io.load import load_model
@@ -66,6 +71,7 @@ class Exported:
         engine: that ran it, with its version.
         megabytes: size on disk (10⁶ bytes), weights included.
         agreement: the comparison.
+        other_budgets: the same on fewer images with other counts, of formats that take these.
     """
 
     path: str
@@ -74,6 +80,7 @@ class Exported:
     engine: str
     megabytes: float
     agreement: Agreement
+    other_budgets: tuple[Agreement, ...] = ()
 
 
 def export(
@@ -161,8 +168,10 @@ def export_model(
     The file takes `images`, float32 [B, C, H, W] of the model's size and normalised as its
     `pretrained_cfg` says, for any B; and gives `logits`, float32 [B, num_classes]. Of a sparse
     model it also gives `kept_1`, `kept_2` and so on, one a stage, int64 [B, K]: original positions
-    of the patch tokens kept, in no particular order. `read_metadata` gives how to prepare images,
-    the class names, the schedule and how many tokens each stage keeps.
+    of the patch tokens kept, in no particular order. Its ONNX and OpenVINO files serve every
+    budget: they also take `counts`, int64 [S], how many patch tokens each stage keeps. ONNX files
+    have the model's own counts as the default. torch and aoti files keep these. `read_metadata`
+    gives how to prepare images, the class names, the schedule and its counts.
 
     Scorers are exported in their inference form. Weights are rounded to float16 and bfloat16, which
     the engine then computes in; but ONNX Runtime on a CPU computes in float32 with float16 weights,
@@ -192,13 +201,14 @@ def export_model(
     if format == "onnx" and size * PRECISIONS[precision].itemsize > _ONNX_LIMIT:
         raise ValueError(f"model must fit the 2 GiB of an ONNX file, got {size} parameters")
     metadata = json.dumps(describe(reference, names, format, precision))
-    batches = _calibration_images(reference, calibration or images) if precision == "int8" else []
+    inputs = _calibration_inputs(reference, calibration or images) if precision == "int8" else []
     with show_steps(quiet) as report, _temporary_folder(target) as folder:
         path = folder / target.name
-        calibrate = partial(quantize, batches, report) if batches else None
+        calibrate = partial(quantize, inputs, report) if inputs else None
         report("tracing the model")
         # An OpenVINO graph is in float32, whatever it computes in.
-        program = trace(reference, PRECISIONS["float32" if format == "openvino" else precision])
+        dtype = PRECISIONS["float32" if format == "openvino" else precision]
+        program = trace(reference, dtype, free_counts=format in COUNTED)
         report(f"writing {target}")
         with _name_target(target):
             match format:
@@ -213,29 +223,55 @@ def export_model(
         with _threads(1 if size < _SMALL else torch.get_num_threads()):
             engine = _open(path, format, precision)
             agreement = compare(reference, engine, found, report=report)
-        agreement.check(precision)
+            some = found[: sum(BATCH_SIZES)]
+            others = tuple(
+                compare(model, partial(engine, counts=np.array(counts)), some, report=report)
+                for counts, model in _other_budgets(reference, format).items()
+            )
+        for each in (agreement, *others):
+            each.check(precision)
         del engine  # some systems do not move open files
         megabytes = _move(path, target)
     name = engine_name(format)
     if (format, precision) == ("onnx", "float16"):
         name += ", which computes in float32 on a CPU"
-    return Exported(str(target), format, precision, name, megabytes, agreement)
+    return Exported(str(target), format, precision, name, megabytes, agreement, others)
 
 
-def _calibration_images(model: nn.Module, folder: str | None) -> list[Tensor]:
+def _calibration_inputs(model: nn.Module, folder: str | None) -> list[dict[str, np.ndarray]]:
     if folder is None:
         raise ValueError("calibration must be a folder of images for int8, got None")
-    return list(load_images(model, find_images(folder, _CALIBRATION, "calibration"), 1))
+    counts = token_counts(model)[1:]
+    same = {COUNTS: np.array(counts)} if counts else {}
+    images = load_images(model, find_images(folder, _CALIBRATION, "calibration"), 1)
+    return [{"images": image.numpy(), **same} for image in images]
 
 
-def _open(path: Path, format: str, precision: str) -> Engine:
+def _other_budgets(model: nn.Module, format: str) -> dict[tuple[int, ...], SparseViT]:
+    """Two choices of counts that a file takes beside its own, and the models that keep so many."""
+    found: dict[tuple[int, ...], SparseViT] = {}
+    if not isinstance(model, SparseViT) or format not in COUNTED:
+        return found
+    start, *own = token_counts(model)
+    for counts in (
+        (start,) * len(own),
+        tuple(max(1, count // 2) for count in own),
+        tuple(max(1, count // 4) for count in own),
+    ):
+        if counts != (*own,) and len(found) < 2:
+            ratios = tuple(count / start for count in counts)
+            found[counts] = model.at(schedule=KeepSchedule(model.schedule.blocks, ratios))
+    return found
+
+
+def _open(path: Path, format: str, precision: str) -> Callable[..., Any]:
     """What runs a file. Its errors name the engine and the precision."""
     with _name_engine(format, precision):
-        engine = LOADERS[format](path, precision)
+        engine: Any = LOADERS[format](path, precision)
 
-    def run(images: Tensor) -> Any:
+    def run(images: Tensor, **counts: np.ndarray) -> Any:
         with _name_engine(format, precision):
-            return engine(images)
+            return engine(images, **counts)
 
     return run
 
@@ -324,6 +360,9 @@ def print_exported(exported: Exported) -> None:
     if found.kept_agreement is not None:
         others = f", other tokens in {found.other_tokens} images" if found.other_tokens else ""
         rows.append(("same tokens kept", f"{found.kept_agreement:.2f}%{others}"))
+    for other in exported.other_budgets:
+        counts = ", ".join(map(str, other.kept_counts))
+        rows.append((f"with {counts} tokens", f"difference of at most {other.max_difference:.2g}"))
     if found.accuracy is not None:
         rows.append(("accuracy", "PyTorch {:.2f}%, file {:.2f}%".format(*found.accuracy)))
     table = Table.grid(padding=(0, 2))

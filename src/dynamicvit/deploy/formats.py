@@ -15,13 +15,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dynamicvit.core.model import SparseViT
-from dynamicvit.core.paths import Pruned
+from dynamicvit.core.paths import Path as TokenPath
+from dynamicvit.core.paths import Pruned, keep_tokens
+from dynamicvit.core.selectors import Selector, Stage
+from dynamicvit.core.tokens import Tokens, gather_tokens, squeeze
 from dynamicvit.evaluation.processor import has_bfloat16
-from dynamicvit.evaluation.setup import input_size
+from dynamicvit.evaluation.setup import input_size, token_counts
 from dynamicvit.evaluation.timing import Engine
 
 # How a file of each format must end, and the packages that it takes.
@@ -41,6 +45,8 @@ PRECISIONS = {
 # where the processor has it.
 OPENVINO_HINTS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int8": "f32"}
 KEY = "dynamicvit"  # under which the metadata lies
+COUNTS = "counts"  # the input of how many tokens each stage keeps
+COUNTED = ("onnx", "openvino")  # formats whose file takes counts, and so serves every budget
 OPSET = 18  # of ONNX: the first that torch's exporter gives, which most engines read
 _EXAMPLE = 2  # images in the example that is traced; at 0 or 1 the batch would become fixed
 Quantize = Callable[[Any, list[str]], Any]  # a model, names of nodes that stay → it in int8
@@ -56,6 +62,26 @@ _SUMMARY = (
 # What is exported.
 
 
+class _GivenCounts(TokenPath):
+    """The pruned path with the counts to keep as a tensor, [S] int64: an input of the file."""
+
+    def __init__(self, counts: Tensor) -> None:
+        self.counts = counts
+
+    def apply(self, stage: Stage, selector: Selector) -> tuple[Tokens, Tensor | None]:
+        tokens = stage.tokens
+        count = cast(int, self.counts[stage.number].item())
+        torch._check(count >= 1)
+        torch._check(count <= tokens.num_patches)
+        scores = selector(tokens.patches, None, stage)
+        if not stage.squeeze:
+            return keep_tokens(stage, scores.topk(count, dim=1, sorted=False).indices), scores
+        order = scores.topk(tokens.num_patches, dim=1).indices
+        kept = tokens.take(order[:, :count], stage.adapter.depth(stage.model) - stage.block)
+        leaving = gather_tokens(tokens.patches, order[:, count:])  # none, where all stay
+        return kept.with_patches(squeeze(kept.patches, leaving)), scores
+
+
 class _Graph(nn.Module):
     """Images → logits, and of a sparse model each stage's kept tokens; float32 outside, `dtype`
     inside."""
@@ -65,17 +91,25 @@ class _Graph(nn.Module):
         self.model = model.to(dtype)
         self.dtype = dtype
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor, counts: Tensor | None = None) -> tuple[Tensor, ...]:
         images = images.to(self.dtype)
         if not isinstance(self.model, SparseViT):
             return (self.model(images).float(),)
-        final, choices = self.model.run(images, Pruned(trace=True))
+        path = Pruned(trace=True) if counts is None else _GivenCounts(counts)
+        final, choices = self.model.run(images, path)
         kept = (cast(Tensor, choice.kept) for choice in choices)
         return self.model.forward_head(final.x).float(), *kept
 
 
-def trace(model: nn.Module, dtype: torch.dtype) -> torch.export.ExportedProgram:
+def trace(
+    model: nn.Module, dtype: torch.dtype, free_counts: bool = False
+) -> torch.export.ExportedProgram:
     """A copy of the model as a program with a free batch size.
+
+    Args:
+        model: sparse or dense.
+        dtype: that it computes in.
+        free_counts: of a sparse model, how many tokens each stage keeps is a second input.
 
     Raises:
         ValueError: if its selectors merge tokens or draw lots.
@@ -88,14 +122,17 @@ def trace(model: nn.Module, dtype: torch.dtype) -> torch.export.ExportedProgram:
             )
     inner = model.fuse() if isinstance(model, SparseViT) else copy.deepcopy(model)
     graph = _Graph(inner, dtype).eval().requires_grad_(False)
-    example = torch.zeros(_EXAMPLE, *input_size(model))
-    shapes = {"images": {0: torch.export.Dim("batch", min=1)}}
+    example = [torch.zeros(_EXAMPLE, *input_size(model))]
+    shapes: dict[str, Any] = {"images": {0: torch.export.Dim("batch", min=1)}}
+    if free_counts and isinstance(model, SparseViT):
+        example.append(torch.tensor(token_counts(model)[1:]))
+        shapes[COUNTS] = None
     with _quiet():
         try:
             # Running the model takes half the time that reading its code (strict) takes.
-            program = torch.export.export(graph, (example,), dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(graph, (*example,), dynamic_shapes=shapes, strict=False)
         except Exception:  # such as len(images) in a model's code, which would fix the batch
-            program = torch.export.export(graph, (example,), dynamic_shapes=shapes, strict=True)
+            program = torch.export.export(graph, (*example,), dynamic_shapes=shapes, strict=True)
     for node in program.graph.nodes:  # where on this machine the source files lie
         node.meta.pop("stack_trace", None)
     return program
@@ -116,13 +153,17 @@ def write_onnx(
     model = _to_onnx(program).model_proto
     if quantize is not None:
         model = quantize(model, _scorer_nodes(model))
+    described = json.loads(metadata)
+    if len(model.graph.input) > 1:  # a constant of an input's name is the input's default
+        counts = np.array(described["kept_counts"], np.int64)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(counts, COUNTS))
     for node in model.graph.node:
         del node.metadata_props[:]  # where in the source it came from
-    described = json.loads(metadata)
     model.doc_string = _SUMMARY
     for name, values in (("inputs", model.graph.input), ("outputs", model.graph.output)):
         for value in values:
-            value.type.tensor_type.shape.dim[0].dim_param = "batch"
+            if value.name != COUNTS:
+                value.type.tensor_type.shape.dim[0].dim_param = "batch"
             value.doc_string = described.get(name, {}).get(value.name, "")
     onnx.helper.set_model_props(model, {KEY: metadata})
     path.write_bytes(model.SerializeToString())
@@ -148,7 +189,7 @@ def write_openvino(
         model = quantize(model, [name for name in names if name.partition("/")[0] in leave])
     described = json.loads(metadata)
     half = described["precision"] in ("float16", "bfloat16")
-    model.get_parameters()[0].set_layout(openvino.Layout("NCHW"))
+    model.input("images").get_node().set_layout(openvino.Layout("NCHW"))
     model.set_rt_info(metadata, KEY)
     model.set_rt_info(_SUMMARY, "description")
     for kind in ("inputs", "outputs"):
@@ -187,28 +228,31 @@ def _to_onnx(program: torch.export.ExportedProgram) -> Any:
             program,
             dynamo=True,
             opset_version=OPSET,
-            input_names=["images"],
+            input_names=["images", COUNTS][: len(program.graph_signature.user_inputs)],
             output_names=outputs,
             verbose=False,
         )
 
 
 def quantize(
-    images: Sequence[Tensor], report: Callable[..., None], model: Any, leave: list[str]
+    inputs: Sequence[dict[str, np.ndarray]],
+    report: Callable[..., None],
+    model: Any,
+    leave: list[str],
 ) -> Any:
     """Static quantisation to int8 by NNCF, with value ranges measured on images.
 
     Args:
-        images: [1, C, H, W] each.
+        inputs: of the model by their names, with one image each.
         report: called with each step.
         model: an ONNX or OpenVINO model.
         leave: names of the nodes that stay as they are.
     """
 
     def take(index: int) -> dict[str, Any]:
-        step = f"measuring value ranges on {len(images)} images"
+        step = f"measuring value ranges on {len(inputs)} images"
         report(step, f"(image {index + 1}, in one of several passes)")
-        return {"images": images[index].numpy()}
+        return inputs[index]
 
     # NNCF's own bars would go to stdout.
     with _quiet(), _without_cuda_remark(), contextlib.redirect_stdout(io.StringIO()):
@@ -217,9 +261,9 @@ def quantize(
         nncf.set_log_level(logging.ERROR)
         return nncf.quantize(
             model,
-            nncf.Dataset(range(len(images)), take),
+            nncf.Dataset(range(len(inputs)), take),
             model_type=nncf.ModelType.TRANSFORMER,
-            subset_size=len(images),
+            subset_size=len(inputs),
             ignored_scope=nncf.IgnoredScope(names=leave),
         )
 
@@ -235,7 +279,8 @@ def _scorer_nodes(model: Any) -> list[str]:
     ]
 
 
-# Engines: a file → what runs it.
+# Engines: a file → what runs it. Those of files that serve every budget take `counts` as well, an
+# int64 array.
 
 
 def _open_onnx(path: Path, precision: str) -> Engine:
@@ -247,7 +292,11 @@ def _open_onnx(path: Path, precision: str) -> Engine:
     # Threads that wait for the next call without sleeping would slow what else runs in between.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda images: _tensors(session.run(None, {"images": images.numpy()}))
+
+    def run(images: Tensor, **counts: np.ndarray) -> tuple[Tensor, ...]:
+        return _tensors(session.run(None, {"images": images.numpy(), **counts}))
+
+    return run
 
 
 def _open_openvino(path: Path, precision: str) -> Engine:
@@ -257,8 +306,17 @@ def _open_openvino(path: Path, precision: str) -> Engine:
         "INFERENCE_PRECISION_HINT": OPENVINO_HINTS[precision],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
-    compiled = openvino.Core().compile_model(path, "CPU", options)
-    return lambda images: _tensors(compiled([images.numpy()]).values())
+    core = openvino.Core()
+    model = core.read_model(path)
+    compiled = core.compile_model(model, "CPU", options)
+    default = {}
+    if len(model.inputs) > 1:  # OpenVINO's inputs have no default values
+        default[COUNTS] = np.array(json.loads(model.get_rt_info(KEY).value)["kept_counts"])
+
+    def run(images: Tensor, **counts: np.ndarray) -> tuple[Tensor, ...]:
+        return _tensors(compiled({"images": images.numpy(), **default, **counts}).values())
+
+    return run
 
 
 def _open_torch(path: Path, precision: str) -> Engine:

@@ -13,7 +13,7 @@ from torch import nn
 
 from dynamicvit import __version__
 from dynamicvit.core.model import SparseViT
-from dynamicvit.deploy.formats import KEY, OPENVINO_HINTS, require
+from dynamicvit.deploy.formats import COUNTED, COUNTS, KEY, OPENVINO_HINTS, require
 from dynamicvit.evaluation.setup import backbone_of, token_counts
 from dynamicvit.io.images import MODES
 
@@ -57,8 +57,9 @@ def describe(model: nn.Module, names: list[str], format: str, precision: str) ->
         for stage, (block, count) in enumerate(
             zip(model.schedule.blocks, counts[1:], strict=True), 1
         ):
+            kept = f"{COUNTS}[{stage - 1}]" if format in COUNTED else count
             outputs[f"kept_{stage}"] = (
-                f"int64 [batch, {count}], which patch tokens go on before block {block}: their "
+                f"int64 [batch, {kept}], which patch tokens go on before block {block}: their "
                 f"positions among the image's {counts[0]}, row by row, in no particular order"
             )
     size = ", ".join(map(str, data["input_size"]))
@@ -66,6 +67,12 @@ def describe(model: nn.Module, names: list[str], format: str, precision: str) ->
         "images": f"float32 [batch, {size}] ({MODES[channels]}), values from 0 "
         "to 1, minus mean, divided by std"
     }
+    if isinstance(model, SparseViT) and format in COUNTED:
+        default = "by default kept_counts" if format == "onnx" else "kept_counts is what it is for"
+        described["inputs"][COUNTS] = (
+            f"int64 [{len(model.schedule.blocks)}], how many patch tokens each stage keeps: from 1 "
+            f"to {counts[0]}, not growing; {default}"
+        )
     described["outputs"] = outputs
     if format == "openvino":
         described["inference_precision"] = OPENVINO_HINTS[precision]
@@ -84,8 +91,9 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
           long; stretch: just as long) and `interpolation`, `crop` [H, W] of the centre,
           `value_range`, `mean`, `std`, `layout`, `dtype`. timm's names `crop_pct` and `crop_mode`
           say the same.
-        - `inputs` and `outputs`: name → what it is. Files of earlier versions have no such
-          descriptions, and one output `kept` with all stages in a row.
+        - `inputs` and `outputs`: name → what it is. `kept_counts` is the default of the input
+          `counts`: ONNX files hold it, OpenVINO files must be given it. Files of earlier versions
+          have no such descriptions, and one output `kept` with all stages in a row.
 
     Raises:
         FileNotFoundError: if there is no such file.

@@ -24,6 +24,7 @@ from dynamicvit.core.model import SparseOutput, SparseViT
 from dynamicvit.core.paths import Path, keep_tokens
 from dynamicvit.core.selectors import Selector, Stage
 from dynamicvit.core.tokens import Tokens, keep_mask
+from dynamicvit.evaluation.setup import token_counts
 from dynamicvit.evaluation.timing import Engine
 from dynamicvit.io.embedded import embedded_images
 from dynamicvit.io.images import IMAGE_SUFFIXES
@@ -60,6 +61,7 @@ class Agreement:
             a share of the largest absolute score.
         accuracy: percent of the images whose class PyTorch and the engine name rightly; None where
             it is not known (`find_labels`).
+        kept_counts: patch tokens that each stage kept; none for a dense model.
     """
 
     images: int
@@ -71,6 +73,7 @@ class Agreement:
     other_tokens: int
     score_gap: float
     accuracy: tuple[float, float] | None
+    kept_counts: tuple[int, ...] = ()
 
     def check(self, precision: str) -> None:
         """Raise ValueError with the figures, unless they are those of a faithful engine.
@@ -103,6 +106,10 @@ class Agreement:
             raise ValueError(
                 f"the export does not do what the model does: {'; '.join(wrong)}; on {self.images} "
                 f"images, batch sizes {sizes}"
+                + (
+                    f", {', '.join(map(str, self.kept_counts))} tokens kept"
+                    * bool(self.kept_counts)
+                )
             )
 
 
@@ -228,6 +235,7 @@ def compare(
         other_tokens=int((every.kept < 1).sum()),
         score_gap=float(every.gap.max()),
         accuracy=accuracy,
+        kept_counts=token_counts(model)[1:],
     )
 
 
