@@ -538,16 +538,19 @@ def test_all_that_is_printed_fits_80_columns(
         assert whole in printed
 
 
+def _page_code() -> list[str]:
+    """The Python of docs/use-the-file.md."""
+    page = Path(__file__).parents[2] / "docs" / "use-the-file.md"
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("options", [{}, {"in_chans": 1, "crop_mode": "squash"}], ids=str)
 def test_use_the_file_gives_what_predict_gives(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The page's own code, on photos of odd sizes."""
-    page = Path(__file__).parents[2] / "docs" / "use-the-file.md"
-    onnx, openvino, other_budget = re.findall(
-        r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE
-    )
+    onnx, openvino, other_budget, _ = _page_code()
     sparse = _two_stages(in_chans=options.get("in_chans", 3))
     sparse.pretrained_cfg.update(
         {

@@ -96,6 +96,13 @@ class Calibration(NamedTuple):
             tuple(map(tuple, (sums / sizes[:, None]).tolist())),
         )
 
+    def shares_at(self, levels: Levels) -> tuple[float, ...]:
+        """The share of the calibration images that gets each level."""
+        starts = torch.tensor([torch.finfo(torch.float32).min, *self.bounds])
+        shares = torch.tensor(self.shares, dtype=torch.float64)
+        count = len(levels.schedules)
+        return tuple(shares.new_zeros(count).index_add(0, levels.of(starts), shares).tolist())
+
     def bounds_for(self, costs: Sequence[float], budget: float) -> tuple[float, ...]:
         """The bounds between levels with the least loss, among those whose mean cost is a budget.
 

@@ -176,8 +176,8 @@ class SparseViT(TimmModel):
 
     def _run_levels(
         self, images: Tensor, levels: Levels, trace: bool = False
-    ) -> Iterator[tuple[Tensor, Tokens, list[Choice]]]:
-        """Images of each level together: their places in the batch, then as `run` for these.
+    ) -> Iterator[tuple[int, Tensor, Tokens, list[Choice]]]:
+        """Images of each level together: the level, their places in the batch, then as `run`.
 
         All images run together up to the first stage. Its scores decide the level of each.
         """
@@ -193,7 +193,7 @@ class SparseViT(TimmModel):
                 path = Pruned(trace, scores[rows])
                 counts = schedule.counts(tokens.num_patches)
                 some, choices = self._run_blocks(tokens.of_images(rows), path, counts, first)
-                yield rows, self._norm(some), choices
+                yield number, rows, self._norm(some), choices
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify, with tokens really leaving.
@@ -210,11 +210,30 @@ class SparseViT(TimmModel):
         """
         if self.levels is None:
             return self.forward_head(self.forward_features(images))
+        return self.forward_levels(images)[0]
+
+    def forward_levels(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` where each image has its own budget, and which of the levels each image got.
+
+        Args:
+            images: as for `forward`.
+
+        Returns:
+            [B, num_classes] logits, and [B] int64 indices into `levels.schedules`.
+
+        Raises:
+            TypeError, ValueError: as `forward`, or if the model has one budget for all images.
+        """
+        if self.levels is None:
+            raise TypeError("forward_levels needs a model with per_image=True, got one budget")
         parts = [
-            (rows, self.forward_head(final.x))
-            for rows, final, _ in self._run_levels(images, self.levels)
+            (rows, self.forward_head(final.x), torch.full_like(rows, level))
+            for level, rows, final, _ in self._run_levels(images, self.levels)
         ]
-        return _in_order(parts)
+        return (
+            _in_order([(rows, logits) for rows, logits, _ in parts]),
+            _in_order([(rows, level) for rows, _, level in parts]),
+        )
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Prefix and kept patch tokens after the final norm: [B, P + K, C].
@@ -247,7 +266,7 @@ class SparseViT(TimmModel):
             return self._output(*self.run(images, Pruned(trace=True)))
         found = [
             (rows, self._output(final, choices))
-            for rows, final, choices in self._run_levels(images, self.levels, trace=True)
+            for _, rows, final, choices in self._run_levels(images, self.levels, trace=True)
         ]
         most = max(output.tokens.shape[1] for _, output in found)
 
@@ -411,7 +430,7 @@ class SparseViT(TimmModel):
 
     def calibrate(
         self, images: Tensor | Iterable[Tensor], keep_ratios: Sequence[float] = KEEP_RATIOS
-    ) -> None:
+    ) -> Calibration:
         """Measure how well each level serves easy and difficult images, for `at(per_image=True)`.
 
         No labels are needed: answers are compared with those of this model when it keeps all
@@ -422,6 +441,9 @@ class SparseViT(TimmModel):
                 that the model will see.
             keep_ratios: of the levels, growing, each in (0, 1]. Few, and far apart: images of one
                 level go on as one batch.
+
+        Returns:
+            What was measured. The model keeps it.
 
         Raises:
             TypeError, ValueError: naming the argument and what was got, or if the scorers do not
@@ -451,6 +473,7 @@ class SparseViT(TimmModel):
         if count < 2:
             raise ValueError(f"images must be 2 or more, got {count}")
         self.calibration = Calibration.of(ratios, torch.cat(difficulty), torch.cat(losses))
+        return self.calibration
 
     def budget(self) -> Budget:
         """What schedules of this model cost. Raises ValueError for images of any size."""

@@ -201,6 +201,9 @@ def export_model(
     if format == "onnx" and size * PRECISIONS[precision].itemsize > _ONNX_LIMIT:
         raise ValueError(f"model must fit the 2 GiB of an ONNX file, got {size} parameters")
     metadata = json.dumps(describe(reference, names, format, precision))
+    if isinstance(reference, SparseViT) and reference.levels is not None:
+        # One call of the file has one budget. `runtime` calls it with each level's counts.
+        reference = reference.at(schedule=reference.schedule)
     inputs = _calibration_inputs(reference, calibration or images) if precision == "int8" else []
     with show_steps(quiet) as report, _temporary_folder(target) as folder:
         path = folder / target.name

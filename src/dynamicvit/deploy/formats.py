@@ -46,6 +46,7 @@ PRECISIONS = {
 OPENVINO_HINTS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int8": "f32"}
 KEY = "dynamicvit"  # under which the metadata lies
 COUNTS = "counts"  # the input of how many tokens each stage keeps
+CUT = ("tokens", "scores")  # tensors of the first stage, where `runtime` cuts a file in two
 COUNTED = ("onnx", "openvino")  # formats whose file takes counts, and so serves every budget
 OPSET = 18  # of ONNX: the first that torch's exporter gives, which most engines read
 _EXAMPLE = 2  # images in the example that is traced; at 0 or 1 the batch would become fixed
@@ -63,17 +64,23 @@ _SUMMARY = (
 
 
 class _GivenCounts(TokenPath):
-    """The pruned path with the counts to keep as a tensor, [S] int64: an input of the file."""
+    """The pruned path with the counts to keep as a tensor, [S] int64: an input of the file.
+
+    Attributes:
+        first: tokens [B, P + N, C] and scores [B, N] at the first stage.
+    """
 
     def __init__(self, counts: Tensor) -> None:
         self.counts = counts
+        self.first: tuple[Tensor, ...] = ()
 
     def apply(self, stage: Stage, selector: Selector) -> tuple[Tokens, Tensor | None]:
         tokens = stage.tokens
         count = cast(int, self.counts[stage.number].item())
         torch._check(count >= 1)
         torch._check(count <= tokens.num_patches)
-        scores = selector(tokens.patches, None, stage)
+        scores = cast(Tensor, selector(tokens.patches, None, stage))
+        self.first = self.first or (tokens.x, scores)
         if not stage.squeeze:
             return keep_tokens(stage, scores.topk(count, dim=1, sorted=False).indices), scores
         order = scores.topk(tokens.num_patches, dim=1).indices
@@ -95,10 +102,11 @@ class _Graph(nn.Module):
         images = images.to(self.dtype)
         if not isinstance(self.model, SparseViT):
             return (self.model(images).float(),)
-        path = Pruned(trace=True) if counts is None else _GivenCounts(counts)
+        path: Any = Pruned(trace=True) if counts is None else _GivenCounts(counts)
         final, choices = self.model.run(images, path)
         kept = (cast(Tensor, choice.kept) for choice in choices)
-        return self.model.forward_head(final.x).float(), *kept
+        between = () if counts is None else path.first
+        return self.model.forward_head(final.x).float(), *kept, *between
 
 
 def trace(
@@ -157,6 +165,9 @@ def write_onnx(
     if len(model.graph.input) > 1:  # a constant of an input's name is the input's default
         counts = np.array(described["kept_counts"], np.int64)
         model.graph.initializer.append(onnx.numpy_helper.from_array(counts, COUNTS))
+        for value in model.graph.output[-len(CUT) :]:  # names inside the graph, not outputs
+            model.graph.value_info.append(value)
+            model.graph.output.remove(value)
     for node in model.graph.node:
         del node.metadata_props[:]  # where in the source it came from
     model.doc_string = _SUMMARY
@@ -190,6 +201,9 @@ def write_openvino(
     described = json.loads(metadata)
     half = described["precision"] in ("float16", "bfloat16")
     model.input("images").get_node().set_layout(openvino.Layout("NCHW"))
+    if len(model.inputs) > 1:
+        for name in CUT:  # it stays the name of a tensor
+            model.remove_result(model.output(name).get_node())
     model.set_rt_info(metadata, KEY)
     model.set_rt_info(_SUMMARY, "description")
     for kind in ("inputs", "outputs"):
@@ -221,14 +235,17 @@ def write_aoti(program: torch.export.ExportedProgram, path: Path, metadata: str)
 
 
 def _to_onnx(program: torch.export.ExportedProgram) -> Any:
-    stages = range(1, len(program.graph_signature.user_outputs))
-    outputs = ["logits", *(f"kept_{stage}" for stage in stages)]
+    """A program as ONNX. One that takes counts also gives what is named in `CUT`."""
+    inputs = ["images", COUNTS][: len(program.graph_signature.user_inputs)]
+    cut = CUT if COUNTS in inputs else ()
+    stages = range(1, len(program.graph_signature.user_outputs) - len(cut))
+    outputs = ["logits", *(f"kept_{stage}" for stage in stages), *cut]
     with _quiet():
         return torch.onnx.export(
             program,
             dynamo=True,
             opset_version=OPSET,
-            input_names=["images", COUNTS][: len(program.graph_signature.user_inputs)],
+            input_names=inputs,
             output_names=outputs,
             verbose=False,
         )

@@ -54,6 +54,13 @@ def describe(model: nn.Module, names: list[str], format: str, precision: str) ->
             "ratios": model.schedule.ratios,
             "kept_counts": counts[1:],
         }
+        if model.levels is not None:
+            described["levels"] = {
+                "bounds": model.levels.bounds,
+                "counts": [schedule.counts(counts[0]) for schedule in model.levels.schedules],
+                "difficulty": "the mean over an image's scores of 1 / (1 + exp(-score))",
+                "rule": "an image's level is how many bounds are not above its difficulty",
+            }
         for stage, (block, count) in enumerate(
             zip(model.schedule.blocks, counts[1:], strict=True), 1
         ):
@@ -86,6 +93,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         - `version` of this package, `architecture`, `precision`, `input_size` [C, H, W],
           `class_names`; of a sparse model `blocks`, `ratios` and `kept_counts`; for OpenVINO
           `inference_precision`.
+        - `levels`, if each image has its own budget: `bounds` of difficulty between levels,
+          `counts` of each, and in words `difficulty` and `rule`.
         - How to prepare an image, in this order: `channels` (Pillow's mode), `resize` [H, W] with
           `fit` (cover: the sides keep their ratio and are at least as long; contain: at most as
           long; stretch: just as long) and `interpolation`, `crop` [H, W] of the centre,
