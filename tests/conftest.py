@@ -35,6 +35,7 @@ SLOW_TESTS = {
     "test_a_row_that_fails_is_written_down_and_leaves_others_alone",
     "test_a_run_killed_ten_times_is_the_run_never_stopped",
     "test_benchmark_writes_what_it_measured",
+    "test_budgets_of_commands",
     "test_choosing_rules_are_exported",
     "test_engines_of_files_are_candidates",
     "test_exports_do_what_the_model_does[aoti-float32]",

@@ -27,6 +27,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "dynamicvit.evaluation.evaluate:evaluate",
         "Evaluate dense and sparse models on a data set: a table, and JSON.",
     ),
+    "calibrate": (
+        "dynamicvit.evaluation.calibrate:calibrate",
+        "Prepare a model folder for --per_image: a budget for each image.",
+    ),
     "sweep": (
         "dynamicvit.evaluation.sweep:sweep",
         "Find the keep ratio to use: accuracy and cost of a trained sparse model at several.",

@@ -222,7 +222,7 @@ def test_progress_is_lines_without_a_terminal_and_can_be_silenced(
             {"engines": ["tensorrt"]},
             "engines must be of eager, packed, compile, onnx, openvino, got 'tens",
         ),
-        ({"keep_ratio": 0.5}, "keep_ratio and align are for dense models, got 0.5 and None with"),
+        ({"align": 8}, "align is for dense models, got 8 with the sparse model"),
         ({"img_size": 48}, "img_size is for timm's names, got it with "),
         ({"weights": "x.pth"}, "weights go with a timm name, not with .*, got x.pth"),
         ({"precisions": ["float32", "float16"]}, "'eager' does not compute in float16 here"),

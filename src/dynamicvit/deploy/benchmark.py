@@ -40,7 +40,7 @@ from dynamicvit.evaluation.launch import find_device
 from dynamicvit.evaluation.setup import input_size, token_counts
 from dynamicvit.evaluation.timing import Engine, compare_times, interleave, medians, time_call
 from dynamicvit.io.files import check_file, write_bytes, write_text
-from dynamicvit.io.load import load_model
+from dynamicvit.io.load import at_budget, load_model
 
 
 def benchmark(
@@ -68,7 +68,8 @@ def benchmark(
     Args:
         model: model folder, hub id or timm name; a dense one is made sparse, its scorers untrained
             (they take as long as trained ones).
-        keep_ratio: for a dense model; by default 0.7.
+        keep_ratio: share of tokens that each stage keeps; by default a sparse model's own, and 0.7
+            for a dense one.
         align: for a dense model, round kept counts to multiples of this.
         engines: eager; packed (eager, with weights packed once for the kernels that read them);
             compile (torch.compile, on a CPU frozen: weights are constants, packed once too); onnx
@@ -164,11 +165,12 @@ def _load(
     model = load_model(name, pretrained, weights, **size)
     if not isinstance(model, SparseViT):
         model = sparsify(model, keep_ratio=0.7 if keep_ratio is None else keep_ratio, align=align)
-    elif keep_ratio is not None or align is not None:
-        raise ValueError(
-            f"keep_ratio and align are for dense models, got {keep_ratio} and {align} "
-            f"with the sparse model {name}"
-        )
+    elif align is not None:
+        raise ValueError(f"align is for dense models, got {align} with the sparse model {name}")
+    else:
+        model = at_budget(model, name, keep_ratio)
+        if model.levels is not None:  # speed is that of the mean budget
+            model = model.at(schedule=model.schedule)
     return model.eval()
 
 

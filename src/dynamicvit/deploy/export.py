@@ -47,7 +47,7 @@ from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.setup import token_counts
 from dynamicvit.io.arguments import check_types
 from dynamicvit.io.files import check_file, write_text
-from dynamicvit.io.load import load_model
+from dynamicvit.io.load import at_budget, load_model
 from dynamicvit.io.predictions import class_names, preprocessing
 
 __all__ = ["FORMATS", "Exported", "export", "export_model", "print_exported", "read_metadata"]
@@ -93,6 +93,8 @@ def export(
     calibration: str | None = None,
     samples: int = 256,
     weights: str | None = None,
+    keep_ratio: float | None = None,
+    per_image: bool = False,
     results: str | None = None,
     quiet: bool = False,
 ) -> Exported:
@@ -114,6 +116,10 @@ def export(
             together, the next 16, and so on.
         weights: for a timm name: file with a state dict of your own (safetensors or torch, also of
             Lightning) to load instead of timm's.
+        keep_ratio: share of tokens that each stage of a sparse model keeps; by default its own.
+            ONNX and OpenVINO files serve other budgets too.
+        per_image: write the levels of a budget for each image into the metadata, for
+            `dynamicvit.deploy.runtime`. `dynamicvit calibrate` prepares a model for it.
         results: JSON file to write the comparison to.
         quiet: print nothing, neither table nor progress.
 
@@ -131,6 +137,7 @@ def export(
     with show_steps(quiet) as report:
         report(f"loading {model}")
         loaded = load_model(model, weights=weights)
+        loaded = at_budget(loaded, model, keep_ratio, per_image)
     done = export_model(
         loaded,
         output,

@@ -17,7 +17,7 @@ from dynamicvit.evaluation.launch import find_device
 from dynamicvit.io.arguments import check_types
 from dynamicvit.io.files import check_file, write_text
 from dynamicvit.io.images import find_images
-from dynamicvit.io.load import load_model
+from dynamicvit.io.load import at_budget, load_model
 from dynamicvit.io.predictions import (
     Prediction,
     as_predictions,
@@ -40,6 +40,8 @@ def predict(
     top_k: int = 5,
     output: str | None = None,
     skip_unreadable: bool = False,
+    keep_ratio: float | None = None,
+    per_image: bool = False,
     device: str | None = None,
     quiet: bool = False,
 ) -> dict[str, list[dict[str, Any]]]:
@@ -52,6 +54,9 @@ def predict(
         output: file to write: .json (an object, image → predictions), .jsonl (an object a line) or
             .csv (a row a prediction).
         skip_unreadable: leave out and count images that cannot be read, instead of stopping.
+        keep_ratio: share of tokens that each stage of a sparse model keeps; by default its own.
+        per_image: each image its own budget; the mean is that of `keep_ratio`. `dynamicvit
+            calibrate` prepares a model for it.
         device: such as cpu or cuda:1; by default cpu.
         quiet: print nothing, neither table nor progress.
 
@@ -68,9 +73,8 @@ def predict(
             raise ValueError(f"output must end in {', '.join(FORMATS)}, got {output}")
     place = find_device(device or "cpu")
     files = find_images(images)
-    found, unreadable = _predict_files(
-        load_model(model).to(place), files, top_k, skip_unreadable, quiet
-    )
+    loaded = at_budget(load_model(model), model, keep_ratio, per_image).to(place)
+    found, unreadable = _predict_files(loaded, files, top_k, skip_unreadable, quiet)
     results = {
         name: [asdict(prediction) for prediction in predictions]
         for name, predictions in found.items()

@@ -63,6 +63,7 @@ def compare(
     precision: str = "float32",
     skip_unreadable: bool = False,
     output: str = "compare",
+    keep_ratio: float | None = None,
     device: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -86,6 +87,7 @@ def compare(
         output: folder to write: compare.json (agreement, classes, confusion), keep_maps.npz (how
             often each position is kept at each stage, overall and per class; every image's classes)
             and keep_maps.png. Files of these names in it are replaced.
+        keep_ratio: share of tokens that each stage keeps; by default the model's own.
         device: such as cpu or cuda:1; by default a GPU if there is one.
         quiet: print nothing, neither tables nor progress.
 
@@ -102,7 +104,7 @@ def compare(
     source = Source(
         data, data_dir, split, batch_size, workers, crop_pct, precision, skip_unreadable, device
     )
-    sparse, reference = load_pair(model, dense)
+    sparse, reference = load_pair(model, dense, keep_ratio)
     with source.batches(sparse, model, "comparing", quiet) as (images, batches):
         comparison = compare_models(sparse, reference, batches, source.accelerator)
     names = names_of_classes(images, sparse)

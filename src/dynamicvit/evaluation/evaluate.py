@@ -35,7 +35,7 @@ from dynamicvit.evaluation.timing import time_call
 from dynamicvit.evaluation.unreadable import DataError
 from dynamicvit.io.arguments import check_types
 from dynamicvit.io.files import check_file, write_text
-from dynamicvit.io.load import is_timm_name, load_model
+from dynamicvit.io.load import at_budget, is_timm_name, load_model
 
 POINTS_LOST = (
     "points lost: percentage points of top-1 below dense, negative where pruned is better; in "
@@ -282,6 +282,8 @@ def evaluate(
     skip_unreadable: bool = False,
     output: str | None = None,
     weights: str | None = None,
+    keep_ratio: float | None = None,
+    per_image: bool = False,
     device: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -300,6 +302,9 @@ def evaluate(
         output: JSON file to write.
         weights: file with a state dict of your own, for the timm names among the models:
             safetensors or torch, also of Lightning.
+        keep_ratio: share of tokens that each stage of a sparse model keeps; by default its own.
+        per_image: each image its own budget; the mean is that of `keep_ratio`. `dynamicvit
+            calibrate` prepares a model for it.
         device: such as cpu or cuda:1; by default a GPU if there is one.
         quiet: print nothing, neither tables nor progress.
 
@@ -324,6 +329,7 @@ def evaluate(
     results: dict[str, Any] = {}
     for name in models:
         model = load_model(name, weights=weights if name in takers else None)
+        model = at_budget(model, name, keep_ratio, per_image)
         with source.batches(model, name, f"evaluating {name}", quiet) as (images, batches):
             evaluation, targets, answers = evaluate_answers(model, batches, source.accelerator)
         results[name] = {

@@ -19,7 +19,7 @@ from dynamicvit.evaluation.console import plain
 from dynamicvit.evaluation.data import ImageData, open_data
 from dynamicvit.evaluation.loader import create_image_loader
 from dynamicvit.evaluation.unreadable import DataError
-from dynamicvit.io.load import load_model
+from dynamicvit.io.load import at_budget, load_model
 from dynamicvit.io.predictions import class_names
 
 _MOST_WORKERS = 1024  # a slip of the keyboard should not start processes until memory is full
@@ -74,13 +74,16 @@ def open_images(
     return images, accelerator.prepare(loader)
 
 
-def load_pair(model: str, dense: str | None = None) -> tuple[SparseViT, nn.Module]:
+def load_pair(
+    model: str, dense: str | None = None, keep_ratio: float | None = None
+) -> tuple[SparseViT, nn.Module]:
     """A sparse model, and the dense one that it is compared with.
 
     Args:
         model: model folder or hub id of a sparse model.
         dense: that of a dense model, or a timm name. By default the sparse model's own backbone,
             all tokens present.
+        keep_ratio: share of tokens that each stage keeps; by default the model's own.
 
     Raises:
         ValueError, FileNotFoundError: if there is no such model, it is not sparse (dense), or the
@@ -89,6 +92,7 @@ def load_pair(model: str, dense: str | None = None) -> tuple[SparseViT, nn.Modul
     sparse = load_model(model)
     if not isinstance(sparse, SparseViT):
         raise ValueError(f"model must be sparse, got the dense model {model}")
+    sparse = at_budget(sparse, model, keep_ratio)
     if dense is None:
         return sparse, cast(nn.Module, sparse.backbone)
     other = load_model(dense)

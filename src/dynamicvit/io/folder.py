@@ -21,7 +21,7 @@ from dynamicvit.core.levels import Calibration
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.core.selectors import check_name, name_of
-from dynamicvit.io.files import name_in_errors
+from dynamicvit.io.files import name_in_errors, write_text
 from dynamicvit.io.weights import OWN_WEIGHTS, load_strictly
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -75,6 +75,14 @@ def save_folder(
             os.replace(temporary / name, target / name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_calibration(model: SparseViT, folder: str | os.PathLike[str]) -> None:
+    """Write a model's calibration into the folder that it was loaded from, and no weights."""
+    path = Path(folder) / CONFIG
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["dynamicvit"] = _describe_sparse(model, name_of(model.scorers))
+    write_text(path, json.dumps(config, indent=2) + "\n")
 
 
 def _describe(

@@ -126,6 +126,32 @@ def load_model(
     return _create(name, pretrained, model_kwargs)
 
 
+def at_budget(
+    model: Any, name: str, keep_ratio: float | None = None, per_image: bool = False
+) -> Any:
+    """A loaded model at the budget that a command was given; as it is, where none was given.
+
+    Args:
+        model: what `load_model` gave.
+        name: what the user calls it.
+        keep_ratio: share of tokens that each stage keeps.
+        per_image: each image its own budget; the mean is that of `keep_ratio`, by default that of
+            the model.
+
+    Raises:
+        TypeError, ValueError: as `SparseViT.at`, or if the model is dense or not calibrated.
+    """
+    if keep_ratio is None and not per_image:
+        return model
+    if not isinstance(model, SparseViT):
+        given = f"keep_ratio={keep_ratio} and per_image={per_image}"
+        raise ValueError(f"{given} need a sparse model, got the dense model {name}")
+    if per_image and model.calibration is None:
+        raise ValueError(f"per_image needs `dynamicvit calibrate {name}` before, got none")
+    gmacs = model.budget().cost(model.schedule) if keep_ratio is None else None
+    return model.at(keep_ratio=keep_ratio, gmacs=gmacs, per_image=per_image)
+
+
 def _create(name: str, pretrained: bool, model_kwargs: dict[str, Any]) -> Any:
     try:
         with offline_if_unreachable(pretrained):

@@ -35,6 +35,8 @@ def demo(
     models: list[str] | None = None,
     /,
     images: str | None = None,
+    keep_ratio: float | None = None,
+    per_image: bool = False,
     device: str | None = None,
     host: str = "127.0.0.1",
     port: int = 7860,
@@ -54,6 +56,9 @@ def demo(
             default the dense model in the package.
         images: folder of photos to offer on the page, the first 100 of them; by default photos in
             the package.
+        keep_ratio: where the slider begins; by default at the first model's own.
+        per_image: each image its own budget; the mean is that of the slider. `dynamicvit calibrate`
+            prepares a model for it.
         device: where models run: cpu, cuda or cuda:NUMBER; by default a GPU if there is one.
         host: address to listen on; 0.0.0.0 lets others use the page. They can read only the page
             and its photos, but their requests use this machine's processor.
@@ -76,7 +81,7 @@ def demo(
     with tempfile.TemporaryDirectory(prefix="dynamicvit-demo-") as name:
         folder = Path(name)
         gradio = _import_gradio(folder / "uploads")
-        answers = Answers(models or (), folder, where)
+        answers = Answers(models or (), folder, where, keep_ratio, per_image)
         for model, note in answers.notes.items():
             if note:
                 console.print(f"{model}: {note}", markup=False)
@@ -224,10 +229,11 @@ def _add_images(gradio: Any, photos: Photos, first: int, label: str) -> tuple[An
 def _add_settings(gradio: Any, answers: Answers) -> list[Any]:
     """Model and keep ratio."""
     model = gradio.Dropdown(list(answers.models), label="model", elem_id="model", filterable=False)
+    lowest = max(0.2, answers.lowest)
     slider = gradio.Slider(
-        0.2,
+        lowest,
         1,
-        max(0.2, next(iter(answers.models.values())).schedule.ratios[0]),
+        max(lowest, next(iter(answers.models.values())).schedule.ratios[0]),
         step=0.05,
         label="keep ratio",
         info="share of the patches that each stage keeps",

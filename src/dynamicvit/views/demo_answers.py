@@ -19,7 +19,7 @@ from dynamicvit.evaluation.launch import find_device
 from dynamicvit.evaluation.setup import input_size
 from dynamicvit.evaluation.timing import compare_speed
 from dynamicvit.io.embedded import ASSETS
-from dynamicvit.io.load import load_model
+from dynamicvit.io.load import at_budget, load_model
 from dynamicvit.io.predictions import Prediction
 from dynamicvit.views.explain import explain, is_untrained
 from dynamicvit.views.explanation import Explanation
@@ -64,9 +64,11 @@ class Answers:
         within: the folder that images may be read from; None for any. The client supplies a path,
             and must see no file but uploads and photos.
         device: where models run; by default a GPU if there is one.
+        keep_ratio, per_image: as `demo`'s.
 
     Attributes:
         models: name → the model.
+        lowest: the lowest keep ratio that all models have.
         notes: name → where its choice of patches comes from, if it is not trained.
 
     Raises:
@@ -78,13 +80,20 @@ class Answers:
         names: Iterable[str] = (),
         within: Path | None = None,
         device: torch.device | None = None,
+        keep_ratio: float | None = None,
+        per_image: bool = False,
     ) -> None:
         device = find_device(None) if device is None else device
         self._within = within
+        self._per_image = per_image
+        self.lowest = 0.0
         self.models: dict[str, SparseViT] = {}
         self.notes: dict[str, str] = {}
         for name in list(names) or [_EMBEDDED]:
             model, self.notes[name] = _load(name)
+            model = at_budget(model, name, keep_ratio, per_image)
+            if per_image:
+                self.lowest = max(self.lowest, model.calibration.keep_ratios[0])
             self.models[name] = model.to(device).eval().requires_grad_(False)
         self._costs: dict[tuple[str, KeepSchedule], Rows] = {}
         around = environment()
@@ -102,7 +111,7 @@ class Answers:
         Raises:
             ValueError, TypeError, OSError: naming what is wrong with these.
         """
-        model = self._at(name, keep_ratio)
+        model = self._at(name, keep_ratio, self._per_image)
         if not upload:
             return Answer([], [], [], "")
         path = Path(upload["path"]).resolve()
@@ -130,12 +139,12 @@ class Answers:
             self._costs[key] = _measure(model.fuse())
         return self._costs[key]
 
-    def _at(self, name: str, keep_ratio: float) -> SparseViT:
+    def _at(self, name: str, keep_ratio: float, per_image: bool = False) -> SparseViT:
         if not isinstance(name, str) or name not in self.models:
             raise ValueError(f"model must be one of {', '.join(self.models)}, got {name!r}")
-        blocks = self.models[name].schedule.blocks
-        ratios = KeepSchedule.from_keep_ratio(keep_ratio, len(blocks) + 1, len(blocks)).ratios
-        return self.models[name].at(schedule=KeepSchedule(blocks, ratios))
+        model = self.models[name]
+        model.schedule.with_keep_ratio(keep_ratio)  # refuses None too
+        return model.at(keep_ratio=keep_ratio, per_image=per_image)
 
 
 def _load(name: str) -> tuple[SparseViT, str]:

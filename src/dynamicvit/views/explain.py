@@ -21,7 +21,7 @@ from dynamicvit.evaluation.console import cell, make_table, plain, track
 from dynamicvit.evaluation.launch import find_device
 from dynamicvit.io.files import check_folder, written_whole
 from dynamicvit.io.images import IMAGE_SUFFIXES
-from dynamicvit.io.load import load_model
+from dynamicvit.io.load import at_budget, load_model
 from dynamicvit.io.predictions import (
     ImageSource,
     Prediction,
@@ -94,6 +94,8 @@ def explain_files(
     output: str = "explain",
     dense: str | None = None,
     formats: list[str] | None = None,
+    keep_ratio: float | None = None,
+    per_image: bool = False,
     device: str | None = None,
     quiet: bool = False,
 ) -> list[Path]:
@@ -114,6 +116,9 @@ def explain_files(
             model that it was made from.
         formats: of png (the picture), gif and webp (animations), npz (positions kept, scores and
             classes as arrays); by default png and npz.
+        keep_ratio: share of tokens that each stage of a sparse model keeps; by default its own.
+        per_image: each image its own budget; the mean is that of `keep_ratio`. `dynamicvit
+            calibrate` prepares a model for it.
         device: where models run: cpu, cuda or cuda:NUMBER; by default a GPU if there is one.
         quiet: print nothing.
 
@@ -132,7 +137,7 @@ def explain_files(
     check_folder("output", output)
     where = find_device(device)
     targets = _targets(_find(images, Path(output)), Path(output), kinds)
-    sparse, other = _load(model, dense, where)
+    sparse, other = _load(model, dense, keep_ratio, per_image, where)
     films = {source: stem for source, stem in targets.items() if _is_video(source)}
     stills = {source: stem for source, stem in targets.items() if source not in films}
     # What cannot be read is named before anything is written.
@@ -160,7 +165,11 @@ def explain_files(
 
 
 def _load(
-    model: str, dense: str | None, device: torch.device
+    model: str,
+    dense: str | None,
+    keep_ratio: float | None,
+    per_image: bool,
+    device: torch.device,
 ) -> tuple[SparseViT, nn.Module | None]:
     sparse = load_model(model)
     if not isinstance(sparse, SparseViT):
@@ -168,6 +177,7 @@ def _load(
             f"model must be sparse, got the dense model {model}; `dynamicvit train` makes one "
             "sparse"
         )
+    sparse = at_budget(sparse, model, keep_ratio, per_image)
     other = None if dense is None else load_model(dense).to(device)
     if isinstance(other, SparseViT):
         raise ValueError(f"dense must be a dense model, got the sparse model {dense}")

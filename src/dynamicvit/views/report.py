@@ -51,6 +51,8 @@ def report(
     data: str | None = None,
     data_dir: str | None = None,
     split: str = "val",
+    keep_ratio: float | None = None,
+    per_image: bool = False,
     device: str | None = None,
     quiet: bool = False,
 ) -> Path:
@@ -71,6 +73,9 @@ def report(
             run the model on some of its images, and show examples.
         data_dir: where a named data set lies.
         split: which split to take examples from.
+        keep_ratio: share of tokens that each stage keeps; by default the model's own.
+        per_image: each image its own budget; the mean is that of `keep_ratio`. `dynamicvit
+            calibrate` prepares a model for it.
         device: where the model runs on examples: cpu, cuda or cuda:NUMBER; by default a GPU if
             there is one.
         quiet: print nothing.
@@ -90,7 +95,7 @@ def report(
     if output is not None:
         check_file("output", output)
     where = find_device(device)
-    found = gather(model, benchmark, compare, sweep)
+    found = gather(model, benchmark, compare, sweep, keep_ratio, per_image)
     target = Path(output) if output is not None else (found.home or Path()) / _PAGE
     check_file("output", target)
     examples = None if data is None else _look_at(found, data, data_dir, split, where, quiet)

@@ -15,7 +15,7 @@ from dynamicvit.core.model import SparseViT
 from dynamicvit.evaluation.compare import ARRAYS, JSON
 from dynamicvit.evaluation.setup import input_size, token_counts
 from dynamicvit.io.folder import WEIGHTS
-from dynamicvit.io.load import load_model
+from dynamicvit.io.load import at_budget, load_model
 from dynamicvit.training.config import read_options
 from dynamicvit.views.plot import CONFIG, METRICS, find_best
 
@@ -62,7 +62,14 @@ class Findings:
         return _identity(point["tokens"], point["gmacs"]) == _identity(self.tokens, self.gmacs[1])
 
 
-def gather(name: str, benchmark: str | None, compare: str | None, sweep: str | None) -> Findings:
+def gather(
+    name: str,
+    benchmark: str | None,
+    compare: str | None,
+    sweep: str | None,
+    keep_ratio: float | None = None,
+    per_image: bool = False,
+) -> Findings:
     """Read what there is of a model. Arguments and errors as for `report`."""
     model, home, run = _locate(name)
     sparse = load_model(model)
@@ -71,8 +78,11 @@ def gather(name: str, benchmark: str | None, compare: str | None, sweep: str | N
     if sparse.merges:
         kind = type(sparse.scorers[0]).__name__
         raise ValueError(f"model must choose tokens, got {model} with {kind}, which merges them")
+    sparse = at_budget(sparse, model, keep_ratio, per_image)
     size = input_size(sparse)
-    gmacs = (count_gmacs(sparse.backbone, size), count_gmacs(sparse, size))
+    # Where each image has its own budget, the mean is that of the schedule.
+    fixed = sparse.at(schedule=sparse.schedule)
+    gmacs = (count_gmacs(sparse.backbone, size), count_gmacs(fixed, size))
     found = Findings(name, model, home, run, sparse, list(token_counts(sparse)), gmacs)
     for command, given in (("compare", compare), ("benchmark", benchmark), ("sweep", sweep)):
         _add_result(found, command, given)
