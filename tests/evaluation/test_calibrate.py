@@ -53,7 +53,18 @@ def test_budgets_of_commands(sparse_folder: Path, images: Path, tmp_path: Path) 
 
     cli.main(["evaluate", name, *data, *budget, "--output", str(found)])
     row = json.loads(found.read_text())[name]
-    assert tuple(row["tokens"]) == counts
+    assert tuple(row["tokens"]) == tuple(row["tokens_mean"]) == counts
+    assert row["tokens_std"] == [0.0] * 4
+    assert row["levels"] == []
+
+    cli.main(["evaluate", name, *data, *budget, "--per_image", "--output", str(found)])
+    row = json.loads(found.read_text())[name]
+    assert [level["tokens"][1] for level in row["levels"]] == [8, 11, 16]
+    assert sum(level["images"] for level in row["levels"]) == row["images"] == 8
+    mean = sum(level["tokens"][1] * level["images"] for level in row["levels"]) / 8
+    assert row["tokens_mean"][1] == pytest.approx(mean)
+    right = sum(level["top1"] * level["images"] for level in row["levels"] if level["images"])
+    assert right / 8 == pytest.approx(row["top1"])
 
     cli.main(["compare", name, *data, *budget, "--output", str(tmp_path / "compare")])
     assert (
@@ -81,17 +92,35 @@ def test_budgets_of_commands(sparse_folder: Path, images: Path, tmp_path: Path) 
 
     page = tmp_path / "page.html"
     cli.main(["report", name, *data[:2], *budget, "--per_image", "--output", str(page)])
-    assert " → ".join(map(str, counts)) in page.read_text()
+    text = page.read_text()
+    assert "share of the calibration images" in text
+    assert "level " in text
 
 
-def test_the_demo_has_a_budget(sparse_folder: Path, images: Path) -> None:
+def test_the_demo_says_which_level_an_image_got(sparse_folder: Path, images: Path) -> None:
     _calibrate(sparse_folder, images)
     name = str(sparse_folder)
     answers = Answers([name], keep_ratio=0.6, per_image=True)
     assert answers.lowest == 0.5
     assert answers.models[name].schedule.ratios[0] == 0.6
     upload = {"path": str(images / "val" / "bright" / "00.png")}
-    assert answers.show(upload, name, 0.6).classes
+    assert "of 3 patches" in answers.show(upload, name, 0.6).note
+    plain = Answers([name])
+    assert "of 3" not in plain.show(upload, name, 0.6).note
+
+
+def test_an_explanation_says_which_level_an_image_got(sparse_folder: Path, images: Path) -> None:
+    sparse = _calibrate(sparse_folder, images)
+    photo = str(images / "val" / "bright" / "00.png")
+    assert dynamicvit.explain(sparse, photo).level is None
+    each = sparse.at(keep_ratio=0.6, per_image=True)
+    assert each.levels is not None
+    found = dynamicvit.explain(each, photo)
+    assert found.level is not None
+    number, count = found.level
+    assert count == 3
+    assert found.counts[1:] == each.levels.schedules[number - 1].counts(16)
+    assert f"level {number} of 3" in repr(found)
 
 
 def test_per_image_alone_has_the_model_s_own_mean(sparse_folder: Path, images: Path) -> None:

@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from dynamicvit.core.macs import count_gmacs
+from dynamicvit.core.model import SparseViT
 from dynamicvit.evaluation.console import cell, make_table, plain, track
 from dynamicvit.evaluation.data import ImageData, check_labels
 from dynamicvit.evaluation.environment import environment
@@ -55,8 +56,11 @@ class Evaluation:
         loss: mean cross-entropy.
         images: how many were counted.
         tokens: patch tokens present at the start, then after each stage.
-        gmacs: billions of multiply-adds an image.
+        gmacs: billions of multiply-adds an image; their mean, where each image has its own budget.
         images_per_second: of the model alone, data loading left out.
+        tokens_mean, tokens_std: as `tokens`, mean and standard deviation over the images.
+        levels: of a model with a budget for each image, the cheapest first: the tokens of each,
+            its images, and what percent of them are classified rightly (None without an image).
     """
 
     top1: float
@@ -66,6 +70,9 @@ class Evaluation:
     tokens: tuple[int, ...]
     gmacs: float
     images_per_second: float
+    tokens_mean: tuple[float, ...] = ()
+    tokens_std: tuple[float, ...] = ()
+    levels: tuple[dict[str, Any], ...] = ()
 
 
 def evaluate_model(
@@ -95,15 +102,20 @@ def evaluate_answers(
     loss = seconds = 0.0
     top5 = 0
     pairs: list[Tensor] = []
+    levels: list[Tensor] = []
+    each = isinstance(model, SparseViT) and model.levels is not None
+    call: Any = model.forward_levels if each else model
 
     def timed(inputs: Tensor) -> tuple[Tensor, ...]:
         nonlocal seconds
-        took, logits = time_call(model, inputs)
+        took, result = time_call(call, inputs)
         seconds += took
-        return (logits.float(),)
+        logits, *level = result if each else (result,)
+        return (logits.float(), *level)
 
     try:
-        for logits, targets in run_batches(loader, timed, accelerator):
+        for logits, *level, targets in run_batches(loader, timed, accelerator):
+            levels += level
             check_labels(targets, logits.shape[-1])
             best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
             top5 += int((best == targets.unsqueeze(-1)).sum())
@@ -113,16 +125,40 @@ def evaluate_answers(
         model.train(training)
     targets, answers = torch.cat(pairs, dim=1)
     images = len(targets)
+    tokens = token_counts(model)
+    kept: dict[str, Any] = {"tokens_mean": tokens, "tokens_std": (0.0,) * len(tokens)}
+    if each:
+        kept = _by_level(model, torch.cat(levels).cpu(), targets == answers)
+    else:
+        kept["gmacs"] = count_gmacs(model, input_size(model))
     evaluation = Evaluation(
         top1=100.0 * int((targets == answers).sum()) / images,
         top5=100.0 * top5 / images,
         loss=loss / images,
         images=images,
-        tokens=token_counts(model),
-        gmacs=count_gmacs(model, input_size(model)),
+        tokens=tokens,
         images_per_second=images / seconds,
+        **kept,
     )
     return evaluation, targets, answers
+
+
+def _by_level(model: Any, level: Tensor, right: Tensor) -> dict[str, Any]:
+    """What `Evaluation` says of levels, from the level of each image."""
+    budget, rows, counts, gmacs = model.budget(), [], [], []
+    for number, schedule in enumerate(model.levels.schedules):
+        mine = right[level == number]
+        counts.append((budget.num_patches, *schedule.counts(budget.num_patches)))
+        gmacs.append(budget.cost(schedule))
+        top1 = 100.0 * float(mine.float().mean()) if len(mine) else None
+        rows.append({"tokens": counts[-1], "images": len(mine), "top1": top1})
+    each = torch.tensor(counts, dtype=torch.float64)[level]  # [images, 1 + S]
+    return {
+        "tokens_mean": tuple(each.mean(0).tolist()),
+        "tokens_std": tuple(each.std(0, correction=0).tolist()),
+        "gmacs": float(torch.tensor(gmacs, dtype=torch.float64)[level].mean()),
+        "levels": tuple(rows),
+    }
 
 
 def count_confusion(targets: Tensor, answers: Tensor, num_classes: int) -> Tensor:
@@ -341,6 +377,7 @@ def evaluate(
         write_text(Path(output), _as_json(results))
     if source.main and not quiet:
         print_evaluations(results)
+        _print_levels(results)
         _print_confusions(results)
         if output:
             print(f"the results are in {plain(output)}")
@@ -370,7 +407,7 @@ def print_evaluations(results: dict[str, dict[str, Any]]) -> None:
     given = [key for key in titles if all(key in row for row in results.values())]
     table = make_table("model", *(titles[key] for key in given), "GMACs", "images/s")
     for name, row in results.items():
-        tokens = " → ".join(map(str, row["tokens"]))
+        tokens = " → ".join(_tokens(row))
         table.add_row(
             cell(name) + (f"\n[dim]{tokens} tokens[/]" if tokens else ""),
             *(f"{row[key]:.{4 if key == 'loss' else 2}f}" for key in given),
@@ -378,6 +415,28 @@ def print_evaluations(results: dict[str, dict[str, Any]]) -> None:
             f"{row['images_per_second']:.0f}",
         )
     Console().print(table)
+
+
+def _tokens(row: dict[str, Any]) -> list[str]:
+    """Tokens at the start and after each stage; where images differ, mean ± standard deviation."""
+    if not row.get("levels"):
+        return list(map(str, row["tokens"]))
+    pairs = zip(row["tokens_mean"], row["tokens_std"], strict=True)
+    return [f"{mean:.0f} ± {std:.0f}" if std else f"{mean:.0f}" for mean, std in pairs]
+
+
+def _print_levels(results: dict[str, Any]) -> None:
+    for name, found in results.items():
+        if not found["levels"]:
+            continue
+        table = make_table("tokens", "images", "share %", "top-1 %")
+        for level in found["levels"]:
+            top1 = "" if level["top1"] is None else f"{level['top1']:.2f}"
+            share = f"{100 * level['images'] / found['images']:.1f}"
+            table.add_row(" → ".join(map(str, level["tokens"])), str(level["images"]), share, top1)
+        console = Console()
+        console.print(f"{plain(name)}: images by level, the easiest first", markup=False)
+        console.print(table)
 
 
 def _print_confusions(results: dict[str, dict[str, Any]]) -> None:

@@ -119,6 +119,8 @@ class Answers:
             raise ValueError("image must be an upload or one of the photos")
         found = _explain(model, path, upload.get("orig_name") or path.name)
         notes = [self.notes[name]] if self.notes[name] else []
+        if found.level is not None:
+            notes.append(f"This image keeps {found.patches} patches.")
         if found.cropped:
             notes.append(f"The pictures show the model’s crop: {found.cropped}.")
         if not found.dense:

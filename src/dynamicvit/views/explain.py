@@ -228,10 +228,12 @@ def _print_answers(
 ) -> None:
     """The likeliest class of the first images, the videos, and what the files leave out."""
     table = make_table("image")
-    for title in ("dense", "pruned"):
+    each = any(found.level for found in first.values())
+    for title in ("dense", "pruned", *["patches"] * each):
         table.add_column(title, overflow="fold")
     for source, found in list(first.items())[:_PRINTED]:
-        table.add_row(cell(source), _best(found.dense), _best(found.pruned))
+        row = (cell(source), _best(found.dense), _best(found.pruned), found.patches)
+        table.add_row(*row[: len(table.columns)])
     for source, count in frames.items():
         table.add_row(cell(source), f"{count} frames", "")
     console.print(table)
@@ -239,7 +241,8 @@ def _print_answers(
         console.print(f"{images - _PRINTED} more images: the files have their classes")
     if first:
         found = min(first.values(), key=lambda item: item.visible)
-        console.print(f"patches: {' → '.join(map(str, found.counts))}")
+        if not each:
+            console.print(f"patches: {found.patches}")
         if found.cropped:
             console.print(f"the pictures show the model's crop: at least {found.cropped}")
     if images > len(first):
@@ -330,9 +333,19 @@ def _explain(
             pruned=pruned[index],
             dense_model=dense_model,
             visible=visible[index],
+            level=_level(model, [int(mask[index].sum()) for mask in keep]),
         )
         for index in range(len(images))
     ]
+
+
+def _level(model: SparseViT, counts: list[int]) -> tuple[int, int] | None:
+    """`Explanation.level` of an image of which the stages keep so many patches."""
+    if model.levels is None:
+        return None
+    schedules = model.levels.schedules
+    found = [list(each.counts(model.budget().num_patches)) for each in schedules]
+    return found.index(counts) + 1, len(found)
 
 
 def _predictions(model: Any, logits: Tensor) -> list[list[Prediction]]:

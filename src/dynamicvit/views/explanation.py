@@ -57,6 +57,8 @@ class Explanation:
         dense_model: the model that `dense` is of, in words.
         visible: share of the picture's area that the model saw, from 0 to 1; the rest was cropped
             off. 1 for prepared images.
+        level: which of the model's levels the image got, from 1, and how many there are; None where
+            all images have one budget.
     """
 
     pixels: np.ndarray
@@ -69,6 +71,7 @@ class Explanation:
     pruned: list[Prediction]
     dense_model: str
     visible: float = 1.0
+    level: tuple[int, int] | None = None
 
     @property
     def masks(self) -> np.ndarray:
@@ -82,6 +85,12 @@ class Explanation:
     def counts(self) -> tuple[int, ...]:
         """Patches at the start and after each stage."""
         return (self.scores.shape[1], *map(len, self.kept))
+
+    @property
+    def patches(self) -> str:
+        """`counts`, and the level where images have different ones, in words."""
+        level = "" if self.level is None else f", level {self.level[0]} of {self.level[1]}"
+        return " → ".join(map(str, self.counts)) + level
 
     @property
     def cropped(self) -> str:
@@ -179,7 +188,7 @@ class Explanation:
         return content.getvalue()
 
     def __repr__(self) -> str:
-        parts = [f"patches {' → '.join(map(str, self.counts))}"]
+        parts = [f"patches {self.patches}"]
         for side, found in (("dense", self.dense), ("pruned", self.pruned)):
             parts += [f"{side}: {found[0].name}"] if found else []
         return f"<Explanation, {', '.join(parts)}>"
@@ -240,7 +249,9 @@ def _draw_picture(explanation: Explanation) -> Image.Image:
     rows = [stack(kept, size), stack([_draw_legend(cell, size), *scores], size, cell=cell)]
     if explanation.dense or explanation.pruned:
         half = (rows[0].width - 3 * size) // 2
+        level = explanation.level
         patches = f"{', '.join(map(str, explanation.counts))} patches"
+        patches += "" if level is None else f", level {level[0]} of {level[1]}"
         dense = f"dense, {explanation.dense_model}"
         rows.append(
             stack(

@@ -185,6 +185,7 @@ def _render(
         scorers=_count(sparse.scorers),
         class_names=class_names(sparse) if sparse.num_classes else [],
         schedule_chart=draw_schedule(sparse.schedule, found.tokens[0], len(backbone.blocks)),
+        levels=_levels(found),
         accuracies=_accuracies(found),
         speed=speed,
         speed_chart=draw_speed(speed["measurements"], ideal) if speed else None,
@@ -220,6 +221,16 @@ def _template() -> Template:
         "spread": _spread,
     }
     return environment.get_template(_PAGE)
+
+
+def _levels(found: Findings) -> list[tuple[list[int], float]]:
+    """Of a model with a budget for each image: tokens and share of images, for each level."""
+    levels, calibration = found.sparse.levels, found.sparse.calibration
+    if levels is None or calibration is None:
+        return []
+    start = found.tokens[0]
+    counts = [[start, *schedule.counts(start)] for schedule in levels.schedules]
+    return list(zip(counts, calibration.shares_at(levels), strict=True))
 
 
 def _accuracies(found: Findings) -> list[dict[str, Any]]:
