@@ -284,8 +284,10 @@ def plan(scale: Scale, seeds: int = 1, depth: int = 12) -> list[Row]:
         Row(f"static-{ratio}-no_warm_start", "starts", full, "static", ratio, options=REACH_RATIO)
         for ratio in BASELINE_RATIOS
     ]
-    options = {**BEST_START, "keep_ratios": KEEP_RATIOS}
-    budgets = [Row("budgets", "budgets", full, "learned", 0.7, headline=True, options=options)]
+    budget_options: dict[str, Any] = {**BEST_START, "keep_ratios": KEEP_RATIOS}
+    budgets = [
+        Row("budgets", "budgets", full, "learned", 0.7, headline=True, options=budget_options)
+    ]
     first = [Row("dense", "dense", scale.dense_steps), *main, *recipes, *fewer, *budgets]
     more = [replace(row, seed=seed) for seed in range(1, seeds) for row in first if row.headline]
     return [*first, *more, *stages, *losses, *starts]
@@ -514,7 +516,7 @@ class Bench:
         batches = islice(self._loader(model, "train"), CALIBRATION // 256)
         model.calibrate((images for images, _ in batches), LEVELS)
         cost, patches = model.budget().cost, cast(int, model.adapter.num_patches(model.backbone))
-        points = [
+        points: list[dict[str, Any]] = [
             {"keep_ratio": ratio, "per_image": per_image}
             for ratio in BUDGETS
             for per_image in (False, True)
