@@ -14,6 +14,7 @@ from dynamicvit.io.released import from_released
 
 if TYPE_CHECKING:
     from dynamicvit.deploy.optimize import optimize
+    from dynamicvit.deploy.search import search
     from dynamicvit.views.explain import explain
 
 __version__ = "0.1.0"
@@ -30,12 +31,17 @@ __all__ = [
     "load",
     "models",
     "optimize",
+    "search",
     "sparsify",
 ]
 
 
 # What takes more than timm does is imported when it is asked for.
-_LAZY = {"explain": "dynamicvit.views.explain", "optimize": "dynamicvit.deploy.optimize"}
+_LAZY = {
+    "explain": "dynamicvit.views.explain",
+    "optimize": "dynamicvit.deploy.optimize",
+    "search": "dynamicvit.deploy.search",
+}
 
 
 def __getattr__(name: str) -> Any:

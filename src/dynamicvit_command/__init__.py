@@ -31,9 +31,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "dynamicvit.evaluation.calibrate:calibrate",
         "Prepare a model folder for --per_image: a budget for each image.",
     ),
-    "sweep": (
-        "dynamicvit.evaluation.sweep:sweep",
-        "Find the keep ratio to use: accuracy and cost of a trained sparse model at several.",
+    "search": (
+        "dynamicvit.deploy.search:search_data",
+        "Find the fastest form of a model whose answers stay as good as is asked.",
     ),
     "compare": (
         "dynamicvit.evaluation.compare:compare",
