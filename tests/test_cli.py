@@ -99,10 +99,13 @@ def test_train_offers_every_field_of_its_config() -> None:
         (["evaluate", "no_such_model", "--data", "x"], "model must be a folder, a hub id or a"),
         (["evaluate", "./nowhere", "--data", "x"], "no model folder at nowhere"),
         (
-            ["sweep", "m", "--data", "x", "--keep_ratios", "0.7"],
+            ["search", "m", "--data", "x", "--keep_ratios", "0.7"],
             "keep_ratios must be list[float] or null, such as [0.7], got 0.7\n",
         ),
-        (["sweep", "m", "--data", "x", "--max_loss", "a"], "max_loss must be float or null, got a"),
+        (
+            ["search", "m", "--data", "x", "--max_loss", "a"],
+            "max_loss must be float or null, got a",
+        ),
         (["quickstart", "--data", "x"], "model must be given with data"),
         (["predict", "--model", "x"], "required: images"),
         (["predict", "cat.jpg"], "model"),

@@ -20,6 +20,7 @@ from PIL import Image
 
 from dynamicvit import cli
 from dynamicvit.deploy.optimize import optimize
+from dynamicvit.deploy.search import search
 from dynamicvit.evaluation.evaluate import evaluate
 from dynamicvit.training.run_folder import resume_arguments
 from tools import write_numbers
@@ -144,6 +145,7 @@ import torch
 from dynamicvit import SparseViT
 
 images = torch.rand(1, 3, 224, 224)
+photos, labels = torch.rand(4, 3, 224, 224), [0, 1, 2, 3]
 """
 
 
@@ -173,6 +175,8 @@ def test_readme_s_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     uploads = []
     monkeypatch.setattr(timm, "create_model", narrow)
     monkeypatch.setattr("dynamicvit.optimize", partial(optimize, engines=["eager"]), raising=False)
+    quick = partial(search, objective="gmacs", quiet=True)
+    monkeypatch.setattr("dynamicvit.search", quick, raising=False)
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
     monkeypatch.setattr(HfApi, "file_exists", lambda api, *args, **options: False)
     monkeypatch.setattr(HfApi, "upload_folder", lambda api, **options: uploads.append(options))

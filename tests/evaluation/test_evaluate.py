@@ -15,6 +15,7 @@ from PIL import Image
 import dynamicvit
 import dynamicvit.evaluation.evaluate as evaluate_module
 from dynamicvit.core.model import sparsify
+from dynamicvit.deploy.search import search_data
 from dynamicvit.evaluation.compare import compare
 from dynamicvit.evaluation.evaluate import (
     compare_answers,
@@ -23,7 +24,6 @@ from dynamicvit.evaluation.evaluate import (
     evaluate_model,
     macro_f1,
 )
-from dynamicvit.evaluation.sweep import sweep
 from dynamicvit.evaluation.unreadable import DataError
 from dynamicvit.io.folder import save_folder
 from dynamicvit.io.load import load_model
@@ -188,7 +188,7 @@ def test_quiet_prints_nothing(
     sparse = str(tmp_path / "sparse")
     sparsify(load_model(dense_folder), 0.7).save_pretrained(sparse)
     evaluate([sparse], str(images), workers=0, quiet=True)
-    sweep(sparse, str(images), workers=0, seconds=1e-3, quiet=True)
+    search_data(sparse, str(images), workers=0, seconds=0, quiet=True)
     compare(sparse, str(images), workers=0, output=str(tmp_path / "compare"), quiet=True)
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("", "")

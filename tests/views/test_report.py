@@ -91,7 +91,7 @@ def run(images_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         where = ["--output", str(folder / "benchmark.json"), "--seconds", "0"]
         assert cli.main(["benchmark", best, *speed, *where]) == 0
     assert cli.main(["compare", best, *data, "--output", str(folder / "compare")]) == 0
-    assert cli.main(["sweep", best, *data, "--output", str(folder / "sweep.json")]) == 0
+    assert cli.main(["search", best, *data, "--output", str(folder / "search.json")]) == 0
     arguments = [str(folder), "--data", str(images_folder)]
     assert cli.main(["report", *arguments]) == 0
     yield folder
@@ -113,7 +113,7 @@ def _read(folder: Path, name: str) -> Any:
 def test_figures_are_those_that_were_measured(run: Path) -> None:
     text = _Page(run / "report.html").text
     compared, speed, swept = (
-        _read(run, name) for name in ("compare/compare.json", "benchmark.json", "sweep.json")
+        _read(run, name) for name in ("compare/compare.json", "benchmark.json", "search.json")
     )
     dense = tiny_vit(num_classes=3)
     sparse = sparsify(dense, 0.7)
@@ -183,7 +183,7 @@ def test_what_is_missing_is_named_with_commands_that_exist(
     assert report(str(bare)) == bare / "report.html"
     told = capsys.readouterr().out
     page = _Page(bare / "report.html")
-    for command in ("benchmark", "compare", "sweep", "train", "--data"):
+    for command in ("benchmark", "compare", "search", "train", "--data"):
         assert re.search(rf"missing: .*\((dynamicvit )?{command}\)", told), command
         assert f"{command})" in page.text.split("The model")[0]
     assert "Top-1, dense → prunednot measured" in page.text
@@ -195,7 +195,7 @@ def test_what_is_missing_is_named_with_commands_that_exist(
         for line in block.splitlines()
         if line.startswith("dynamicvit ")
     ]
-    assert {words[1] for words in calls} >= {"benchmark", "compare", "sweep", "report", "export"}
+    assert {words[1] for words in calls} >= {"benchmark", "compare", "search", "report", "export"}
     for words in calls:
         parser, _ = cli.build_parser(words[1])
         parser.parse_args(words[2:])
@@ -208,7 +208,7 @@ def test_what_is_missing_is_named_with_commands_that_exist(
 def test_what_is_of_another_model_is_left_out(bare: Path, run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     save_folder(sparsify(tiny_vit(num_classes=3), 0.9), other)
-    for name in ("benchmark.json", "sweep.json"):
+    for name in ("benchmark.json", "search.json"):
         shutil.copy(run / name, other)
     text = _Page(report(str(other))).text
     assert f"benchmark.json is of another model, with {TOKENS} tokens" in text
@@ -226,29 +226,29 @@ def test_models_of_the_same_token_counts_are_told_apart(run: Path, tmp_path: Pat
     other = tmp_path / "other"
     classes = sparsify(tiny_vit(num_classes=4), 0.7)  # differs by one class, no more
     save_folder(classes, other)
-    for name in ("benchmark.json", "sweep.json"):
+    for name in ("benchmark.json", "search.json"):
         shutil.copy(run / name, other)
     shutil.copytree(run / "compare", other / "compare")
     page = _Page(report(str(other)))
     own = f"{TOKENS} tokens, {count_gmacs(classes, (3, 32, 32)):.9g} GMACs"
-    for name in ("benchmark.json", "sweep.json", "compare.json"):
+    for name in ("benchmark.json", "search.json", "compare.json"):
         wrong = rf"{name} is of another model, with .* tokens, .* GMACs, where this one has {own}"
         assert re.search(wrong, page.text), name
 
 
-def test_points_of_a_sweep_are_told_apart_by_their_cost(
+def test_points_of_a_search_are_told_apart_by_their_cost(
     run: Path, images_folder: Path, tmp_path: Path
 ) -> None:
-    swept = _read(run, "sweep.json")
+    swept = _read(run, "search.json")
     mine = next(point for point in swept["points"] if point["tokens"] == [16, 11, 7, 5])
     blocks = mine["schedule"]["blocks"]
     moved = json.loads(json.dumps(mine)) | {"top1": 98.76}
     moved["schedule"]["blocks"] = [block - 1 for block in blocks]
     moved["gmacs"] -= 1e-4
-    path = tmp_path / "sweep.json"
+    path = tmp_path / "search.json"
     path.write_text(json.dumps(swept | {"points": [moved, *swept["points"]]}))
     model = Path(shutil.copytree(run / "best", tmp_path / "model"))
-    page = report(str(model), sweep=str(path)).read_text()
+    page = report(str(model), search=str(path)).read_text()
     card = re.findall(r"([\d.]+ → [\d.]+)%", page)[0]
     assert card == f"{swept['dense']['top1']:.2f} → {mine['top1']:.2f}"
     rows = re.findall(r"<tr>.*?</tr>", page, re.DOTALL)
@@ -256,13 +256,13 @@ def test_points_of_a_sweep_are_told_apart_by_their_cost(
     assert f"<td>{', '.join(map(str, blocks))}</td>" in marked
     path.write_text(json.dumps(swept | {"points": [moved]}))
     with pytest.raises(ValueError, match=rf"with {TOKENS} tokens, .* GMACs, where this one has"):
-        report(str(model), sweep=str(path))
+        report(str(model), search=str(path))
 
 
 def test_the_dense_model_that_a_run_trained_first_is_its_teacher(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(run / "best", folder / "best")
-    for name in (CONFIG, "sweep.json"):
+    for name in (CONFIG, "search.json"):
         shutil.copy(run / name, folder)
     metrics = (run / METRICS).read_text().splitlines()[-1]  # one validation
     (folder / METRICS).write_text(metrics)
@@ -317,8 +317,8 @@ def test_a_report_names_what_is_wrong(bare: Path, run: Path, tmp_path: Path) -> 
         with pytest.raises(ValueError, match=r"bad.json is not what `dynamicvit benchmark` writes"):
             report(str(bare), benchmark=str(bad))
     bad.write_text('{"points": []}')
-    with pytest.raises(ValueError, match=r"bad.json is not what `dynamicvit sweep` writes"):
-        report(str(bare), sweep=str(bad))
+    with pytest.raises(ValueError, match=r"bad.json is not what `dynamicvit search` writes"):
+        report(str(bare), search=str(bad))
     half = _read(run, "benchmark.json")
     del half["measurements"][1]["speed_up"]
     bad.write_text(json.dumps(half))
@@ -330,8 +330,8 @@ def test_a_report_names_what_is_wrong(bare: Path, run: Path, tmp_path: Path) -> 
     bad.write_text(json.dumps(half))
     with pytest.raises(ValueError, match=r"bad.json is not what its command writes: .*'str'"):
         report(str(bare), benchmark=str(bad))
-    with pytest.raises(FileNotFoundError, match="sweep must be what the command wrote, got no fi"):
-        report(str(bare), sweep="nowhere.json")
+    with pytest.raises(FileNotFoundError, match="search must be what the command wrote, got no fi"):
+        report(str(bare), search="nowhere.json")
     with pytest.raises(ValueError, match=r"output must end in .html, got 'report.pdf'"):
         report(str(bare), output="report.pdf")
     (tmp_path / "folder.html").mkdir()
@@ -417,9 +417,9 @@ def test_charts_are_the_same_each_time(run: Path, tmp_path: Path) -> None:
     assert _charts(_Page(report(str(run), output=str(tmp_path / "again.html")))) == drawn
 
 
-def test_the_sweep_s_timing_serves_where_there_is_no_benchmark(run: Path, tmp_path: Path) -> None:
+def test_the_search_s_timing_serves_where_there_is_no_benchmark(run: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(run / "best", tmp_path / "model"))
-    swept = _read(run, "sweep.json")
+    swept = _read(run, "search.json")
     own = next(point for point in swept["points"] if point["tokens"] == [16, 11, 7, 5])
     own["speed"] = {
         "batch_size": 64,
@@ -428,7 +428,7 @@ def test_the_sweep_s_timing_serves_where_there_is_no_benchmark(run: Path, tmp_pa
         "speed_up": 1.43,
         "spread": [1.4, 1.5],
     }
-    (folder / "sweep.json").write_text(json.dumps(swept))
+    (folder / "search.json").write_text(json.dumps(swept))
     page = _Page(report(str(folder)))
     assert "Speed-up1.43×" in page.text
     assert "eager, float32, batch 64" in page.text

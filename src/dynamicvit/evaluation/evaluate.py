@@ -257,7 +257,7 @@ def compare_answers(one: Tensor, other: Tensor) -> Change:
 
 
 class Source:
-    """What evaluate, sweep and compare begin with: a device, and images to run models on.
+    """What evaluate and compare begin with: a device, and images to run models on.
 
     Arguments and errors as for `evaluate`.
     """

@@ -1,4 +1,4 @@
-"""What evaluate, sweep and compare begin with: device, models, images."""
+"""What evaluate, search and compare begin with: device, models, images."""
 
 from __future__ import annotations
 

@@ -95,8 +95,8 @@ def draw_speed(measured: Sequence[dict[str, Any]], ideal: float) -> Chart:
     return _draw(f"{alt} The table below has all figures.", paint)
 
 
-def draw_sweep(result: dict[str, Any]) -> Chart:
-    """Top-1 against GMACs, of what `sweep` writes."""
+def draw_search(result: dict[str, Any]) -> Chart:
+    """Top-1 against GMACs, of what `search` writes."""
     line = sorted((point["gmacs"], point["top1"]) for point in result["points"])
     dense = result["dense"]["gmacs"], result["dense"]["top1"]
     panel = Panel("top-1", {"pruned": line, "dense": [dense]}, markers=True)

@@ -27,7 +27,7 @@ from dynamicvit.evaluation.setup import input_size, open_images
 from dynamicvit.io.embedded import ASSETS
 from dynamicvit.io.files import check_file, write_text
 from dynamicvit.io.predictions import class_names
-from dynamicvit.views.charts import Chart, draw_schedule, draw_speed, draw_sweep, draw_training
+from dynamicvit.views.charts import Chart, draw_schedule, draw_search, draw_speed, draw_training
 from dynamicvit.views.drawing import heat_colours, stack
 from dynamicvit.views.explain import explain
 from dynamicvit.views.plot import METRICS
@@ -47,7 +47,7 @@ def report(
     output: str | None = None,
     benchmark: str | None = None,
     compare: str | None = None,
-    sweep: str | None = None,
+    search: str | None = None,
     data: str | None = None,
     data_dir: str | None = None,
     split: str = "val",
@@ -68,7 +68,7 @@ def report(
         benchmark: JSON file that `dynamicvit benchmark` wrote; by default benchmark.json in the
             folder of the run or model, if it is there and of this model.
         compare: folder that `dynamicvit compare` wrote; by default compare, likewise.
-        sweep: JSON file that `dynamicvit sweep` wrote; by default sweep.json, likewise.
+        search: JSON file that `dynamicvit search` wrote; by default search.json, likewise.
         data: image folder with split sub-folders, or a timm data set name such as torch/cifar10:
             run the model on some of its images, and show examples.
         data_dir: where a named data set lies.
@@ -95,7 +95,7 @@ def report(
     if output is not None:
         check_file("output", output)
     where = find_device(device)
-    found = gather(model, benchmark, compare, sweep, keep_ratio, per_image)
+    found = gather(model, benchmark, compare, search, keep_ratio, per_image)
     target = Path(output) if output is not None else (found.home or Path()) / _PAGE
     check_file("output", target)
     examples = None if data is None else _look_at(found, data, data_dir, split, where, quiet)
@@ -129,7 +129,7 @@ def _missing(found: Findings, no_images: bool) -> dict[str, dict[str, Any]]:
     for command, what, options in (
         ("compare", "accuracy beside the dense model, keep maps, answers that change", images),
         ("benchmark", "speed in every engine of the machine", []),
-        ("sweep", "accuracy and cost of the same weights at other keep ratios", images),
+        ("search", "accuracy, cost and speed of the same weights at other budgets", images),
     ):
         if getattr(found, command) is None:
             refused = found.refused.get(command)
@@ -189,7 +189,7 @@ def _render(
         accuracies=_accuracies(found),
         speed=speed,
         speed_chart=draw_speed(speed["measurements"], ideal) if speed else None,
-        sweep_chart=draw_sweep(found.sweep) if found.sweep is not None else None,
+        search_chart=draw_search(found.search) if found.search is not None else None,
         scale=np.linspace(0, 1, 256)[None].repeat(16, axis=0),
         class_maps=_class_maps(found.maps) if found.maps is not None else [],
         curves=curves,
@@ -240,11 +240,11 @@ def _accuracies(found: Findings) -> list[dict[str, Any]]:
     if it := found.compare:
         where, tops = f"{it['data']}, {it['split']}", (it["dense_top1"], it["sparse_top1"])
         measured.append(("compare", where, it["images"], *tops, it["dense"], it))
-    if it := found.sweep:
+    if it := found.search:
         where, dense = f"{it['data']}, {it['split']}", it["dense"]
         own = _own_point(found)
         tops = (dense["top1"], own["top1"])
-        measured.append(("sweep", where, it["images"], *tops, dense["model"], own["change"]))
+        measured.append(("search", where, it["images"], *tops, dense["model"], own["change"]))
     if it := found.quickstart:
         where, dense, model = it["settings"]["data"], it["dense"], it["settings"]["model"]
         tops = dense["top1"], it["sparse"]["top1"]
@@ -254,14 +254,14 @@ def _accuracies(found: Findings) -> list[dict[str, Any]]:
 
 
 def _speed(found: Findings) -> dict[str, Any]:
-    """Measurements, the machine, and the command that measured: the benchmark, else the sweep, else
-    the quickstart."""
-    own = {} if found.sweep is None else _own_point(found)
+    """Measurements, the machine, and the command that measured: the benchmark, else the search,
+    else the quickstart."""
+    own = {} if found.search is None else _own_point(found)
     if found.benchmark is not None:
         by, result, measurements = "benchmark", found.benchmark, found.benchmark["measurements"]
-    elif found.sweep is not None and own["speed"]:
-        setting = {"engine": "eager", "precision": found.sweep["precision"]}
-        by, result, measurements = "sweep", found.sweep, [setting | own["speed"]]
+    elif found.search is not None and own["speed"]:
+        setting = {key: found.search[key] for key in ("engine", "precision")}
+        by, result, measurements = "search", found.search, [setting | own["speed"]]
     elif found.quickstart is not None:
         setting = {"engine": "eager", "precision": "float32"}
         by, result = "quickstart", found.quickstart
@@ -272,8 +272,8 @@ def _speed(found: Findings) -> dict[str, Any]:
 
 
 def _own_point(found: Findings) -> dict[str, Any]:
-    """The sweep's point with the model's own schedule."""
-    points = (found.sweep or {})["points"]
+    """The search's point with the model's own schedule."""
+    points = (found.search or {})["points"]
     return next(point for point in points if found.is_own(point))
 
 

@@ -23,7 +23,7 @@ from dynamicvit.views.plot import CONFIG, METRICS, find_best
 USUAL = {
     "compare": "compare",
     "benchmark": "benchmark.json",
-    "sweep": "sweep.json",
+    "search": "search.json",
     "quickstart": "metrics.json",
 }
 _MODEL, _RUN = "sparse", "sparse_run"  # of a quickstart
@@ -46,7 +46,7 @@ class Findings:
     compare: dict[str, Any] | None = None
     maps: dict[str, np.ndarray] | None = None  # arrays that belong to `compare`
     benchmark: dict[str, Any] | None = None
-    sweep: dict[str, Any] | None = None
+    search: dict[str, Any] | None = None
     quickstart: dict[str, Any] | None = None
     sources: list[tuple[str, str]] = field(default_factory=list)  # file, its command and date
     refused: dict[str, str] = field(default_factory=dict)  # command → why its file is left out
@@ -58,7 +58,7 @@ class Findings:
         return str(self.trained_first or self.config.get("model") or "") or None
 
     def is_own(self, point: dict[str, Any]) -> bool:
-        """Whether a point of a sweep has the model's own schedule."""
+        """Whether a point of a search has the model's own schedule."""
         return _identity(point["tokens"], point["gmacs"]) == _identity(self.tokens, self.gmacs[1])
 
 
@@ -66,7 +66,7 @@ def gather(
     name: str,
     benchmark: str | None,
     compare: str | None,
-    sweep: str | None,
+    search: str | None,
     keep_ratio: float | None = None,
     per_image: bool = False,
 ) -> Findings:
@@ -84,7 +84,7 @@ def gather(
     fixed = sparse.at(schedule=sparse.schedule)
     gmacs = (count_gmacs(sparse.backbone, size), count_gmacs(fixed, size))
     found = Findings(name, model, home, run, sparse, list(token_counts(sparse)), gmacs)
-    for command, given in (("compare", compare), ("benchmark", benchmark), ("sweep", sweep)):
+    for command, given in (("compare", compare), ("benchmark", benchmark), ("search", search)):
         _add_result(found, command, given)
     if home is not None and run == home / _RUN:
         _add_result(found, "quickstart", None)
@@ -155,8 +155,10 @@ def _add_result(found: Findings, command: str, given: str | None) -> None:
 
 
 def _identities(command: str, result: dict[str, Any]) -> list[str]:
-    """The models that a command measured: a sweep measures many."""
-    if command == "sweep":
+    """The models that a command measured: a search measures many."""
+    if command == "search":
+        if "data" not in result:  # written from Python, perhaps without labels
+            raise ValueError("it does not say which data it is of")
         return [_identity(point["tokens"], point["gmacs"]) for point in result["points"]]
     if command == "quickstart":
         return [_identity(result["sparse"]["tokens"], result["sparse"]["gmacs"])]
