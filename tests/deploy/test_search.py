@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import dynamicvit
-from dynamicvit import KeepSchedule, cli
+from dynamicvit import KeepSchedule, UnsupportedBackbone, cli
 from dynamicvit.core.model import SparseViT, sparsify
 from dynamicvit.deploy import search as search_module
 from dynamicvit.deploy.candidates import choose_rules, list_schedules
@@ -293,7 +293,7 @@ def test_a_result_is_read_back(pixels: Tensor, tmp_path: Path) -> None:
     ("options", "error", "message"),
     [
         ({"model": "vit"}, TypeError, "model must be a SparseViT or a timm model, got str"),
-        ({"model": nn.Linear(2, 2)}, ValueError, "is not supported"),
+        ({"model": nn.Linear(2, 2)}, UnsupportedBackbone, "is not supported"),
         ({"images": 3}, TypeError, "images must be a tensor or batches of them, got"),
         ({"images": ["x"]}, TypeError, "images must be a tensor or batches of them, got"),
         ({"images": torch.zeros(3, 3, 32, 32)}, ValueError, r"M of 4 or more, got \[3, 3, 32, 32"),
@@ -367,8 +367,8 @@ def test_a_dense_model_from_the_command_line(
     assert found["dense"]["model"] is None
     assert dynamicvit.load(saved).schedule.ratios == found["recommended"]["schedule"]["ratios"]
     assert "fewer GMACs" in capsys.readouterr().out.splitlines()[-2]
+    options |= {"max_loss": 0.0, "sure": True}
     with pytest.raises(ValueError, match="there is no model to build or save: nothing with at mos"):
-        options |= {"max_loss": 0.0, "sure": True}
         search_data(str(dense_folder), str(images), save=saved, **options)
 
 

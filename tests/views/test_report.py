@@ -91,7 +91,8 @@ def run(images_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         where = ["--output", str(folder / "benchmark.json"), "--seconds", "0"]
         assert cli.main(["benchmark", best, *speed, *where]) == 0
     assert cli.main(["compare", best, *data, "--output", str(folder / "compare")]) == 0
-    assert cli.main(["search", best, *data, "--output", str(folder / "search.json")]) == 0
+    where = ["--output", str(folder / "search.json"), "--seconds", "0"]
+    assert cli.main(["search", best, *data, *where]) == 0
     arguments = [str(folder), "--data", str(images_folder)]
     assert cli.main(["report", *arguments]) == 0
     yield folder

@@ -47,7 +47,13 @@ from dynamicvit.evaluation.evaluate import (
     count_unreadable,
 )
 from dynamicvit.evaluation.launch import start_processes
-from dynamicvit.evaluation.setup import check_loading, input_size, load_pair, open_images
+from dynamicvit.evaluation.setup import (
+    backbone_of,
+    check_loading,
+    input_size,
+    load_pair,
+    open_images,
+)
 from dynamicvit.evaluation.timing import (
     Engine,
     Speed,
@@ -129,13 +135,14 @@ def search(
         schedules = list_schedules(model, keep_ratios, blocks, ratios)
         reference: nn.Module = dense or cast(nn.Module, model.backbone)
     else:
-        adapter_of(model)  # refuses what is not understood
         given = {"dense": dense, "keep_ratios": keep_ratios, "blocks": blocks, "ratios": ratios}
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"{name} goes with a sparse model, got it with a dense one")
         reference = model
+    adapter = adapter_of(backbone_of(model))  # refuses what is not understood
     pixels, targets = _check_images(images, labels, cast(Any, reference).num_classes)
+    adapter.check_images(backbone_of(model), pixels[:1].to(device))
     choosing = torch.tensor([], dtype=torch.long)
     # Random selection draws the same each time.
     with (
@@ -152,7 +159,9 @@ def search(
             if engine in ("eager", "packed"):  # the others have one program for all images
                 if model.calibration is None:
                     choosing = calibrate_some(model, pixels)
-                points += per_image_points(model, keep_ratios or KEEP_RATIOS)
+                points += per_image_points(
+                    model, KEEP_RATIOS if keep_ratios is None else keep_ratios
+                )
         else:
             choosing = pick_evenly(len(pixels))
             # About every second answer that changes was right.
