@@ -198,8 +198,7 @@ class Search:
         return table
 
     def __str__(self) -> str:
-        width = min(max(80, Console().width), 100)
-        console = Console(width=width, force_terminal=False)
+        console = Console(width=100, force_terminal=False)  # names of candidates are long
         with console.capture() as capture:
             console.print(self.table)
         notes = []
