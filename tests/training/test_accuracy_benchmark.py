@@ -261,7 +261,7 @@ def test_the_plan_has_every_comparison() -> None:
     # Stopped early, it has the most important.
     order = [row.table if row.seed == 0 else "seeds" for row in rows]
     assert list(dict.fromkeys(order)) == [
-        *("dense", "main", "recipes", "steps", "seeds", "stages", "losses", "starts")
+        *("dense", "main", "recipes", "steps", "budgets", "seeds", "stages", "losses", "starts")
     ]
     assert order == sorted(order, key=list(dict.fromkeys(order)).index)
     tuned = {row.scorer for row in rows if row.seed == 2 and row.steps and row.keep_ratio == 0.5}
