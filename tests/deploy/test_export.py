@@ -451,6 +451,7 @@ def test_a_full_disk_leaves_no_file(
     if format == "openvino":  # its own writer, here without what comes before
         node = types.SimpleNamespace(set_layout=lambda layout: None)
         graph = types.SimpleNamespace(
+            inputs=[None],
             set_rt_info=lambda *arguments: None,
             input=lambda name: types.SimpleNamespace(get_node=lambda: node),
         )
