@@ -27,6 +27,9 @@ from dynamicvit.evaluation.evaluate import (
 from dynamicvit.evaluation.unreadable import DataError
 from dynamicvit.io.folder import save_folder
 from dynamicvit.io.load import load_model
+from dynamicvit.io.predictions import class_names
+from dynamicvit.training.config import TrainConfig
+from dynamicvit.training.fit import BEST, train
 from tests.conftest import CLASSES, tiny_vit
 
 
@@ -243,3 +246,33 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(lose: float, gain: flo
                 low, high = compare_answers(*_answers(images, lost, gained)).interval
                 covered += chance * (low <= truth <= high)
     assert covered >= 0.94
+
+
+def _swapped(folder: Path) -> Path:
+    """A model with its two classes in the other order."""
+    model = load_model(str(folder))
+    with torch.no_grad():
+        for value in (model.head.weight, model.head.bias):
+            value.copy_(value.flip(0))
+    save_folder(model, folder.parent / "swapped", class_names=CLASSES[::-1])
+    return folder.parent / "swapped"
+
+
+def test_classes_are_taken_in_the_model_s_order(
+    images: Path, dense_folder: Path, tmp_path: Path
+) -> None:
+    swapped = _swapped(dense_folder)
+    results = evaluate([str(dense_folder), str(swapped)], data=str(images), workers=0, quiet=True)
+    first, second = results.values()
+    assert first["classes"] == list(CLASSES)
+    assert second["classes"] == list(CLASSES[::-1])
+    # The model names one class for all images: top-1 is a half in either order, the loss is not.
+    assert second["loss"] == pytest.approx(first["loss"], rel=1e-4)
+    options: dict[str, Any] = {"data": str(images), "workers": 0, "epochs": 0, "batch_size": 4}
+    found = [
+        train(TrainConfig(**options, model=str(model), output=str(tmp_path / f"run_{model.name}")))
+        for model in (dense_folder, swapped)
+    ]
+    assert found[1].loss == pytest.approx(found[0].loss, rel=1e-4)
+    trained = load_model(str(tmp_path / "run_swapped" / BEST))
+    assert class_names(trained) == list(CLASSES[::-1])

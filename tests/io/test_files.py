@@ -54,3 +54,16 @@ def test_where_nothing_can_be_written_is_said(tmp_path: Path) -> None:
         check_file("output", tmp_path)
     with pytest.raises(ValueError, match=r"output must be a folder, got .*, and .*file is a file"):
         check_folder("output", tmp_path / "file" / "in")
+
+
+def test_a_link_stays_and_a_pipe_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    write_text(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text() == "text"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"output must be a file, got .*pipe, a device or a pipe"):
+        check_file("output", tmp_path / "pipe")
+    with pytest.raises(OSError, match="a device or a pipe"):
+        write_text(tmp_path / "pipe", "text")
+    assert (tmp_path / "pipe").is_fifo()

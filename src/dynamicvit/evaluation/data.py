@@ -354,7 +354,7 @@ def _open_folder(folder: Path, mode: str, expected: Sequence[str] | None) -> Ima
         for name in classes:
             if name not in reader.class_to_idx:
                 raise DataError(f"data must have images of each class, got none in {folder / name}")
-    elif set(reader.class_to_idx) < set(expected):  # of others the caller complains
+    elif set(reader.class_to_idx) <= set(expected):  # of others the caller complains
         names = _class_names(dataset) or []
         places = {name: index for index, name in enumerate(expected)}
         reader.samples = [(file, places[names[index]]) for file, index in reader.samples]

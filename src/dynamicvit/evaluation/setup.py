@@ -59,7 +59,9 @@ def open_images(
     }
     images = open_data(data, split, **options)
     known = cast(Any, backbone_of(model)).pretrained_cfg.get("label_names") or ()
-    if images.class_names is not None and set(images.class_names) < set(known):
+    # In the model's order, whatever order the names of folders have. Some may have no image.
+    names = images.class_names
+    if names is not None and list(known) != names and set(names) <= set(known):
         images = open_data(data, split, class_names=known, **options)
     check_classes(images.class_names, model, model_name)
     config = resolve_input_data_config(backbone_of(model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -24,10 +25,12 @@ def check_folder(name: str, folder: str | Path) -> None:
 
 
 def check_file(name: str, file: str | Path) -> None:
-    """Raise ValueError, which names the argument, if a file cannot be written because a folder has
-    its name, or a file that of its folder."""
+    """Raise ValueError, which names the argument, if a file cannot be written because a folder, a
+    device or a pipe has its name, or a file that of its folder."""
     if Path(file).is_dir():
         raise ValueError(f"{name} must be a file, got the folder {file}")
+    if Path(file).exists() and not Path(file).is_file():
+        raise ValueError(f"{name} must be a file, got {file}, a device or a pipe")
     check_folder(f"the folder of {name}", Path(file).parent)
 
 
@@ -57,11 +60,15 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def written_whole(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, to write to; moved there at the end, or removed on an error.
 
-    Folders that are absent are made.
+    Folders that are absent are made. Where `path` is a link, the file that it points to is written.
 
     Raises:
-        OSError: naming `path`, if it cannot be written (no space left, no permission).
+        OSError: naming `path`, if it cannot be written (no space left, no permission), or is a
+            device or a pipe, which a file would replace.
     """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "is a device or a pipe", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

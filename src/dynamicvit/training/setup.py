@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,19 +53,33 @@ def open_session(config: TrainConfig) -> Session:
     )
     set_seed(config.seed)
     # Before any model: a mistake in the data is told before weights are downloaded.
+    train_data, val_data = _open_images(config)
+    console = Console(quiet=not accelerator.is_main_process)
+    for name, images in (("training", train_data), ("validation", val_data)):
+        console.print(f"{name} data: {images.describe()}", markup=False, soft_wrap=True)
+    return Session(accelerator, console, train_data, val_data)
+
+
+def _open_images(
+    config: TrainConfig, class_names: Sequence[str] | None = None
+) -> tuple[ImageData, ImageData]:
+    """The images for training and for validation, with classes in the order of `class_names`."""
     shared: dict[str, Any] = {
         "data_dir": config.data_dir,
         "skip_unreadable": config.skip_unreadable,
         "batch_size": config.batch_size or USUAL_BATCH,
     }
-    train_data = open_data(config.data, config.train_split, training=True, **shared)
-    val_data = open_data(
-        config.data, config.val_split, class_names=train_data.class_names, **shared
+    train = open_data(
+        config.data, config.train_split, class_names=class_names, training=True, **shared
     )
-    console = Console(quiet=not accelerator.is_main_process)
-    for name, images in (("training", train_data), ("validation", val_data)):
-        console.print(f"{name} data: {images.describe()}", markup=False, soft_wrap=True)
-    return Session(accelerator, console, train_data, val_data)
+    return train, open_data(config.data, config.val_split, class_names=train.class_names, **shared)
+
+
+def _follow_classes(config: TrainConfig, session: Session, dense: Any) -> None:
+    """Take the data's classes in the model's order, if they are the same."""
+    names, known = session.train_data.class_names, dense.pretrained_cfg.get("label_names")
+    if names and known and names != list(known) and sorted(names) == sorted(known):
+        session.train_data, session.val_data = _open_images(config, known)
 
 
 def load_dense(config: TrainConfig) -> Any:
@@ -116,6 +131,7 @@ def prepare(config: TrainConfig, session: Session, dense: Any, resume: bool) -> 
     Raises:
         ValueError, FileNotFoundError: naming what is wrong with the config, model or checkpoint.
     """
+    _follow_classes(config, session, dense)
     accelerator, data, output = session.accelerator, session.train_data, Path(config.output)
     for images_of in (data, session.val_data):
         images_of.set_channels(dense.in_chans)
