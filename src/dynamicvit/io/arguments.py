@@ -7,7 +7,7 @@ import inspect
 import numbers
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -31,13 +31,21 @@ def check_types(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        hints = typing.get_type_hints(function)
-        for name, value in signature.bind(*args, **kwargs).arguments.items():
-            if not _fits(value, hints.get(name, Any)):
-                raise TypeError(f"{name} must be {_describe(hints[name])}, got {value!r:.200}")
+        _check(signature.bind(*args, **kwargs).arguments, typing.get_type_hints(function))
         return function(*args, **kwargs)
 
     return checked
+
+
+def check_fields(options: Any, kind: type) -> None:
+    """As `check_types`, for the fields of a dataclass that `options` is or inherits."""
+    _check(vars(options), typing.get_type_hints(kind))
+
+
+def _check(values: Mapping[str, Any], hints: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if not _fits(value, hints.get(name, Any)):
+            raise TypeError(f"{name} must be {_describe(hints[name])}, got {value!r:.200}")
 
 
 def _fits(value: Any, hint: Any) -> bool:

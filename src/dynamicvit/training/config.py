@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import yaml
 
 from dynamicvit.core.selectors import SELECTORS
+from dynamicvit.io.arguments import check_fields
 from dynamicvit.training.options import (
     AugmentationOptions,
     DataOptions,
@@ -76,6 +77,7 @@ class TrainConfig(
 
     def __post_init__(self) -> None:
         for group in self.GROUPS:
+            check_fields(self, group)
             if hasattr(group, "__post_init__"):
                 group.__post_init__(self)
         self.check_learns("freeze_epochs", self.freeze_epochs)

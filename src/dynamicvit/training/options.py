@@ -349,7 +349,7 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         _check_integers(self, 1, "keep_checkpoints", "max_skipped", "log_steps")
-        _check_integers(self, 0, "checkpoint_steps", "validate_steps")
+        _check_integers(self, 0, "seed", "checkpoint_steps", "validate_steps")
 
 
 def _check_integers(options: object, least: int, *names: str) -> None:
