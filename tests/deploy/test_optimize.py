@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynamicvit import SparseViT, optimize, sparsify
 from dynamicvit.deploy import engines
@@ -21,6 +21,12 @@ def _sparse() -> SparseViT:
     sparse = sparsify(tiny_vit(), keep_ratio=0.7)
     randomise(sparse.scorers)
     return sparse
+
+
+def _endless() -> nn.Module:
+    model = tiny_vit()
+    nn.init.constant_(model.get_parameter("head.bias"), float("inf"))
+    return model
 
 
 @torch.no_grad()
@@ -140,6 +146,9 @@ def test_ctrl_c_gives_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "build", interrupt(0, engines.build))
     with pytest.raises(KeyboardInterrupt):  # there is nothing yet
         optimize(_sparse(), IMAGES, engines=["eager"])
+    monkeypatch.setattr(module, "build", interrupt(1, engines.build))
+    with pytest.raises(KeyboardInterrupt):  # nothing that was asked for
+        optimize(_sparse(), IMAGES, engines=["onnx"])
 
     monkeypatch.setattr(module, "build", engines.build)
     # One call of each form without a clock, then rounds of two: the third round is interrupted.
@@ -176,6 +185,10 @@ def test_other_images_than_the_example_are_refused() -> None:
         (IMAGES, {"engines": []}, r"engines must be one or more of .*, got \[\]"),
         (IMAGES, {"engines": "eager"}, "engines must be a list of names, got 'eager'"),
         (IMAGES, {"rounds": 1.5}, "rounds must be an integer, got 1.5"),
+        (IMAGES * float("nan"), {}, "example must be finite, got NaN or infinity"),
+        (IMAGES / 0, {}, "example must be finite, got NaN or infinity"),
+        (IMAGES, {"model": _endless()}, "model must give finite logits, got NaN or infinity"),
+        (IMAGES, {"engines": ["onnx"], "seconds": 1e-9}, "seconds is too short .*, got 1e-09"),
         (IMAGES, {"seconds": 0}, "seconds must be above 0, got 0"),
         (torch.zeros(0, 3, 32, 32), {}, r"example must be images .*, got \(0, 3, 32, 32\)"),
         (IMAGES, {"tolerance": -1.0}, "tolerance must be 0 or more, got -1.0"),

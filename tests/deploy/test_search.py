@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -140,7 +141,7 @@ def test_what_is_slower_or_dearer_than_dense_is_not_recommended() -> None:
 def test_the_last_line_says_what_was_gained() -> None:
     lines = str(_result()).splitlines()
     assert lines[-1] == "a: 0.30 points lost, 1.50× faster than dense, 40% fewer GMACs"
-    assert "99 images are too few to be sure: it may lose 0.90" in lines[-2]
+    assert "99 images are too few to be sure: it may lose up to 0.90 points" in lines[-2]
     assert "too few" not in str(_result().recommend(max_loss=1.0))
     again = str(_result(objective="gmacs").recommend(min_agreement=0.995)).splitlines()[-1]
     assert again == "a: 99.90% of the answers as dense, 90% fewer GMACs"
@@ -216,7 +217,7 @@ def test_a_sparse_model_is_searched_over_its_budgets(pixels: Tensor, tmp_path: P
     assert model.calibration is None  # the caller's stays as it is
     assert (found.images, found.chosen_on) == (30, 10)
     assert found.dense["top1"] is None
-    assert sum(point.trained for point in found.points) == 1
+    assert sum(point.own for point in found.points) == 1
     own = [point for point in found.points if point.per_image]
     assert own
     assert all(point.name.endswith("per image") for point in own)
@@ -252,7 +253,7 @@ def test_few_are_timed_with_the_engine_that_was_asked_for(pixels: Tensor) -> Non
     options: dict[str, Any] = {"batch_size": 3, "seconds": 0, "keep_ratios": [0.5], "quiet": True}
     found = search(model, pixels, engine="eager", **options)
     timed = [point for point in found.points if point.speed is not None]
-    assert any(point.trained for point in timed)
+    assert any(point.own for point in timed)
     for point in timed:
         assert point.speed is not None
         assert point.speed.batch_size == 3
@@ -283,8 +284,8 @@ def test_a_result_is_read_back(pixels: Tensor, tmp_path: Path) -> None:
     again = Search.from_json(file, model).build(read.points[0])
     with torch.no_grad():
         assert torch.equal(again(pixels), found.build(found.points[0])(pixels))
-    for content in ("[]", "{}", "no JSON", '{"points": [{}], "recommended": null}'):
-        file.write_text(content)
+    for content in (b"[]", b"{}", b"no JSON", b"\xff", b'{"points": [{}], "recommended": null}'):
+        file.write_bytes(content)
         with pytest.raises(ValueError, match=r"file must be what search wrote, got .*search.json"):
             Search.from_json(file)
 
@@ -301,7 +302,35 @@ def test_a_result_is_read_back(pixels: Tensor, tmp_path: Path) -> None:
         ({"images": torch.zeros(8, 3, 16, 16)}, ValueError, "images"),
         ({"labels": [0.5] * 40}, TypeError, "labels must be class indices, got torch.float32"),
         ({"labels": [0]}, ValueError, r"labels must be one an image, 40, got \[1\]"),
-        ({"labels": [7] * 40}, ValueError, "7"),
+        ({"labels": [7] * 40}, ValueError, "labels must be class indices below 5, .*, got 7"),
+        ({"labels": [-1] * 40}, ValueError, "labels must be class indices below 5, .*, got -1"),
+        ({"labels": ["a"] * 40}, TypeError, r"labels must be class indices, got \['a'"),
+        (
+            {"labels": torch.zeros(40, device="meta")},
+            TypeError,
+            "labels must be class indices, got",
+        ),
+        (
+            {"images": [torch.zeros(4, 3, 32, 32), torch.zeros(4, 3, 16, 16)]},
+            ValueError,
+            r"images must be batches .* got \[4, 3, 32, 32\] on cpu, \[4, 3, 16, 16\]",
+        ),
+        ({"images": [torch.tensor(1.0)]}, ValueError, "images must be batches .* got .* on cpu"),
+        (
+            {"images": torch.zeros(8, 3, 32, 32, device="meta")},
+            ValueError,
+            "images must hold values",
+        ),
+        (
+            {"images": torch.full((8, 3, 32, 32), math.nan)},
+            ValueError,
+            "images must be finite, got",
+        ),
+        (
+            {"images": torch.full((8, 3, 32, 32), math.inf)},
+            ValueError,
+            "images must be finite, got",
+        ),
         ({"max_loss": 0.5}, ValueError, "max_loss needs labels, got 0.5 without"),
         ({"max_loss": 1.0, "min_agreement": 0.9}, ValueError, "not both, got 1.0 and 0.9"),
         ({"labels": [0] * 40, "max_loss": -1.0}, ValueError, "max_loss must be 0 or more, got -1"),
@@ -325,6 +354,23 @@ def test_bad_arguments(
         search(arguments.pop("model"), arguments.pop("images"), **arguments)
 
 
+@pytest.mark.parametrize(
+    ("dense", "error", "message"),
+    [
+        (tiny_vit(img_size=16), ValueError, r"dense must have .*\(3, 32, 32\), got \(3, 16, 16\)"),
+        (tiny_vit(num_classes=2), ValueError, "dense must have the 5 classes of model, got 2"),
+        (nn.Identity(), ValueError, "dense must have"),
+        (sparsify(tiny_vit(), 0.5), TypeError, "dense must be a dense model, got a SparseViT"),
+        ("vit", TypeError, "dense must be a timm model, got 'vit'"),
+    ],
+)
+def test_a_dense_model_that_cannot_be_compared(
+    dense: Any, error: type[Exception], message: str, pixels: Tensor
+) -> None:
+    with pytest.raises(error, match=message):
+        search(sparsify(tiny_vit(), 0.7), pixels, dense=dense, quiet=True)
+
+
 def test_search_from_the_command_line(
     images: Path,
     sparse_folder: Path,
@@ -342,12 +388,12 @@ def test_search_from_the_command_line(
     result = json.loads(output.read_text())
     assert [point["tokens"] for point in result["points"]] == [[16, 11, 7, 5], [16, 8, 4, 2]]
     assert result["recommended"] in result["points"]
-    assert [point["trained"] for point in result["points"]] == [True, False]
+    assert [point["own"] for point in result["points"]] == [True, False]
     assert result["environment"]["torch"] == torch.__version__
     assert (result["crop_pct"], result["images"], result["chosen_on"]) == (None, 8, 0)
     printed = capsys.readouterr().out
     assert printed.endswith(f"the results are in {output}\nthe recommended model is in {best}\n")
-    assert "(trained)" in printed
+    assert "(own)" in printed
     # evaluate finds the same for the model that was saved, for the given one and for the dense one.
     found = evaluate([str(best), str(sparse_folder), str(dense_folder)], str(images), workers=0)
     point, given, dense = result["recommended"], result["points"][0], result["dense"]
@@ -390,10 +436,19 @@ def test_the_command_names_what_is_wrong(
     save_folder(tiny_vit(num_classes=2), reverse, class_names=CLASSES[::-1])
     three = tmp_path / "three"
     sparsify(tiny_vit(num_classes=3), 0.7).save_pretrained(three)
+    link = tmp_path / "link"
+    link.symlink_to(sparse_folder)
     nowhere = tmp_path / "nowhere"
     cases: list[tuple[Path, dict[str, Any], str]] = [
         (nowhere, {"save": str(file)}, f"save must be a folder, got {file}, and {file} is a"),
         (nowhere, {"output": str(tmp_path)}, "output must be a file, got the folder"),
+        (dense_folder, {"save": str(dense_folder)}, "save must be another folder .*, got"),
+        (link, {"save": str(sparse_folder / ".")}, "save must be another folder .*, got"),
+        (
+            sparse_folder,
+            {"dense": str(dense_folder), "save": str(dense_folder)},
+            "save must be another folder .*, got",
+        ),
         (nowhere, {"batch_size": 0}, "batch_size must be 1 or more, got 0"),
         (nowhere, {"images": 3}, "images must be 4 or more, got 3"),
         (nowhere, {"max_loss": -1}, "max_loss must be 0 or more, got -1"),
@@ -418,14 +473,14 @@ def test_points_lost_have_the_sign_that_compare_has(pixels: Tensor) -> None:
     with torch.no_grad():
         labels = model(pixels).argmax(1)  # so that pruned is better
     found = search(model, pixels, labels, objective="gmacs", quiet=True)
-    own = next(point for point in found.points if point.trained)
+    own = next(point for point in found.points if point.own)
     assert own.change is not None
     assert own.change.points_lost <= 0
     text = str(found)
     low, high = own.change.interval
     assert f"{own.change.points_lost:.2f} ({low:.1f} to {high:.1f})" in text
-    assert "0.7 (trained)" in text
-    assert max(map(len, text.splitlines()[: len(found.points)])) <= 100
+    assert "0.7 (own)" in text
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_it_is_public() -> None:

@@ -206,6 +206,7 @@ class _Search:
         self.model = model
         self.example = example
         self.tolerance = tolerance
+        self.seconds = seconds
         self.end = float("inf") if seconds is None else time.monotonic() + seconds
         self.report = report
         self.calls: dict[Candidate, Engine] = {}
@@ -220,6 +221,8 @@ class _Search:
     def build(self, forms: list[Candidate]) -> None:
         """Build and check each; the first is the base, and it is built in any case."""
         expected = _logits(self.model(self.example))
+        if not expected.isfinite().all():
+            raise ValueError("model must give finite logits, got NaN or infinity")
         for index, form in enumerate(forms):
             if index and self.over:
                 self.refused.append(replace(form, reason=_NO_TIME))
@@ -272,12 +275,16 @@ class _Search:
             return None
         return compare_times(times)[0]
 
-    def failure(self) -> ValueError:
+    def failure(self) -> BaseException:
         """Why there is no form to take, where all that was asked for is refused."""
         errors = [form.error for form in self.refused if form.error == form.error]
         if errors:
             text = f"tolerance must be at least {min(errors):.2g} for a form, got {self.tolerance}"
             return ValueError(text)
+        if self.refused[0].reason == _NO_TIME:  # no form was built but the base
+            if self.stopped:
+                return KeyboardInterrupt()
+            return ValueError(f"seconds is too short to build a form, got {self.seconds}")
         return ValueError(f"no engine runs the model here: {self.refused[0].reason}")
 
 
@@ -290,6 +297,8 @@ def _check(
     device = next((weight.device for weight in model.parameters()), example.device)
     if example.device != device:
         raise ValueError(f"example must be on the model's device {device}, got {example.device}")
+    if not example.isfinite().all():
+        raise ValueError("example must be finite, got NaN or infinity")
     if not tolerance >= 0:
         raise ValueError(f"tolerance must be 0 or more, got {tolerance!r}")
     if rounds < 1:

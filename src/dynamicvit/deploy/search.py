@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -106,7 +107,7 @@ def search(
         max_loss: percentage points of top-1 that may be lost, with labels. By default 0.5.
         min_agreement: share of the images that must have the dense model's answer, instead. By
             default 0.99 where there are no labels.
-        sure: count a loss as held only if the upper end of its 95% interval is within max_loss.
+        sure: accept a form only if the upper end of its 95% interval is within max_loss.
         objective: "latency" times those on or near the frontier in turn, and recommends the
             fastest. "gmacs" times nothing, and recommends the cheapest.
         engine, precision: what to time in, as in `dynamicvit.deploy.engines`.
@@ -133,7 +134,10 @@ def search(
     if isinstance(model, SparseViT):
         model = model.at(schedule=model.schedule)  # the caller's model is not calibrated
         schedules = list_schedules(model, keep_ratios, blocks, ratios)
-        reference: nn.Module = dense or cast(nn.Module, model.backbone)
+        reference = cast(nn.Module, model.backbone)
+        if dense is not None:
+            _check_dense(dense, model)
+            reference = dense
     else:
         given = {"dense": dense, "keep_ratios": keep_ratios, "blocks": blocks, "ratios": ratios}
         for name, value in given.items():
@@ -153,7 +157,7 @@ def search(
         torch.manual_seed(0)
         if isinstance(model, SparseViT):
             points = [
-                Point(name_schedule(each, schedules), each, trained=each == model.schedule)
+                Point(name_schedule(each, schedules), each, own=each == model.schedule)
                 for each in schedules
             ]
             if engine in ("eager", "packed"):  # the others have one program for all images
@@ -173,7 +177,7 @@ def search(
         pixels, targets = pixels[judging], None if targets is None else targets[judging]
         top1, points = _judge(model, reference, points, pixels, targets, quiet)
         if objective == "latency":
-            near = [point for point in points if point.trained or is_near(point, points)]
+            near = [point for point in points if point.own or is_near(point, points)]
             models = [reference, *(build_form(model, point) for point in near)]
             speeds = _time(models, pixels, engine, precision, batch_size, seconds, quiet)
             for point, speed in zip(near, speeds, strict=True):
@@ -230,14 +234,13 @@ def search_data(
             that need no training.
         data: image folder with split sub-folders, or a timm data set name such as torch/cifar10.
         data_dir: where a named data set lies.
-        split: which split to use; best one that has served for nothing yet. Another name than
-            "train" and "val" is taken as it is.
+        split: which split to use; one that was not used for training or for choosing. Another name
+            than "train" and "val" is taken as it is.
         images: how many images of the split, spread evenly over it. They are held in memory.
         max_loss: percentage points of top-1 that may be lost; by default 0.5, unless min_agreement
             is given.
         min_agreement: share of the images that must have the dense model's answer.
-        sure: count a loss as held only if it is so with confidence: if the upper end of its 95%
-            interval is within max_loss.
+        sure: accept a form only if the upper end of its 95% interval is within max_loss.
         objective: latency (the fastest is recommended) or gmacs (the cheapest; nothing is timed).
         engine: what to time in: eager, packed, compile, onnx or openvino.
         precision: what to time in: float32, bfloat16 or float16. Accuracy is measured in float32.
@@ -257,7 +260,7 @@ def search_data(
         crop_pct: the share of the image's side that is kept; by default the model's own.
         skip_unreadable: leave out and count images that cannot be read, instead of stopping.
         output: JSON file to write.
-        save: folder to write the recommended model to, ready for use.
+        save: folder to write the recommended model to, ready for use; not one of those read.
         device: such as cpu or cuda:1; by default a GPU if there is one.
         quiet: print nothing, neither tables nor progress.
 
@@ -272,6 +275,11 @@ def search_data(
         check_file("output", output)
     if save:
         check_folder("save", save)
+        for read in filter(None, (model, dense)):
+            if Path(read).exists() and Path(read).resolve() == Path(save).resolve():
+                raise ValueError(
+                    f"save must be another folder than those that are read, got {save}"
+                )
     check_loading(batch_size, workers, crop_pct)
     if images < 4:
         raise ValueError(f"images must be 4 or more, got {images}")
@@ -292,6 +300,7 @@ def search_data(
     reading = (data, data_dir, split, READ, workers, crop_pct, skip_unreadable)
     found, loader = open_images(loaded, model, accelerator, *reading)
     pixels, labels = _read(found, loader, images, workers, quiet)
+    check_labels(labels, cast(Any, loaded).num_classes)  # names the data
     result = search(
         loaded,
         pixels,
@@ -348,27 +357,59 @@ def _check(
         raise ValueError(f"seconds must be 0 or more, got {seconds}")
 
 
+def _check_dense(dense: nn.Module, model: SparseViT) -> None:
+    """Raise TypeError or ValueError unless the two answer the same question."""
+    if not isinstance(dense, nn.Module):
+        raise TypeError(f"dense must be a timm model, got {dense!r:.200}")
+    if isinstance(dense, SparseViT):
+        raise TypeError("dense must be a dense model, got a SparseViT")
+    ours, theirs = input_size(model), input_size(dense)
+    if ours != theirs:
+        raise ValueError(f"dense must have the input size of model, {ours}, got {theirs}")
+    classes = getattr(dense, "num_classes", None)
+    if classes != model.num_classes:
+        raise ValueError(f"dense must have the {model.num_classes} classes of model, got {classes}")
+
+
 def _check_images(images: Any, labels: Any, num_classes: int) -> tuple[Tensor, Tensor | None]:
     """Images [M, C, H, W] and class indices [M]. Arguments and errors as for `search`."""
     if not isinstance(images, Tensor):
         batches = list(images) if isinstance(images, Iterable) else [images]
         if not all(isinstance(batch, Tensor) for batch in batches):
             raise TypeError(f"images must be a tensor or batches of them, got {images!r:.200}")
+        kinds = {(batch.shape[1:], batch.device) for batch in batches}
+        if len(kinds) > 1 or any(batch.ndim != 4 for batch in batches):
+            got = ", ".join(f"{list(batch.shape)} on {batch.device}" for batch in batches)
+            raise ValueError(
+                f"images must be batches [B, C, H, W] of one size on one device, got {got:.200}"
+            )
         images = torch.cat(batches) if batches else torch.empty(0)
     if images.ndim != 4 or len(images) < 4:
         raise ValueError(
             f"images must have shape [M, C, H, W] with M of 4 or more, got {list(images.shape)}"
         )
+    if images.is_meta:
+        raise ValueError("images must hold values, got meta tensors")
+    if not images.isfinite().all():
+        raise ValueError("images must be finite, got NaN or infinity")
     if num_classes == 0:
         raise ValueError("model must have classes, got num_classes 0")
     if labels is None:
         return images, None
-    targets = torch.as_tensor(labels).cpu()
+    try:
+        targets = torch.as_tensor(labels).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:  # such as strings, or meta tensors
+        raise TypeError(f"labels must be class indices, got {labels!r:.200}") from error
     if targets.dtype.is_floating_point or targets.dtype == torch.bool:
         raise TypeError(f"labels must be class indices, got {targets.dtype}")
     if targets.shape != images.shape[:1]:
         raise ValueError(f"labels must be one an image, {len(images)}, got {list(targets.shape)}")
-    check_labels(targets, num_classes)
+    wrong = targets[(targets < 0) | (targets >= num_classes)]
+    if len(wrong):
+        raise ValueError(
+            f"labels must be class indices below {num_classes}, the model's number of classes, "
+            f"got {int(wrong[0])}"
+        )
     return images, targets
 
 

@@ -31,7 +31,7 @@ class Point:
         schedule: where tokens leave and how many stay.
         scorer, squeeze: as `sparsify` takes them; None for the selectors that the model has.
         per_image: whether each image has its own budget.
-        trained: whether the model came with this schedule.
+        own: whether the model came with this schedule.
         tokens: patch tokens at the start, then after each stage: means, where images differ.
         gmacs: billions of multiply-adds an image.
         agreement: share of the images with the dense model's answer.
@@ -46,7 +46,7 @@ class Point:
     scorer: str | None = None
     squeeze: bool = False
     per_image: bool = False
-    trained: bool = False
+    own: bool = False
     tokens: tuple[float, ...] = ()
     gmacs: float = math.nan
     agreement: float = math.nan
@@ -162,9 +162,8 @@ class Search:
         Raises:
             FileNotFoundError, ValueError: if there is no such file, or it is of something else.
         """
-        text = Path(file).read_text(encoding="utf-8")
         try:
-            found = json.loads(text)
+            found = json.loads(Path(file).read_text(encoding="utf-8"))
             del found["recommended"]
             points = tuple(map(_read_point, found.pop("points")))
             names = [name for name in cls.__dataclass_fields__ if name in found]
@@ -183,7 +182,7 @@ class Search:
         best = self.recommended
         for point in self.points:
             mark = "→ " if point == best else "• " if point.frontier else "  "
-            row = [mark + point.name + " (trained)" * point.trained]
+            row = [mark + point.name + " (own)" * point.own]
             if point.change is not None:
                 low, high = point.change.interval
                 row.append(f"{point.top1:.2f}")
@@ -198,9 +197,6 @@ class Search:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=100, force_terminal=False)  # names of candidates are long
-        with console.capture() as capture:
-            console.print(self.table)
         notes = []
         own = self.dense["model"] is None and not any(point.scorer for point in self.points)
         dense = "dense (the model's own backbone with all tokens): " if own else "dense: "
@@ -208,7 +204,7 @@ class Search:
             notes.append(POINTS_LOST)
             dense += f"top-1 {self.dense['top1']:.2f}%, "
         notes.append(f"{dense}{self.dense['gmacs']:.4g} GMACs")
-        notes.append("→: recommended; •: no other is as good for less")
+        notes.append("→: recommended; •: no cheaper form is as good")
         chosen = f"; {self.chosen_on} others chose what to judge" if self.chosen_on else ""
         notes.append(f"judged on {self.images} images{chosen}")
         if any(point.speed is not None for point in self.points):
@@ -220,8 +216,15 @@ class Search:
         if best is not None and best.change is not None and max_loss is not None and not sure:
             most = best.change.interval[1]
             if most > max_loss:
-                notes.append(f"{self.images} images are too few to be sure: it may lose {most:.2f}")
-        return "\n".join([capture.get().rstrip(), *notes, self._verdict()])
+                notes.append(
+                    f"{self.images} images are too few to be sure: "
+                    f"it may lose up to {most:.2f} points"
+                )
+        console = Console(width=100, force_terminal=False)  # names of candidates are long
+        with console.capture() as capture:
+            console.print(self.table)
+            console.print("\n".join(notes), markup=False, highlight=False)
+        return f"{capture.get()}{self._verdict()}"
 
     def _verdict(self) -> str:
         """In one line what was gained."""
