@@ -302,8 +302,8 @@ def test_a_result_is_read_back(pixels: Tensor, tmp_path: Path) -> None:
         ({"images": torch.zeros(8, 3, 16, 16)}, ValueError, "images"),
         ({"labels": [0.5] * 40}, TypeError, "labels must be class indices, got torch.float32"),
         ({"labels": [0]}, ValueError, r"labels must be one an image, 40, got \[1\]"),
-        ({"labels": [7] * 40}, ValueError, "labels must be class indices below 5, .*, got 7"),
-        ({"labels": [-1] * 40}, ValueError, "labels must be class indices below 5, .*, got -1"),
+        ({"labels": [7] * 40}, ValueError, "labels must be class indices from 0 to 4, got 7"),
+        ({"labels": [-1] * 40}, ValueError, "labels must be class indices from 0 to 4, got -1"),
         ({"labels": ["a"] * 40}, TypeError, r"labels must be class indices, got \['a'"),
         (
             {"labels": torch.zeros(40, device="meta")},
@@ -442,12 +442,12 @@ def test_the_command_names_what_is_wrong(
     cases: list[tuple[Path, dict[str, Any], str]] = [
         (nowhere, {"save": str(file)}, f"save must be a folder, got {file}, and {file} is a"),
         (nowhere, {"output": str(tmp_path)}, "output must be a file, got the folder"),
-        (dense_folder, {"save": str(dense_folder)}, "save must be another folder .*, got"),
-        (link, {"save": str(sparse_folder / ".")}, "save must be another folder .*, got"),
+        (dense_folder, {"save": str(dense_folder)}, "save must not be the folder of model, got"),
+        (link, {"save": str(sparse_folder / ".")}, "save must not be the folder of model, got"),
         (
             sparse_folder,
             {"dense": str(dense_folder), "save": str(dense_folder)},
-            "save must be another folder .*, got",
+            "save must not be the folder of dense, got",
         ),
         (nowhere, {"batch_size": 0}, "batch_size must be 1 or more, got 0"),
         (nowhere, {"images": 3}, "images must be 4 or more, got 3"),

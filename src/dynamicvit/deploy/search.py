@@ -260,7 +260,8 @@ def search_data(
         crop_pct: the share of the image's side that is kept; by default the model's own.
         skip_unreadable: leave out and count images that cannot be read, instead of stopping.
         output: JSON file to write.
-        save: folder to write the recommended model to, ready for use; not one of those read.
+        save: folder to write the recommended model to, ready for use. It must not be the
+            folder of model or dense.
         device: such as cpu or cuda:1; by default a GPU if there is one.
         quiet: print nothing, neither tables nor progress.
 
@@ -275,11 +276,9 @@ def search_data(
         check_file("output", output)
     if save:
         check_folder("save", save)
-        for read in filter(None, (model, dense)):
-            if Path(read).exists() and Path(read).resolve() == Path(save).resolve():
-                raise ValueError(
-                    f"save must be another folder than those that are read, got {save}"
-                )
+        for name, read in (("model", model), ("dense", dense)):
+            if read and Path(read).exists() and Path(read).resolve() == Path(save).resolve():
+                raise ValueError(f"save must not be the folder of {name}, got {save}")
     check_loading(batch_size, workers, crop_pct)
     if images < 4:
         raise ValueError(f"images must be 4 or more, got {images}")
@@ -407,8 +406,7 @@ def _check_images(images: Any, labels: Any, num_classes: int) -> tuple[Tensor, T
     wrong = targets[(targets < 0) | (targets >= num_classes)]
     if len(wrong):
         raise ValueError(
-            f"labels must be class indices below {num_classes}, the model's number of classes, "
-            f"got {int(wrong[0])}"
+            f"labels must be class indices from 0 to {num_classes - 1}, got {int(wrong[0])}"
         )
     return images, targets
 
