@@ -94,6 +94,14 @@ def test_an_engine_that_fails_is_out_and_says_why(monkeypatch: pytest.MonkeyPatc
         optimize(_sparse(), IMAGES, engines=["compile"], rounds=1)
 
 
+def test_logits_of_zero_have_no_error() -> None:
+    model = tiny_vit()
+    for weight in model.get_submodule("head").parameters():
+        nn.init.zeros_(weight)
+    found = optimize(model, IMAGES, engines=["eager"], precisions=["float32"], rounds=1)
+    assert [item.error for item in found.candidates] == [0.0, 0.0]
+
+
 def test_modes_stay_as_they_were() -> None:
     sparse = _sparse().train()
     sparse.backbone.eval()
