@@ -222,6 +222,7 @@ def test_progress_is_lines_without_a_terminal_and_can_be_silenced(
             {"engines": ["tensorrt"]},
             "engines must be of eager, packed, compile, onnx, openvino, got 'tens",
         ),
+        ({"plot": "speed.foo"}, "plot must end in .png or .svg, got speed.foo"),
         ({"align": 8}, "align is for dense models, got 8 with the sparse model"),
         ({"img_size": 48}, "img_size is for timm's names, got it with "),
         ({"weights": "x.pth"}, "weights go with a timm name, not with .*, got x.pth"),

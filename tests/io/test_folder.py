@@ -188,7 +188,7 @@ def test_a_failed_save_leaves_what_was_there(saved: Path, monkeypatch: pytest.Mo
 
 def test_saving_over_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(ValueError, match=r"folder must be a folder, got .*file is a file"):
         save_folder(_sparse(), tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -342,6 +342,8 @@ class SparseViT(TimmModel):
             )
         if not (isinstance(path, type) and issubclass(path, Masked)):
             raise TypeError(f"path must be Masked or a subclass of it, got {path!r}")
+        if threshold is not None and not callable(threshold):
+            raise TypeError(f"threshold must be a function, got {threshold!r:.200}")
         if not isinstance(temperature, Real) or isinstance(temperature, bool):
             raise TypeError(f"temperature must be a number, got {temperature!r}")
         if not temperature > 0:
@@ -351,7 +353,7 @@ class SparseViT(TimmModel):
         rows, columns = self.adapter.grid(self.backbone, images.shape)
         for name, values in (("decisions", decisions), ("noise", noise)):
             if values is not None:
-                self._check_stages(name, values, len(images), rows * columns)
+                self._check_stages(name, values, images, rows * columns)
         if self.levels is not None and decisions is None:
             decisions = self.pruned(images).keep
         how = path(self.training, decisions, noise, temperature, threshold)
@@ -485,8 +487,9 @@ class SparseViT(TimmModel):
         return cast(Selector, self.scorers[0]).merges
 
     def _check_stages(
-        self, name: str, values: Sequence[Tensor], batch: int, num_tokens: int
+        self, name: str, values: Sequence[Tensor], images: Tensor, num_tokens: int
     ) -> None:
+        batch = len(images)
         stages = len(self.schedule.blocks)
         if isinstance(values, Tensor) or not isinstance(values, Sequence):
             raise TypeError(
@@ -501,6 +504,12 @@ class SparseViT(TimmModel):
                 raise ValueError(
                     f"{name}[{stage}] must have shape [B, N] = [{batch}, {num_tokens}], "
                     f"got {list(value.shape)}"
+                )
+            if value.is_complex():
+                raise TypeError(f"{name}[{stage}] must be real numbers, got {value.dtype}")
+            if value.device != images.device:
+                raise ValueError(
+                    f"{name}[{stage}] must be on the images' {images.device}, got {value.device}"
                 )
 
     # From files, and to files.

@@ -111,6 +111,8 @@ def benchmark(
     for name, file in (("output", output), ("plot", plot)):
         if file is not None:
             check_file(name, file)
+    if plot is not None and Path(plot).suffix.lower() not in (".png", ".svg"):
+        raise ValueError(f"plot must end in .png or .svg, got {plot}")
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("plot needs the extra: pip install 'dynamicvit[plot]'")
     with show_steps(quiet) as report:
@@ -434,5 +436,5 @@ def _plot(result: dict[str, Any], path: Path) -> None:
     axes.set(xlabel="batch size", ylabel="speed-up over dense", title=str(result["model"]))
     axes.legend()
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.removeprefix(".") or "png", dpi=150)
+    figure.savefig(buffer, format=path.suffix.lower().removeprefix("."), dpi=150)
     write_bytes(path, buffer.getvalue())

@@ -21,7 +21,7 @@ from dynamicvit.core.levels import Calibration
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.core.selectors import check_name, name_of
-from dynamicvit.io.files import name_in_errors, write_text
+from dynamicvit.io.files import check_folder, name_in_errors, write_text
 from dynamicvit.io.weights import OWN_WEIGHTS, load_strictly
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -51,6 +51,7 @@ def save_folder(
     """
     if not isinstance(folder, str | os.PathLike):
         raise TypeError(f"folder must be a path, got {folder!r}")
+    check_folder("folder", Path(folder))
     backbone, extra = _describe(model, class_names)
     target = Path(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
