@@ -33,7 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "search": (
         "dynamicvit.deploy.search:search_data",
-        "Find the fastest form of a model whose answers stay as good as is asked.",
+        "Find the fastest form of a model within a limit on lost accuracy or changed answers.",
     ),
     "compare": (
         "dynamicvit.evaluation.compare:compare",

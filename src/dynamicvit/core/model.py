@@ -459,7 +459,7 @@ class SparseViT(TimmModel):
                 f"images must be a tensor or batches of them, got {type(images).__name__}"
             )
         scorer = cast(Selector, self.scorers[0])
-        scorer.difficulty(torch.ones(1, 1))  # refuses here, not after the first batch
+        scorer.difficulty(torch.ones(1, 1))  # raises before any work
         models = [self.at(keep_ratio=ratio) for ratio in ratios]
         full = models[-1] if ratios[-1] == 1 else self.at(keep_ratio=1.0)
         difficulty, losses = [], []
@@ -656,7 +656,7 @@ def _check_scorers(scorers: list[Any], model: Backbone, stages: int) -> None:
 
 
 def _in_order(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Rows of several parts in one tensor, each at the place that comes with it."""
+    """Parts [b, …] in one tensor [B, …]. Each comes with the rows of the batch that it holds."""
     places = torch.cat([rows for rows, _ in parts])
     return torch.cat([values for _, values in parts])[places.argsort()]
 

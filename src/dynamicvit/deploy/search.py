@@ -90,7 +90,9 @@ def search(
     ratios: list[list[float]] | None = None,
     quiet: bool = False,
 ) -> Search:
-    """Find the fastest form of a model whose answers stay as good as is asked. Nothing is trained.
+    """Find the fastest form of a model within a limit on lost accuracy or changed answers.
+
+    Nothing is trained.
 
     Of a sparse model its budgets are tried, with the same weights, also with a budget for each
     image where its scorers tell images apart. Of a dense model selectors that need no training are
@@ -226,7 +228,7 @@ def search_data(
     device: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Find the fastest form of a model whose answers stay as good as is asked.
+    """Find the fastest form of a model within a limit on lost accuracy or changed answers.
 
     Args:
         model: model folder, hub id or timm name, of a sparse model or a dense one. Nothing is

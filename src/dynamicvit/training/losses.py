@@ -81,8 +81,8 @@ def ratio_loss(
 def level_loss(scores: Sequence[Tensor], of_batch: Callable[[Tensor], Tensor]) -> Tensor:
     """The batch's mean score, squared, sum over stages.
 
-    `batch_threshold` takes the common level of all scores off, so that no decision depends on it.
-    But each decision to keep would raise it, without end: this holds it near 0.
+    `batch_threshold` subtracts the common level of all scores, so no decision depends on it. But
+    gradients of kept tokens raise it in every step. This loss holds it near 0.
 
     Args:
         scores: for each stage, [B, N] log-odds of keeping.
@@ -100,10 +100,10 @@ def _of_batch(value: Tensor, of_batch: Callable[[Tensor], Tensor]) -> Tensor:
 def batch_threshold(
     ratios: Tensor, gather: Callable[[Tensor], Tensor]
 ) -> Callable[[int, Tensor, Tensor | None], Tensor]:
-    """The score that so many tokens of a batch reach as a budget allows: for `SparseViT.masked`.
+    """A threshold for `SparseViT.masked`: as many scores of the batch reach it as a budget allows.
 
-    With it taken off, the same scores serve every budget. Tokens of all images compete, so an image
-    may keep more than another.
+    It is subtracted from the scores, so the same scores serve every budget. Tokens of all images
+    compete, so an image may keep more than another.
 
     Args:
         ratios: [S], for each stage the share of all tokens that should be kept.
@@ -210,7 +210,7 @@ def distillation_loss(
 
     Returns:
         Scalars `loss` (the weighted sum), `cross_entropy`, `ratio`, `logit_kl`, `token`
-        (each unweighted).
+        and, with `of_batch`, `level` (each unweighted).
     """
     parts = {
         "cross_entropy": cross_entropy(student.logits, targets, label_smoothing),
@@ -222,5 +222,6 @@ def distillation_loss(
         parts["token"] = token_loss(student.tokens, teacher_tokens, student.keep[-1], count)
         loss = loss + weights.ratio / len(ratios) * parts["ratio"] + weights.token * parts["token"]
         if of_batch is not None:
-            loss = loss + LEVEL_WEIGHT * level_loss(student.scores, of_batch)
+            parts["level"] = level_loss(student.scores, of_batch)
+            loss = loss + LEVEL_WEIGHT * parts["level"]
     return {"loss": loss, **parts}
