@@ -1,11 +1,11 @@
-"""The GPU benchmark in one command, in under nine minutes on one H100.
+"""The GPU benchmark in one command, in under seven minutes on one H100.
 
     PYTHONPATH=src python benchmarks/gpu.py benchmarks/results/gpu.json
 
 Four parts: the published outputs on the device (correct), dense against pruned (inference), a
-training step against a plain one (training), and a Fashion-MNIST table (accuracy). The most
-important rows run first, as long as time is left. The JSON file names the rows that did not fit.
-It is written after each row, so a killed run leaves its results.
+budget for each image against fixed counts (per_image), and a training step against a plain one
+(training). The most important rows run first, as long as time is left. The JSON file names the
+rows that did not fit. It is written after each row, so a killed run leaves its results.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import os
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -34,14 +33,11 @@ sys.path.insert(0, str(ROOT))  # the script's own folder is what Python puts the
 
 import timm
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
 from rich.console import Console
 from rich.table import Table
-from timm.data import resolve_input_data_config
 from torch import Tensor, nn
 
-import dynamicvit
+from benchmarks import per_image
 from benchmarks.training_step import (
     SIDES,
     Setting,
@@ -51,26 +47,17 @@ from benchmarks.training_step import (
     print_steps,
 )
 from dynamicvit import SparseViT, count_gmacs, sparsify
-from dynamicvit.core.selectors.rules import RandomScorer
 from dynamicvit.deploy.benchmark import peak_bytes, random_batches, weight_bytes
 from dynamicvit.deploy.engines import Engine, build
 from dynamicvit.deploy.verify import TIE
-from dynamicvit.evaluation.data import open_data
 from dynamicvit.evaluation.environment import environment
-from dynamicvit.evaluation.evaluate import evaluate_model, input_size, token_counts
+from dynamicvit.evaluation.evaluate import input_size, token_counts
 from dynamicvit.evaluation.launch import find_device
-from dynamicvit.evaluation.loader import create_image_loader
 from dynamicvit.evaluation.timing import compare_times, interleave, medians
-from dynamicvit.io.embedded import ASSETS, embedded_images
 from dynamicvit.io.files import write_text
-from dynamicvit.io.folder import save_folder
-from dynamicvit.io.load import load_model
-from dynamicvit.quickstart import RECIPE, unpack_images
-from dynamicvit.training.config import TrainConfig
-from dynamicvit.training.fit import BEST, train
 from tests import parity
 
-PARTS = ("correct", "inference", "training", "accuracy")
+PARTS = ("correct", "inference", "per_image", "training")
 PRECISION = "bfloat16"
 # Relative norm of the difference between the logits of a compiled and an eager model: rounding in
 # bfloat16, and untrained scorers' near-tied tokens that change places.
@@ -123,8 +110,8 @@ class Scale:
     step: Setting
     step_batches: tuple[int, ...]
     token_images: int  # on which devices must keep the same tokens
-    ratios: tuple[float, ...] = (0.7, 0.8, 0.9)
-    accuracy_ratios: tuple[float, ...] = (0.7, 0.9, 0.8, 0.5)
+    per_image_batches: tuple[int, ...]
+    ratios: tuple[float, ...] = (0.7, 0.5, 0.9)
 
 
 FULL = Scale(
@@ -132,19 +119,19 @@ FULL = Scale(
         Model("deit_small_patch16_224"),
         Model("deit_base_patch16_224"),
         Model("lvvit_small"),
-        Model("lvvit_medium"),
         Model("vit_large_patch16_384"),
     ),
-    batch_sizes=(1, 32, 256, 128, 8),
+    batch_sizes=(32, 1, 256),
     align=16,
     seconds=0.5,
     rounds=7,
     step=Setting(precision=PRECISION),
     step_batches=(128, 256),
     token_images=32,
+    per_image_batches=(32, 256),
 )
 _TINY: dict[str, Any] = {
-    "img_size": 32,
+    "img_size": 64,
     "patch_size": 8,
     "embed_dim": 32,
     "depth": 4,
@@ -162,13 +149,13 @@ TINY = Scale(
     step=Setting("vit_tiny_patch16_224", tuple(_TINY.items()), precision=PRECISION),
     step_batches=(2,),
     token_images=2,
+    per_image_batches=(4,),
     ratios=(0.7, 0.8),
-    accuracy_ratios=(0.7,),
 )
 
 # Estimated seconds of a part's first row, and the seconds that earlier parts leave for later ones.
-GUESS = {"eager": 2.0, "compile": 20.0, "training": 90.0, "accuracy": 30.0}
-RESERVE = {"training": 120.0, "accuracy": 60.0}
+GUESS = {"eager": 2.0, "compile": 20.0, "per_image": 5.0, "training": 60.0}
+RESERVE = {"per_image": 15.0, "training": 100.0}
 
 
 @dataclass
@@ -180,8 +167,6 @@ class Run:
     scale: Scale
     end: float
     report: dict[str, Any]
-    data_dir: str | None = None
-    seeds: int = 3
     costs: dict[Any, float] = field(default_factory=dict)  # seconds a side, by model and engine
     gmacs: dict[Any, float] = field(default_factory=dict)  # by model and variant
     console: Console = field(default_factory=lambda: Console(width=120))
@@ -504,6 +489,26 @@ def print_inference(run: Run) -> None:
     run.console.print(table)
 
 
+# A budget for each image.
+
+
+def compare_per_image(run: Run, until: float) -> None:
+    """Speed with a budget for each image, beside that of fixed counts of the same cost."""
+    part: list[dict[str, Any]] = run.report.setdefault("per_image", [])
+    needed = GUESS["per_image"] * run.gpu
+    for model in run.scale.models[:2]:
+        for batch_size in run.scale.per_image_batches:
+
+            def work(model: Model = model, batch_size: int = batch_size) -> None:
+                seconds, rounds = run.scale.seconds, run.scale.rounds
+                kwargs = dict(model.kwargs)
+                setting = (model.name, "eager", PRECISION, batch_size, run.device, kwargs)
+                part.append(per_image.compare(*setting, seconds, rounds))
+
+            run.attempt("per_image", f"{model.name}, batch {batch_size}", needed, until, work)
+    per_image.print_rows(part)
+
+
 # Compilation ahead of time.
 
 
@@ -523,7 +528,7 @@ def precompile(
             jobs.append(pool.submit(_compile_step, _step_setting(run, batch_size), until))
     if "inference" in parts:
         for row in inference_rows(run.scale):
-            if row.engine == "compile" and row.variants[0].keep_ratio == run.scale.ratios[0]:
+            if row.engine == "compile":
                 jobs.append(pool.submit(_compile_row, row, str(run.device), until))
     return pool, jobs
 
@@ -622,85 +627,6 @@ def training(run: Run, until: float) -> None:
         print_steps(part["steps"])
 
 
-# Accuracy.
-
-
-def accuracy(run: Run, until: float, tiny: bool) -> None:
-    """Dense, learned and random selection on Fashion-MNIST, after one epoch of fine-tuning."""
-    part: list[dict[str, Any]] = run.report.setdefault("accuracy", [])
-    if not run.gpu:
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-    accelerator = Accelerator()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        model, data, options = _accuracy_data(run, folder, tiny)
-
-        def evaluate(name: str, network: nn.Module, **more: Any) -> None:
-            images = open_data(data, "val", data_dir=run.data_dir, in_chans=1)
-            config = resolve_input_data_config(network)
-            loader = create_image_loader(
-                images, 256, config, training=False, workers=0, device=run.device
-            )
-            found = evaluate_model(network, accelerator.prepare(loader), accelerator)
-            part.append({"selection": name, **more, **asdict(found)})
-
-        dense = load_model(model)
-        run.attempt("accuracy", "dense", 0.0, until, lambda: evaluate("dense", dense))
-        needed = GUESS["accuracy"] * run.gpu
-        for seed in range(run.seeds):
-            for ratio in run.scale.accuracy_ratios:
-
-                def learn(seed: int = seed, ratio: float = ratio) -> None:
-                    output = folder / f"{ratio}_{seed}"
-                    config = TrainConfig(
-                        data=data,
-                        data_dir=run.data_dir,
-                        output=str(output),
-                        model=model,
-                        keep_ratio=ratio,
-                        seed=seed,
-                        **options,
-                    )
-                    train(config)
-                    learned = dynamicvit.load(output / BEST)
-                    evaluate("learned", learned, keep_ratio=ratio, seed=seed)
-                    set_seed(seed)
-                    scorers = [RandomScorer() for _ in learned.scorers]
-                    blind = SparseViT(learned.backbone, learned.schedule, scorers)
-                    evaluate("random", blind, keep_ratio=ratio, seed=seed)
-
-                row = f"keep ratio {ratio}, seed {seed}"
-                took = run.attempt("accuracy", row, needed, until, learn)
-                needed = 1.2 * took * run.gpu if took else needed
-    table = Table("Fashion-MNIST", "keep ratio", "seed", "top-1 %", "GMACs", "images")
-    for found in part:
-        where = str(found.get("keep_ratio", "")), str(found.get("seed", ""))
-        figures = f"{found['top1']:.2f}", f"{found['gmacs']:.3f}", str(found["images"])
-        table.add_row(found["selection"], *where, *figures)
-    run.console.print(table)
-
-
-def _accuracy_data(run: Run, folder: Path, tiny: bool) -> tuple[str, str, dict[str, Any]]:
-    """Model folder, data, and further options of TrainConfig."""
-    options = RECIPE | {"epochs": 1, "batch_size": 32}
-    if tiny:
-        sizes = {**_TINY, "img_size": 28, "patch_size": 7, "in_chans": 1, "num_classes": 10}
-        save_folder(timm.create_model("vit_tiny_patch16_224", **sizes), folder / "model")
-        for split in ("train", "val"):
-            for name, index, picture in embedded_images(split):
-                if index < 2:
-                    (folder / "data" / split / name).mkdir(parents=True, exist_ok=True)
-                    picture.save(folder / "data" / split / name / f"{index}.png")
-        return (
-            str(folder / "model"),
-            str(folder / "data"),
-            options | {"batch_size": 10, "warm_start": 1},
-        )
-    if run.data_dir is not None:
-        return str(ASSETS / "model"), "torch/fashion_mnist", options
-    return str(ASSETS / "model"), str(unpack_images(folder / "data")), options
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts. Returns 1 if the device computes something wrong, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -708,9 +634,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--device", help="cpu, cuda or cuda:NUMBER; by default a GPU")
     parser.add_argument("--tiny", action="store_true", help="tiny models, to try the command")
-    parser.add_argument("--budget", type=float, default=510.0, help="seconds, for all of it")
-    parser.add_argument("--data_dir", help="torchvision's Fashion-MNIST; by default 8000 images")
-    parser.add_argument("--seeds", type=int, default=3, help="of the fine-tuning, if time allows")
+    parser.add_argument("--budget", type=float, default=400.0, help="seconds, for all of it")
     parser.add_argument(
         "--precompile", type=int, help="processes that compile ahead; by default half the cores"
     )
@@ -722,6 +646,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type == "cpu" and not options.tiny:
         parser.error("on a CPU only --tiny models are run")
     if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
     run = Run(
         path=Path(options.results),
@@ -735,8 +660,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "skipped": [],
             "inference": [],
         },
-        data_dir=options.data_dir,
-        seeds=options.seeds,
     )
     del run.report["settings"]["results"]
     processes = options.precompile
@@ -744,7 +667,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         processes = max(1, (os.cpu_count() or 2) // 2) if run.gpu else 0
     pool: ProcessPoolExecutor | None = None
     if processes and {"inference", "training"} & set(options.parts):
-        pool, jobs = precompile(run, processes, options.parts, 0.2 * options.budget)
+        pool, jobs = precompile(run, processes, options.parts, 0.25 * options.budget)
     rows = inference_rows(run.scale) if "inference" in options.parts else deque()
     parts = [part for part in PARTS if part in options.parts]
     try:
@@ -758,10 +681,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 run.attempt(part, part, 0.0, until, lambda: correct(run))
             elif part == "inference":
                 inference(run, rows, until, last=False)
+            elif part == "per_image":
+                compare_per_image(run, until)
             elif part == "training":
                 training(run, until)
-            elif part == "accuracy":
-                accuracy(run, until, options.tiny)
             run.save()
     finally:
         if pool is not None:
