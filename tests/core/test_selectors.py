@@ -275,7 +275,7 @@ def test_what_merging_has_no_answer_for_is_refused() -> None:
 def test_other_rules_are_not_exported(scorer: str, tmp_path: Path) -> None:
     message = f"deterministic selector .* got {SELECTORS[scorer].__name__}"
     with pytest.raises(ValueError, match=message):
-        export_model(tiny(scorer), tmp_path / "model.onnx", samples=8)
+        export_model(tiny(scorer), tmp_path / "model.onnx", precision="int8", images="nowhere")
     assert list(tmp_path.iterdir()) == []
 
 

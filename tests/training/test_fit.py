@@ -718,6 +718,10 @@ def test_a_config_that_makes_no_sense_is_refused(changes: dict[str, Any], messag
         ({"model": "no_such_model"}, "model must be a folder, a hub id or a timm name"),
         ({"model": "vit_tiny_patch16"}, "did you mean vit_tiny_patch16_"),
         ({"data": "nowhere"}, "data must be a folder .*got nowhere"),
+        (
+            {"class_weights": [1.0] * 3, "model": "no_such_model"},  # before a model is looked for
+            "class_weights must be one a class, 2, got 3",
+        ),
         ({"mean": [0.5]}, r"mean must be one a channel, 3, got \[0\.5\]"),
         (
             {"auto_augment": "strange"},

@@ -30,6 +30,7 @@ from dynamicvit.deploy.formats import (
     FORMATS,
     LOADERS,
     PRECISIONS,
+    check_exports,
     check_openvino,
     engine_name,
     quantize,
@@ -106,7 +107,7 @@ def export(
         format: onnx, openvino, torch (a torch.export program) or aoti (an AOTInductor package,
             compiled for this machine's processor). By default the end of `output` says which; of
             .pt2 it is torch.
-        precision: float32, float16, bfloat16 or int8 (onnx and openvino).
+        precision: float32, float16, bfloat16 (not onnx) or int8 (onnx and openvino).
         images: folder of images on which the file is compared with PyTorch; by default 28 px
             pictures that the package carries. If they lie in folders of their classes, accuracy
             is reported too, of the model and of the file.
@@ -200,6 +201,7 @@ def export_model(
     """
     target = Path(output)
     format = _check_options(target, format, precision, calibration, samples)
+    check_exports(model)
     names = class_names(model)
     preprocessing(model)  # refuses a model that takes no pictures
     found = find_images(images, samples)
@@ -413,6 +415,10 @@ def _check_options(
         packages += ("nncf",)
     elif calibration is not None:
         raise ValueError(f"calibration is for precision int8, got it with {precision!r}")
+    if (format, precision) == ("onnx", "bfloat16"):  # its opset has no such convolution
+        raise ValueError(
+            f"precision must be float32, float16 or int8 for format 'onnx', got {precision!r}"
+        )
     if samples < 1:
         raise ValueError(f"samples must be 1 or more, got {samples}")
     require(format, packages)

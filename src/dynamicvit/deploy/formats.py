@@ -109,6 +109,16 @@ class _Graph(nn.Module):
         return self.model.forward_head(final.x).float(), *kept, *between
 
 
+def check_exports(model: nn.Module) -> None:
+    """Raise ValueError if a model's selectors merge tokens or draw lots."""
+    for scorer in getattr(model, "scorers", ()):
+        if scorer.merges or scorer.random:
+            raise ValueError(
+                "model must have a deterministic selector that drops tokens to be exported, got "
+                f"{type(scorer).__name__}"
+            )
+
+
 def trace(
     model: nn.Module, dtype: torch.dtype, free_counts: bool = False
 ) -> torch.export.ExportedProgram:
@@ -120,14 +130,9 @@ def trace(
         free_counts: of a sparse model, how many tokens each stage keeps is a second input.
 
     Raises:
-        ValueError: if its selectors merge tokens or draw lots.
+        ValueError: as `check_exports`.
     """
-    for scorer in getattr(model, "scorers", ()):
-        if scorer.merges or scorer.random:
-            raise ValueError(
-                "model must have a deterministic selector that drops tokens to be exported, got "
-                f"{type(scorer).__name__}"
-            )
+    check_exports(model)
     inner = model.fuse() if isinstance(model, SparseViT) else copy.deepcopy(model)
     graph = _Graph(inner, dtype).eval().requires_grad_(False)
     example = [torch.zeros(_EXAMPLE, *input_size(model))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from textwrap import shorten
@@ -9,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from rich.console import Console
 from timm.data import resolve_input_data_config
 from torch import nn
 from torch.utils.data import DataLoader
@@ -23,6 +25,8 @@ from dynamicvit.io.load import at_budget, load_model
 from dynamicvit.io.predictions import class_names
 
 _MOST_WORKERS = 1024  # a slip of the keyboard should not start processes until memory is full
+# Names that no one can compare with words: indices, and WordNet's, which ImageNet's folders have.
+_CODES = {"index": re.compile(r"\d+"), "WordNet": re.compile(r"n\d{8}")}
 
 
 @contextmanager
@@ -64,6 +68,8 @@ def open_images(
     if names is not None and list(known) != names and set(names) <= set(known):
         images = open_data(data, split, class_names=known, **options)
     check_classes(images.class_names, model, model_name)
+    console = Console(stderr=True, quiet=not accelerator.is_main_process)
+    warn_of_names(images.class_names, model, model_name, console)
     config = resolve_input_data_config(backbone_of(model))
     loader = create_image_loader(
         images,
@@ -118,12 +124,73 @@ def load_pair(
 
 
 def check_classes(names: Sequence[str] | None, model: nn.Module, model_name: str) -> None:
-    """Raise DataError unless the data has as many classes as the model."""
+    """Raise DataError unless the data has as many classes as the model, and not all others."""
     if names is not None and len(names) != model.num_classes:
         raise DataError(
             f"data must have the {model.num_classes} classes of {model_name}, got {len(names)}: "
             f"{shorten(', '.join(map(plain, names)), 200, placeholder=' …')}"
         )
+    if has_other_classes(names, model):
+        ours, theirs = renamed_classes(names, model)[0]
+        raise DataError(
+            f"data must have the classes of {model_name}, such as {theirs!r}, got others, such as "
+            f"{ours!r}; folders named 0, 1, … are taken in the model's order"
+        )
+
+
+def has_other_classes(names: Sequence[str] | None, model: nn.Module) -> bool:
+    """Whether the data has another number of classes than a model, or no class of the same name."""
+    if names is None:
+        return False
+    if len(names) != model.num_classes:
+        return True
+    renamed = renamed_classes(names, model)
+    if len(renamed) < len(names):
+        return False
+    ours, theirs = zip(*renamed, strict=True)
+    return _kind(ours) == _kind(theirs) and not set(map(_letters, ours)) & {*map(_letters, theirs)}
+
+
+def renamed_classes(names: Sequence[str] | None, model: nn.Module) -> list[tuple[str, str]]:
+    """(The data's name, the model's name) of each class where these differ by more than case and
+    punctuation. None, where one of the two has no names or the data's are codes of the model's."""
+    known = cast(Any, backbone_of(model)).pretrained_cfg.get("label_names")
+    if not isinstance(known, list | tuple) or names is None:
+        return []
+    if _kind(names) == "index" or "WordNet" == _kind(names) != _kind(known):
+        return []
+    pairs = ((str(ours), str(theirs)) for ours, theirs in zip(names, known, strict=False))
+    return [(ours, theirs) for ours, theirs in pairs if _letters(ours) != _letters(theirs)]
+
+
+def warn_of_names(
+    names: Sequence[str] | None, model: nn.Module, model_name: str, console: Console
+) -> None:
+    """Say that the data's classes are taken in order, where some have other names than the
+    model's."""
+    renamed = renamed_classes(names, model)
+    if renamed:
+        ours, theirs = map(plain, renamed[0])
+        console.print(
+            f"warning: the data names {len(renamed)} of {model.num_classes} classes otherwise than "
+            f"{plain(model_name)} and is compared class by class in order: "
+            f"{ours!r} counts as {theirs!r}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]", "", name).casefold()
+
+
+def _kind(names: Sequence[str]) -> str:
+    """What names are: words, or codes of one kind."""
+    for kind, pattern in _CODES.items():
+        if all(pattern.fullmatch(str(name)) for name in names):
+            return kind
+    return "words"
 
 
 def check_loading(batch_size: int, workers: int, crop_pct: float | None) -> None:

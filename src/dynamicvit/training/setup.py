@@ -54,6 +54,8 @@ def open_session(config: TrainConfig) -> Session:
     set_seed(config.seed)
     # Before any model: a mistake in the data is told before weights are downloaded.
     train_data, val_data = _open_images(config)
+    if train_data.class_names is not None:
+        _class_weights(config, train_data, len(train_data.class_names))
     console = Console(quiet=not accelerator.is_main_process)
     for name, images in (("training", train_data), ("validation", val_data)):
         console.print(f"{name} data: {images.describe()}", markup=False, soft_wrap=True)
