@@ -36,6 +36,11 @@ __all__ = ["COMMANDS", "build_parser", "find_function", "main", "run"]
 _UNION = re.compile(
     r'Parser key "(\w+)".*?Subtypes: \[(.*?)\]\s+Errors:.*Given value: (.*)', re.DOTALL
 )
+_KIND = re.compile(
+    r'Parser key "(\w+)":\s+Expected a <class \'(\w+)\'>\.\s+Got value: (.*)', re.DOTALL
+)
+_REQUIRED = "the following arguments are required: "
+_KINDS = {"int": "an integer", "float": "a number", "bool": "true or false"}
 
 
 class _Parser(ArgumentParser):
@@ -48,6 +53,13 @@ class _Parser(ArgumentParser):
             kinds = re.sub(r"<class '(\w+)'>", r"\1", kinds).replace(", NoneType", " or null")
             example = ", such as [0.7]" if kinds.startswith("list[float]") else ""
             message = f"{name} must be {kinds}{example}, got {value}"
+        elif kind := _KIND.search(message):
+            name, wanted, value = kind.groups()
+            message = f"{name} must be {_KINDS.get(wanted, wanted)}, got {value}"
+        elif message.startswith(_REQUIRED):
+            names = message.removeprefix(_REQUIRED).split(", ")
+            options = {action.dest for action in self._actions if action.option_strings}
+            message = _REQUIRED + ", ".join("--" * (name in options) + name for name in names)
         fail(self.prog, " ".join(message.split()))
 
 
@@ -61,6 +73,7 @@ def run(name: str, arguments: Sequence[str]) -> int:
             from dynamicvit.training.run_folder import resume_arguments
 
             given = [*resume_arguments(given), *given]
+        _check_files(parser, given)
         values = _parse(parser, given)
         for parameter, kind in configs.items():
             fields = [item.name for item in dataclasses.fields(kind)]
@@ -86,18 +99,28 @@ def run(name: str, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parse(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
-    try:
-        values: dict[str, Any] = parser.parse_args(arguments).as_dict()
-        if "recipe" in values:  # what is given, also in a file, comes after it and so goes before
-            from dynamicvit.training.config import find_recipe
+def _check_files(parser: ArgumentParser, arguments: list[str]) -> None:
+    """Raise ValueError, which names the file, unless each --config holds options of the command."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", action="append", default=[])
+    files = [Path(file) for file in finder.parse_known_args(arguments)[0].config]
+    for file in filter(Path.is_file, files):
+        from dynamicvit.training.config import read_options
 
-            recipe = find_recipe(values.pop("recipe")).items()
-            options = [f"--{option}={json.dumps(value)}" for option, value in recipe]
-            values = parser.parse_args([*options, *arguments]).as_dict()
-            del values["recipe"]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the file given as --config must be UTF-8: {error}") from error
+        unknown = sorted(read_options(file).keys() - {action.dest for action in parser._actions})
+        if unknown:
+            raise ValueError(f"{file} has options that {parser.prog} does not have: {unknown}")
+
+
+def _parse(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
+    values: dict[str, Any] = parser.parse_args(arguments).as_dict()
+    if "recipe" in values:  # what is given, also in a file, comes after it and so goes before
+        from dynamicvit.training.config import find_recipe
+
+        recipe = find_recipe(values.pop("recipe")).items()
+        options = [f"--{option}={json.dumps(value)}" for option, value in recipe]
+        values = parser.parse_args([*options, *arguments]).as_dict()
+        del values["recipe"]
     values.pop("config_file", None)
     return values
 

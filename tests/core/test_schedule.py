@@ -151,6 +151,13 @@ def test_a_block_out_of_range_is_refused() -> None:
         schedule.check_depth(6)
 
 
+def test_a_number_of_tokens_that_is_none_is_refused() -> None:
+    schedule = KeepSchedule((3, 6), (0.5, 0.1))
+    for value, error in (("3", TypeError), (2.5, TypeError), (None, TypeError), (-3, ValueError)):
+        with pytest.raises(error, match=f"num_tokens must be .* got {value!r}"):
+            schedule.counts(value)  # type: ignore[arg-type]
+
+
 def test_a_schedule_that_keeps_no_token_is_refused() -> None:
     with pytest.raises(ValueError, match=r"at least one of the 9 patch tokens.*keep \(4, 0\)"):
         KeepSchedule((3, 6), (0.5, 0.1)).counts(9)

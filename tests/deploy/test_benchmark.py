@@ -244,6 +244,11 @@ def test_what_cannot_be_measured_is_refused(
         benchmark(folder, **options)
 
 
+def test_images_smaller_than_a_patch_are_refused() -> None:
+    with pytest.raises(ValueError, match="img_size must be at least the size of a patch, got 7"):
+        benchmark("vit_tiny_patch16_224", img_size=7, pretrained=False)
+
+
 def test_a_ratio_is_refused_before_a_model_is_looked_for() -> None:
     with pytest.raises(ValueError, match=r"keep_ratio must .* got 1\.5"):
         benchmark("no_such_model", keep_ratio=1.5)

@@ -181,6 +181,10 @@ def test_a_dense_model_is_searched_without_training(pixels: Tensor, tmp_path: Pa
     with torch.no_grad():
         expected, saved = found.build()(pixels), dynamicvit.load(tmp_path / "saved")(pixels)
     assert torch.equal(expected, saved)
+    loaded = dynamicvit.load(tmp_path / "saved")
+    again = replace(found, model=loaded)
+    with pytest.raises(ValueError, match=r"folder must not be the one .*from, got .*saved"):
+        again.save(tmp_path / "saved")
 
 
 def test_reductions_in_every_block_and_refined_stages_are_tried(pixels: Tensor) -> None:

@@ -136,9 +136,9 @@ def test_per_image_alone_has_the_model_s_own_mean(sparse_folder: Path, images: P
         (
             "dense",
             {"keep_ratio": 0.5},
-            "keep_ratio=0.5 .* need a sparse model, got the dense model",
+            "keep_ratio needs a sparse model, got the dense model",
         ),
-        ("dense", {"per_image": True}, "need a sparse model, got the dense model it"),
+        ("dense", {"per_image": True}, "per_image needs a sparse model, got the dense model it"),
         ("sparse", {"per_image": True}, "per_image needs `dynamicvit calibrate it` before, got"),
         ("sparse", {"keep_ratio": 2.0}, r"keep_ratio must lie in \(0, 1\], got 2.0"),
     ],

@@ -320,6 +320,9 @@ def test_a_report_names_what_is_wrong(bare: Path, run: Path, tmp_path: Path) -> 
     bad.write_text('{"points": []}')
     with pytest.raises(ValueError, match=r"bad.json is not what `dynamicvit search` writes"):
         report(str(bare), search=str(bad))
+    bad.write_text("")
+    with pytest.raises(ValueError, match=r"`dynamicvit search` writes: it is not JSON \("):
+        report(str(bare), search=str(bad))
     half = _read(run, "benchmark.json")
     del half["measurements"][1]["speed_up"]
     bad.write_text(json.dumps(half))
@@ -331,7 +334,7 @@ def test_a_report_names_what_is_wrong(bare: Path, run: Path, tmp_path: Path) -> 
     bad.write_text(json.dumps(half))
     with pytest.raises(ValueError, match=r"bad.json is not what its command writes: .*'str'"):
         report(str(bare), benchmark=str(bad))
-    with pytest.raises(FileNotFoundError, match="search must be what the command wrote, got no fi"):
+    with pytest.raises(FileNotFoundError, match=r"search must be .*got nowhere.json, .* no file"):
         report(str(bare), search="nowhere.json")
     with pytest.raises(ValueError, match=r"output must end in .html, got 'report.pdf'"):
         report(str(bare), output="report.pdf")

@@ -88,8 +88,12 @@ class KeepSchedule:
         """Patch tokens kept after each stage, `floor(ratio * num_tokens)`.
 
         Raises:
-            ValueError: if a stage would keep no token.
+            TypeError, ValueError: if `num_tokens` is no count, or a stage would keep no token.
         """
+        if not isinstance(num_tokens, Integral) or isinstance(num_tokens, bool):
+            raise TypeError(f"num_tokens must be an integer, got {num_tokens!r}")
+        if num_tokens < 1:
+            raise ValueError(f"num_tokens must be 1 or more, got {num_tokens}")
         # 0.7 ** 2 * 100 is 48.999… in floating point; the small term makes it the 49 it stands for.
         counts = tuple(math.floor(ratio * num_tokens + 1e-6) for ratio in self.ratios)
         if counts[-1] < 1:

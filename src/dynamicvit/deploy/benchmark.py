@@ -40,7 +40,7 @@ from dynamicvit.evaluation.launch import find_device
 from dynamicvit.evaluation.setup import input_size, token_counts
 from dynamicvit.evaluation.timing import Engine, compare_times, interleave, medians, time_call
 from dynamicvit.io.files import check_file, write_bytes, write_text
-from dynamicvit.io.load import at_budget, load_model
+from dynamicvit.io.load import at_budget, check_backbone, load_model
 
 
 def benchmark(
@@ -106,6 +106,7 @@ def benchmark(
         raise ValueError(f"batch_sizes must be 1 or more, got {batch_sizes}")
     if not seconds >= 0:
         raise ValueError(f"seconds must be 0 or more, got {seconds}")
+    check_backbone(model)
     place = find_device(device)
     pairs = _list_pairs(engines, precisions, place.type)
     for name, file in (("output", output), ("plot", plot)):
@@ -165,6 +166,8 @@ def _load(
         raise ValueError(f"img_size is for timm's names, got it with {name}")
     size = {} if img_size is None else {"img_size": img_size}
     model = load_model(name, pretrained, weights, **size)
+    if img_size is not None and token_counts(model)[0] < 1:
+        raise ValueError(f"img_size must be at least the size of a patch, got {img_size}")
     if not isinstance(model, SparseViT):
         model = sparsify(model, keep_ratio=0.7 if keep_ratio is None else keep_ratio, align=align)
     elif align is not None:

@@ -131,9 +131,17 @@ class Search:
         return build_form(self.model, point)
 
     def save(self, folder: str | Path) -> None:
-        """Write the recommended model as a folder, for `dynamicvit.load`. Errors as of `build`."""
+        """Write the recommended model as a folder, for `dynamicvit.load`.
+
+        Raises:
+            ValueError: as `build`; or if this is the folder that the model was loaded from.
+        """
         check_folder("folder", folder)
-        save_folder(self.build(), folder)
+        built = self.build()
+        read = built.pretrained_cfg.get("file")  # timm notes it
+        if read and Path(folder).exists() and Path(folder).resolve() == Path(read).resolve():
+            raise ValueError(f"folder must not be the one that the model is from, got {folder}")
+        save_folder(built, folder)
 
     def to_json(self, file: str | Path) -> None:
         """Write all of it, but for the model, for `from_json`."""

@@ -144,8 +144,8 @@ def at_budget(
     if keep_ratio is None and not per_image:
         return model
     if not isinstance(model, SparseViT):
-        given = f"keep_ratio={keep_ratio} and per_image={per_image}"
-        raise ValueError(f"{given} need a sparse model, got the dense model {name}")
+        asked = "per_image" if keep_ratio is None else "keep_ratio"
+        raise ValueError(f"{asked} needs a sparse model, got the dense model {name}")
     if per_image and model.calibration is None:
         raise ValueError(f"per_image needs `dynamicvit calibrate {name}` before, got none")
     gmacs = model.budget().cost(model.schedule) if keep_ratio is None else None

@@ -138,7 +138,8 @@ def read_options(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise ValueError(f"{path} must hold options, each as NAME: VALUE, got other YAML")
+        got = "nothing in it" if content is None else "other YAML"
+        raise ValueError(f"{path} must hold options, each as NAME: VALUE, got {got}")
     return content
 
 

@@ -41,14 +41,21 @@ def resume_arguments(arguments: list[str]) -> list[str]:
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--resume", nargs="?", const="true", default="false")
     finder.add_argument("--output")
+    finder.add_argument("--data")
     finder.add_argument("--config", action="append", default=[])
     found, _ = finder.parse_known_args(arguments)
-    output = found.output
+    output, data = found.output, found.data
     for file in found.config:
         if Path(file).is_file():
-            named = read_options(Path(file)).get("output")
-            output = output or named
-    if found.resume.lower() != "true" or not output or own_config(Path(output)) is None:
+            options = read_options(Path(file))
+            output, data = output or options.get("output"), data or options.get("data")
+    if found.resume.lower() != "true" or not output:
+        return []
+    if own_config(Path(output)) is None:
+        if not data:
+            raise ValueError(
+                f"output must be the folder of a run to resume, got {output}, which has no {CONFIG}"
+            )
         return []
     return [f"--config={Path(output) / CONFIG}"]
 

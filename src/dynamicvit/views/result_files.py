@@ -128,7 +128,10 @@ def _add_result(found: Findings, command: str, given: str | None) -> None:
         path /= JSON
     if not path.is_file():
         if given is not None:
-            raise FileNotFoundError(f"{command} must be what the command wrote, got no file {path}")
+            raise FileNotFoundError(
+                f"{command} must be what `dynamicvit {command}` wrote, got {given}, and "
+                f"{path} is no file"
+            )
         return
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -193,7 +196,12 @@ def _add_run(found: Findings, run: Path) -> None:
 
 
 def _foreign(path: Path, command: str, error: Exception) -> ValueError:
-    return ValueError(f"{path} is not what `dynamicvit {command}` writes: {error!r}")
+    reason = str(error)
+    if isinstance(error, KeyError):
+        reason = f"it has no {reason}"
+    elif isinstance(error, json.JSONDecodeError):
+        reason = f"it is not JSON ({reason})"
+    return ValueError(f"{path} is not what `dynamicvit {command}` writes: {reason}")
 
 
 def arrows(counts: Sequence[int]) -> str:
