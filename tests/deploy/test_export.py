@@ -334,9 +334,10 @@ def test_a_precision_that_the_engine_lacks_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_remark_of_torch_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one module's warnings, and of those alone."""
-    loggers = [logging.getLogger(f"torch.utils.{name}") for name in ("cpp_extension", "other")]
+def test_remarks_of_exporters_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two modules' warnings, and of those alone."""
+    names = (*formats._TALKERS, "torch.utils.other")
+    loggers = [logging.getLogger(name) for name in names]
 
     def warn(*arguments: Any, **options: Any) -> None:
         for logger in loggers:
@@ -358,7 +359,7 @@ def test_a_remark_of_torch_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None
     finally:
         for logger in loggers:
             logger.removeHandler(handler)
-    assert [name.rpartition(".")[2] for name in shown] == ["other", "cpp_extension", "other"]
+    assert shown == ["torch.utils.other", *names]
 
 
 # Nothing half-written.

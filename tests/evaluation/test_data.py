@@ -144,6 +144,16 @@ def test_a_folder_that_is_not_a_data_set_is_refused(
         open_data(str(images), "train")
 
 
+def test_data_of_a_hub_that_is_not_reached_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("dynamicvit.io.hub._reachable", lambda: False)
+    with pytest.raises(DataError, match=r"cannot open 'hfds/a/b': the Hugging Face Hub cannot be"):
+        open_data("hfds/a/b", "val")
+    assert "Retrying" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -913,6 +913,13 @@ def test_a_stream_does_not_tell_what_is_balanced(
         train(TrainConfig(**options, class_weights="balanced"))
 
 
+def test_quiet_training_prints_nothing(
+    options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(TrainConfig(**options | {"epochs": 1, "warm_start": 1}), quiet=True)
+    assert capsys.readouterr() == ("", "")
+
+
 def test_where_there_is_no_terminal_lines_tell_of_the_steps(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -920,7 +927,9 @@ def test_where_there_is_no_terminal_lines_tell_of_the_steps(
     text = capsys.readouterr().out
     assert " left" not in text, "it was done in no time"
     assert "dense training" not in text
-    assert "sparse training (learned, ratios 0.70 0.49 0.34): epochs 2, images 16, batch 4" in text
+    assert (
+        "sparse training (learned, ratios 0.70 0.49 0.34)\nepochs 2, images 16, batch 4\n" in text
+    )
     best = f"{options['output']}/best"
     assert f"to evaluate it: dynamicvit evaluate {best} --data {options['data']}" in text
     assert " met: " not in text, "there is nothing to say about the images"

@@ -374,6 +374,23 @@ def test_nothing_is_written_where_something_cannot_be_read(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_cannot_be_read_is_left_out_on_demand(
+    images: Path, sparse_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = [images / "val" / name for name in ("text.jpg", "text.mp4")]
+    for file in bad:
+        file.write_text("neither an image nor a video")
+    written = explain_files(
+        [str(images / "val")], sparse_folder, str(tmp_path / "out"), skip_unreadable=True
+    )
+    assert len(written) == 8 * 2 + 1
+    text = capsys.readouterr().out
+    assert "unreadable: 2: " in text
+    assert all(str(file) in text for file in bad)
+    with pytest.raises(ValueError, match=r"none of the 1 images can be read: .*text\.jpg"):
+        explain_files([str(bad[0])], sparse_folder, str(tmp_path / "none"), skip_unreadable=True)
+
+
 def test_a_video_that_fails_on_the_way_leaves_nothing(
     sparse_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,8 @@ CUT = ("tokens", "scores")  # tensors of the first stage, where `runtime` cuts a
 COUNTED = ("onnx", "openvino")  # formats whose file takes counts, and so serves every budget
 OPSET = 18  # of ONNX: the first that torch's exporter gives, which most engines read
 _EXAMPLE = 2  # images in the example that is traced; at 0 or 1 the batch would become fixed
+# Loggers of modules that exporters import, whose warnings no user can act on.
+_TALKERS = ("torch.utils.cpp_extension", "onnxscript.optimizer._constant_folding")
 Quantize = Callable[[Any, list[str]], Any]  # a model, names of nodes that stay → it in int8
 
 
@@ -277,7 +279,7 @@ def quantize(
         return inputs[index]
 
     # NNCF's own bars would go to stdout.
-    with _quiet(), _without_cuda_remark(), contextlib.redirect_stdout(io.StringIO()):
+    with _quiet(), contextlib.redirect_stdout(io.StringIO()):
         import nncf
 
         nncf.set_log_level(logging.ERROR)
@@ -398,20 +400,17 @@ def require(format: str, packages: Sequence[str]) -> None:
 
 
 @contextmanager
-def _without_cuda_remark() -> Iterator[None]:
-    """Without the warning of a module that NNCF imports, that there is no GPU to compile for."""
-    logger = logging.getLogger("torch.utils.cpp_extension")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what exporters say to their own developers."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Without what exporters say to their own developers, and that there is no GPU to compile
+    for."""
+    loggers = [logging.getLogger(name) for name in _TALKERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

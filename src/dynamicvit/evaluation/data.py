@@ -20,6 +20,7 @@ from timm.data import ImageDataset, IterableImageDataset, create_dataset
 from torch.utils.data import Dataset
 
 from dynamicvit.evaluation.unreadable import DataError, Unreadable
+from dynamicvit.io.hub import offline_if_unreachable, one_line
 from dynamicvit.io.images import (
     IMAGE_SUFFIXES,
     MODES,
@@ -386,11 +387,13 @@ def _open_named(
                 name=name, root=data_dir, split=split, skip_unreadable=skip_unreadable, **options
             )
             return IterableImageDataset(data_dir, reader=reader)
-        return create_dataset(data, root=data_dir, split=split, **options)
+        with offline_if_unreachable(prefix in ("hfds", "hfids")):
+            return create_dataset(data, root=data_dir, split=split, **options)
     except DataError:
         raise
     except Exception as error:  # each source stumbles in its own way
-        raise DataError(f"cannot open {data!r} in {data_dir!r}: {error}") from error
+        where = "" if data_dir is None else f" in {data_dir!r}"
+        raise DataError(f"cannot open {data!r}{where}: {one_line(error)}") from error
 
 
 def _check_index(folder: str, split: str) -> None:

@@ -418,11 +418,12 @@ def print_evaluations(results: dict[str, dict[str, Any]]) -> None:
 
 
 def _tokens(row: dict[str, Any]) -> list[str]:
-    """Tokens at the start and after each stage; where images differ, mean ± standard deviation."""
+    """Tokens at the start and after each stage; where images differ, mean±standard deviation."""
     if not row.get("levels"):
         return list(map(str, row["tokens"]))
+    # No spaces: lines break there.
     pairs = zip(row["tokens_mean"], row["tokens_std"], strict=True)
-    return [f"{mean:.0f} ± {std:.0f}" if std else f"{mean:.0f}" for mean, std in pairs]
+    return [f"{mean:.0f}±{std:.0f}" if std else f"{mean:.0f}" for mean, std in pairs]
 
 
 def _print_levels(results: dict[str, Any]) -> None:

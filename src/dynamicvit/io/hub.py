@@ -127,7 +127,10 @@ def _reachable() -> bool:
 def one_line(error: BaseException) -> str:
     """An error's message on one line; that the hub cannot be reached, in few words."""
     texts = [str(item) for item in (error, error.__cause__, error.__context__) if item is not None]
-    offline = ("offline mode is enabled", "outgoing traffic has been disabled")
+    offline = (
+        *("offline mode is enabled", "outgoing traffic has been disabled"),
+        *("OfflineModeIsEnabled", "LocalEntryNotFoundError"),  # datasets puts names into a message
+    )
     if isinstance(error, LocalEntryNotFoundError) or any(
         phrase in text for text in texts for phrase in offline
     ):

@@ -25,7 +25,7 @@ from dynamicvit.training.setup import check_new_run, load_dense, open_session, p
 __all__ = ["BEST", "CONFIG", "DENSE", "METRICS", "train"]
 
 
-def train(config: TrainConfig, resume: bool = False) -> Evaluation:
+def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> Evaluation:
     """Train a sparse model from a dense one, or a dense model, by `config`.
 
     Any launcher serves: one process, `accelerate launch`, `torchrun`, `srun`. From then on this
@@ -41,6 +41,7 @@ def train(config: TrainConfig, resume: bool = False) -> Evaluation:
             was stopped before its first one), with any number of processes. A complete run is
             validated again. On the command line, options that are not given are those of the run.
             Without resume, a folder that holds a run is refused.
+        quiet: print nothing, neither results nor progress.
 
     Returns:
         The evaluation after the last epoch (of the moving average, if there is one).
@@ -56,7 +57,7 @@ def train(config: TrainConfig, resume: bool = False) -> Evaluation:
     if not resume:
         check_new_run(output)
     with lost_process_named(f"start them again with --resume, to go on from {output}"):
-        session = open_session(config)
+        session = open_session(config, quiet)
         images = len(cast(Any, session.train_data.dataset))
         config = choose_batch(config, images, session.accelerator.num_processes)
         with _locked(output):

@@ -21,7 +21,7 @@ from dynamicvit.core.model import SparseViT
 from dynamicvit.evaluation.data import ImageData, open_data
 from dynamicvit.evaluation.launch import start_processes
 from dynamicvit.evaluation.loader import create_image_loader
-from dynamicvit.evaluation.setup import backbone_of
+from dynamicvit.evaluation.setup import backbone_of, warn_of_names
 from dynamicvit.io.files import check_folder, write_text
 from dynamicvit.io.load import check_backbone, load_model
 from dynamicvit.training.checkpoints import Checkpoint, find_checkpoints, load_place
@@ -37,7 +37,7 @@ from dynamicvit.training.student import (
 )
 
 
-def open_session(config: TrainConfig) -> Session:
+def open_session(config: TrainConfig, quiet: bool = False) -> Session:
     """Start the processes and open the data.
 
     Raises:
@@ -56,7 +56,7 @@ def open_session(config: TrainConfig) -> Session:
     train_data, val_data = _open_images(config)
     if train_data.class_names is not None:
         _class_weights(config, train_data, len(train_data.class_names))
-    console = Console(quiet=not accelerator.is_main_process)
+    console = Console(quiet=quiet or not accelerator.is_main_process)
     for name, images in (("training", train_data), ("validation", val_data)):
         console.print(f"{name} data: {images.describe()}", markup=False, soft_wrap=True)
     return Session(accelerator, console, train_data, val_data)
@@ -146,6 +146,7 @@ def prepare(config: TrainConfig, session: Session, dense: Any, resume: bool) -> 
     images = len(cast(Any, data.dataset))
     config = complete(config, images, layout.total, own_config(output) if resume else None)
     student, teacher = create_student(config, dense, data.class_names)
+    warn_of_names(data.class_names, student, config.model, session.console)
     feed, val_loader = _create_loaders(config, session, student, layout)
     mixup = _create_mixup(config, student)
     class_weights = _class_weights(config, data, cast(Any, student).num_classes)
@@ -160,7 +161,7 @@ def prepare(config: TrainConfig, session: Session, dense: Any, resume: bool) -> 
         kept = " ".join(f"{ratio:.2f}" for ratio in student.schedule.ratios)
         phase = f"sparse training ({config.scorer}, ratios {kept})"
     session.console.print(
-        f"{phase}: epochs {config.epochs}, images {feed.images}, batch {layout.total}",
+        f"{phase}\nepochs {config.epochs}, images {feed.images}, batch {layout.total}",
         highlight=False,
     )
     if accelerator.is_main_process:

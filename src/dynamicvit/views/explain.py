@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -94,6 +94,7 @@ def explain_files(
     output: str = "explain",
     dense: str | None = None,
     formats: list[str] | None = None,
+    skip_unreadable: bool = False,
     keep_ratio: float | None = None,
     per_image: bool = False,
     device: str | None = None,
@@ -116,6 +117,8 @@ def explain_files(
             model that it was made from.
         formats: of png (the picture), gif and webp (animations), npz (positions kept, scores and
             classes as arrays); by default png and npz.
+        skip_unreadable: leave out and count images and videos that cannot be read, instead of
+            stopping.
         keep_ratio: share of tokens that each stage of a sparse model keeps; by default its own.
         per_image: each image its own budget; the mean is that of `keep_ratio`. `dynamicvit
             calibrate` prepares a model for it.
@@ -138,15 +141,10 @@ def explain_files(
     where = find_device(device)
     targets = _targets(_find(images, Path(output)), Path(output), kinds)
     sparse, other = _load(model, dense, keep_ratio, per_image, where)
+    unreadable = _unreadable(targets, sparse, skip_unreadable, quiet)
+    targets = {source: stem for source, stem in targets.items() if source not in unreadable}
     films = {source: stem for source, stem in targets.items() if _is_video(source)}
     stills = {source: stem for source, stem in targets.items() if source not in films}
-    # What cannot be read is named before anything is written.
-    for source in films:
-        video.check_video(source)
-    mode, _ = preprocessing(sparse)
-    for source in track(stills, "reading", quiet, "images"):
-        read_image(source, mode, "images")
-
     first, written = _explain_stills(stills, kinds, sparse, other, quiet)
     if len(stills) > 1:
         written.append(Path(output) / f"{_CONTACT_SHEET}.png")
@@ -160,6 +158,9 @@ def explain_files(
     _print_answers(console, first, len(stills), frames)
     if is_untrained(sparse):
         console.print("the scorers are not trained: they choose patches at random", style="bold")
+    if unreadable:
+        names = ", ".join(map(plain, unreadable))
+        console.print(f"unreadable: {len(unreadable)}: {names}", markup=False, soft_wrap=True)
     console.print(f"files written to {plain(output)}: {len(written)}", markup=False, soft_wrap=True)
     return written
 
@@ -182,6 +183,29 @@ def _load(
     if isinstance(other, SparseViT):
         raise ValueError(f"dense must be a dense model, got the sparse model {dense}")
     return sparse.to(device), other
+
+
+def _unreadable(sources: Iterable[Path], model: SparseViT, skip: bool, quiet: bool) -> list[Path]:
+    """The images and videos that cannot be read, before anything is written: all are to be skipped,
+    or the first is an error."""
+    mode, _ = preprocessing(model)
+    if any(map(_is_video, sources)):
+        video.import_av()  # its absence is no fault of the files
+    found, read = [], 0
+    for source in track(sources, "reading", quiet, "images"):
+        try:
+            if _is_video(source):
+                video.check_video(source)
+            else:
+                read_image(source, mode, "images")
+            read += 1
+        except (ValueError, FileNotFoundError) as error:
+            if not skip:
+                raise ValueError(f"{error} (skip_unreadable goes on without it)") from error
+            found.append(source)
+    if not read:
+        raise ValueError(f"none of the {len(found)} images can be read: {plain(found[0])}, …")
+    return found
 
 
 def _explain_stills(

@@ -19,7 +19,7 @@ _CLOCK = Fraction(1, 90_000)  # seconds a tick: of what is written, fine enough 
 
 def check_video(source: Path) -> None:
     """Raise ValueError unless the first frame of a video can be read."""
-    av = _import_av()
+    av = import_av()
     try:
         with av.open(str(source)) as film:
             next(_frames(film))
@@ -46,7 +46,7 @@ def redraw_video(
         ValueError: if the file cannot be read, or holds no picture.
         OSError: naming the target, if it cannot be written.
     """
-    av = _import_av()
+    av = import_av()
     try:
         with written_whole(target) as temporary, av.open(str(source)) as film:
             decoded, count, last = _frames(film), 0, -1
@@ -92,7 +92,7 @@ def _upright(frame: Any) -> Image.Image:
     return frame.to_image().rotate(frame.rotation, expand=True)
 
 
-def _import_av() -> Any:
+def import_av() -> Any:
     try:
         import av  # an extra
     except ImportError as error:
