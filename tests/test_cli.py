@@ -98,6 +98,8 @@ def test_train_offers_every_field_of_its_config() -> None:
         (["train", "--data", "x", "--output", "y", "--epochs", "-1"], "epochs must be 0 or more"),
         (["train", "--data", "x", "--output", "y", "--colour", "1"], "colour"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["train", "--config"], "expected one argument"),
+        (["train", "--resume", "--output"], "expected one argument"),
         (["evaluate"], "required: models, --data"),
         (["train", "--output", "nowhere", "--resume"], "got nowhere, which has no config.yaml"),
         (["benchmark", "resnet18"], "ResNet is not supported"),

@@ -102,8 +102,9 @@ def run(name: str, arguments: Sequence[str]) -> int:
 def _check_files(parser: ArgumentParser, arguments: list[str]) -> None:
     """Raise ValueError, which names the file, unless each --config holds options of the command."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", action="append", default=[])
-    files = [Path(file) for file in finder.parse_known_args(arguments)[0].config]
+    # The command's own parser refuses an option without a value.
+    finder.add_argument("--config", action="append", nargs="?", default=[])
+    files = [Path(file) for file in finder.parse_known_args(arguments)[0].config if file]
     for file in filter(Path.is_file, files):
         from dynamicvit.training.config import read_options
 

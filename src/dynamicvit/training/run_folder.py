@@ -40,12 +40,13 @@ def resume_arguments(arguments: list[str]) -> list[str]:
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--resume", nargs="?", const="true", default="false")
-    finder.add_argument("--output")
-    finder.add_argument("--data")
-    finder.add_argument("--config", action="append", default=[])
+    # The command's own parser refuses an option without a value.
+    finder.add_argument("--output", nargs="?")
+    finder.add_argument("--data", nargs="?")
+    finder.add_argument("--config", action="append", nargs="?", default=[])
     found, _ = finder.parse_known_args(arguments)
     output, data = found.output, found.data
-    for file in found.config:
+    for file in filter(None, found.config):
         if Path(file).is_file():
             options = read_options(Path(file))
             output, data = output or options.get("output"), data or options.get("data")
