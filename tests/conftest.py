@@ -28,7 +28,7 @@ settings.load_profile("repeatable")
 
 # `make test` leaves these to `make test-all`: tests with one of these fixtures, and tests of these
 # names.
-SLOW_FIXTURES = {"browser", "server", "launched", "place", "root"}
+SLOW_FIXTURES = {"browser", "server", "launched", "root"}
 SLOW_TESTS = {
     "test_a_config_trains",
     "test_a_notebook_shows_what_its_code_gives",

@@ -161,7 +161,7 @@ def _run(folder: Path, config: TrainConfig, given: dict[str, Any], quiet: bool) 
         "settings": {
             **given,
             "model": config.model if given["model"] != "embedded" else "embedded",
-            "train": {k: v for k, v in asdict(config).items() if k not in _PLACES},
+            "train": {k: v for k, v in asdict(config).items() if k not in _PATHS},
         },
         "environment": environment(),
         "seconds": round(time.perf_counter() - started, 1),
@@ -212,7 +212,7 @@ def _evaluate(name: str, model: nn.Module, images: ImageData, quiet: bool) -> Ev
 
 
 BATCH_SIZES = (1, 8, 32)  # that are timed
-_PLACES = ("data", "data_dir", "model", "output")
+_PATHS = ("data", "data_dir", "model", "output")
 
 # What differs from the paper's recipe, because the fine-tuning is short and images may be small.
 RECIPE: dict[str, Any] = {

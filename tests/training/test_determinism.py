@@ -39,11 +39,11 @@ def test_an_epoch_is_a_permutation_that_can_be_entered_anywhere(
     images: int, batch: int, data: st.DataObject
 ) -> None:
     order = EpochOrder(images, seed=3)
-    order.set_place(2, 0, 1)
+    order.seek(2, 0, 1)
     whole = list(order)
     assert sorted(whole) == list(range(images))
     seen = data.draw(st.integers(0, images))
-    order.set_place(2, seen, batch)
+    order.seek(2, seen, batch)
     rest = list(order)
     assert len(rest) == len(order) == (images - seen) // batch * batch
     assert rest == whole[seen : seen + len(rest)]
@@ -53,12 +53,12 @@ def test_an_epoch_may_take_some_images_and_others_the_next_time() -> None:
     order = EpochOrder(50, seed=3, length=20)
     epochs = []
     for epoch in range(2):
-        order.set_place(epoch, 0, 6)
+        order.seek(epoch, 0, 6)
         epochs.append(list(order))
         assert len(order) == 18 == len(set(epochs[-1]))
     assert set(epochs[0]) != set(epochs[1])
     assert max(epochs[0]) >= 20, "not the first ones, which are all of one class"
-    order.set_place(0, 6, 6)
+    order.seek(0, 6, 6)
     assert list(order) == epochs[0][6:]
 
 
@@ -66,7 +66,7 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     orders = []
     for seed, epoch in ((0, 0), (0, 1), (1, 0)):
         order = EpochOrder(50, seed)
-        order.set_place(epoch, 0, 1)
+        order.seek(epoch, 0, 1)
         orders.append(tuple(order))
     assert len(set(orders)) == 3
 

@@ -17,7 +17,7 @@ import yaml
 
 from dynamicvit import cli
 from dynamicvit.training import loop, run_folder
-from dynamicvit.training.checkpoints import find_checkpoints, load_place
+from dynamicvit.training.checkpoints import find_checkpoints, load_checkpoint
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.distributed import sigterm_noted
 from dynamicvit.training.fit import train
@@ -181,7 +181,7 @@ def test_bits_flipped_in_zip_headers_give_the_checkpoint_before(options: dict[st
         damaged = bytearray(content)
         damaged[position] ^= 1 << position % 8
         last.write_bytes(damaged)
-        found = load_place(output)
+        found = load_checkpoint(output)
         assert found is not None
         found_first += found[0] == first
         if found[0] == last:

@@ -30,7 +30,7 @@ class Tokens(NamedTuple):
             are 1 where they share them. Where blocks have their own, these are of the last L
             blocks. None for models without.
         positions: [B, N] int64, where each patch token lies in the grid, row by row. None while all
-            are there in order, and for merged tokens, which have no place in the grid.
+            are there in order, and for merged tokens, which have no position in the grid.
         keep: [B, N] float, 1 for tokens that stay and 0 for blocked ones. None: all stay.
         size: [B, N], how many patches each token stands for. None: one.
         bias: added to the attention of every block: [B, 1, 1 or P + N, P + N], or None.
@@ -147,7 +147,7 @@ def sample_keep(
 
     Args:
         scores_BN: log-odds of keeping. Computed in float32 whatever the dtype.
-        noise_BN: uniform draws in [0, 1), which become the noise, in place of fresh ones.
+        noise_BN: uniform draws in [0, 1), which become the noise, instead of fresh ones.
         temperature: of the relaxation, > 0.
 
     Returns:
@@ -207,9 +207,9 @@ def squeeze(
         similarity = similarity.masked_fill(can_host_BK.unsqueeze(1) < 0.5, float("-inf"))
     most, nearest = similarity.max(dim=-1)
     share = most.exp() if weight_BL is None else most.exp() * weight_BL
-    # One product, which every engine knows, in place of a scatter.
-    places = torch.arange(host.shape[1], device=host.device)
-    share_BLK = share.unsqueeze(-1) * (nearest.unsqueeze(-1) == places)
+    # One product, which every engine knows, instead of a scatter.
+    hosts = torch.arange(host.shape[1], device=host.device)
+    share_BLK = share.unsqueeze(-1) * (nearest.unsqueeze(-1) == hosts)
     total = math.e + share_BLK.sum(dim=1).unsqueeze(-1)
     return ((math.e * host + share_BLK.transpose(1, 2) @ left) / total).to(host_BKC.dtype)
 

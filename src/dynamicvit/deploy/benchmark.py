@@ -107,8 +107,8 @@ def benchmark(
     if not seconds >= 0:
         raise ValueError(f"seconds must be 0 or more, got {seconds}")
     check_backbone(model)
-    place = find_device(device)
-    pairs = _list_pairs(engines, precisions, place.type)
+    chosen = find_device(device)
+    pairs = _list_pairs(engines, precisions, chosen.type)
     for name, file in (("output", output), ("plot", plot)):
         if file is not None:
             check_file(name, file)
@@ -118,8 +118,8 @@ def benchmark(
         raise ValueError("plot needs the extra: pip install 'dynamicvit[plot]'")
     with show_steps(quiet) as report:
         report(f"loading {model}")
-        sparse = _load(model, keep_ratio, align, pretrained, weights, img_size).to(place)
-        with torch.cuda.device(place) if place.type == "cuda" else nullcontext():
+        sparse = _load(model, keep_ratio, align, pretrained, weights, img_size).to(chosen)
+        with torch.cuda.device(chosen) if chosen.type == "cuda" else nullcontext():
             result = {"model": model, **_run(sparse, pairs, sizes, seconds, report)}
     if output:
         write_text(Path(output), json.dumps(result, indent=2) + "\n")

@@ -52,25 +52,25 @@ def list_schedules(
     Arguments and errors as for `search`.
     """
     num_tokens = count_tokens(model)
-    places = [model.schedule.blocks] if blocks is None else [tuple(item) for item in blocks]
+    choices = [model.schedule.blocks] if blocks is None else [tuple(item) for item in blocks]
     for ratio in keep_ratios or ():
         if not 0 < ratio <= 1:
             raise ValueError(f"keep_ratios must lie in (0, 1], got {ratio}")
     if keep_ratios is None:
-        stages = max(map(len, places), default=0)
+        stages = max(map(len, choices), default=0)
         usual = KEEP_RATIOS if ratios is None else ()
         # Of few tokens a small share is none: not what was asked for, then, so not an error.
         keep_ratios = [ratio for ratio in usual if ratio**stages * num_tokens >= 1]
     for shares in ratios or ():
-        if all(len(shares) != len(place) for place in places):
-            raise ValueError(f"ratios must be one a stage for blocks {places}, got {shares}")
+        if all(len(shares) != len(chosen) for chosen in choices):
+            raise ValueError(f"ratios must be one a stage for blocks {choices}, got {shares}")
     found = {_key(model.schedule, num_tokens): model.schedule}
-    for place in places:
+    for chosen in choices:
         for shares in (
-            *([ratio**stage for stage in range(1, len(place) + 1)] for ratio in keep_ratios),
-            *(shares for shares in ratios or () if len(shares) == len(place)),
+            *([ratio**stage for stage in range(1, len(chosen) + 1)] for ratio in keep_ratios),
+            *(shares for shares in ratios or () if len(shares) == len(chosen)),
         ):
-            schedule = KeepSchedule(place, tuple(shares))
+            schedule = KeepSchedule(chosen, tuple(shares))
             model.at(schedule=schedule)  # refuses what does not fit
             found.setdefault(_key(schedule, num_tokens), schedule)
     return list(found.values())

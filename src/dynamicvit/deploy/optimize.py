@@ -122,7 +122,7 @@ def optimize(
         example: images [B, C, H, W] float32 of the batch size that will be used, on the model's
             device. Real ones judge the error better than noise.
         tolerance: largest relative norm of the difference from PyTorch's float32 logits. bfloat16
-            makes about 1e-2; near-tied tokens that change places make more.
+            makes about 1e-2; near-tied tokens that change their order make more.
         engines: keys of `dynamicvit.deploy.engines.ENGINES`; by default all that are installed.
         precisions: which to try, where an engine has them; by default float32 and bfloat16.
         rounds: calls of each candidate that are timed, in turn.

@@ -143,7 +143,7 @@ class ImageData:
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
         if isinstance(self.dataset, _Images):
-            self.dataset.place = (seed, epoch)
+            self.dataset.key = (seed, epoch)
 
 
 def _some(names: Sequence[str], most: int, of: int) -> str:
@@ -175,7 +175,7 @@ def open_data(
         class_names: the classes expected, in order (those of the training split). A folder need
             not have images of all of them.
         skip_unreadable: count images that cannot be read, instead of raising: in training the next
-            image takes their place, else their class index is -1, for `evaluate_model` to leave
+            image is taken instead, else their class index is -1, for `evaluate_model` to leave
             out; WebDataset shards give the next image in both. hfids and tfds neither skip nor
             count: what their readers do is what happens.
         batch_size: hint for sources that are read as a stream.
@@ -217,9 +217,9 @@ def _mode(in_chans: int) -> str:
     return MODES[in_chans]
 
 
-def seed_of(*place: int | str) -> int:
-    """A 32-bit seed that follows from a place in a run, such as (seed, epoch, image)."""
-    return zlib.crc32(repr(place).encode())
+def seed_of(*key: int | str) -> int:
+    """A 32-bit seed that follows from a key, such as (seed, epoch, image)."""
+    return zlib.crc32(repr(key).encode())
 
 
 def check_labels(targets: torch.Tensor, num_classes: int) -> None:
@@ -239,7 +239,7 @@ class _Images(Dataset):
         self.mode = mode
         self.replace = replace
         self.transform: Any = None  # set by timm's loader
-        self.place: tuple[int, int] | None = None  # (seed, epoch); None leaves generators alone
+        self.key: tuple[int, int] | None = None  # (seed, epoch); None leaves generators alone
         self.unreadable = Unreadable(len(source)) if skip_unreadable else None
         # For each image, in memory that loader processes share: bit 0 if it was read, then _KINDS.
         self.kinds = torch.zeros(len(source), dtype=torch.uint8).share_memory_()
@@ -266,9 +266,9 @@ class _Images(Dataset):
                     break
         else:
             raise DataError("data must have images that can be read, got none")
-        if self.place is not None:
+        if self.key is not None:
             # timm's transforms draw from all three generators.
-            seed = seed_of(*self.place, index)
+            seed = seed_of(*self.key, index)
             random.seed(seed)
             np.random.seed(seed)
             torch.manual_seed(seed)
@@ -357,9 +357,9 @@ def _open_folder(folder: Path, mode: str, expected: Sequence[str] | None) -> Ima
                 raise DataError(f"data must have images of each class, got none in {folder / name}")
     elif set(reader.class_to_idx) <= set(expected):  # of others the caller complains
         names = _class_names(dataset) or []
-        places = {name: index for index, name in enumerate(expected)}
-        reader.samples = [(file, places[names[index]]) for file, index in reader.samples]
-        reader.class_to_idx = places
+        indices = {name: index for index, name in enumerate(expected)}
+        reader.samples = [(file, indices[names[index]]) for file, index in reader.samples]
+        reader.class_to_idx = indices
     return dataset
 
 

@@ -126,9 +126,9 @@ class Shards(ReaderWds):
 
 def _stage(stages: list[Any], function: str) -> int:
     """Where the pipeline has this function of webdataset's."""
-    [place] = [
+    [position] = [
         index
         for index, stage in enumerate(stages)
         if getattr(getattr(stage, "f", None), "__name__", None) == function
     ]
-    return place
+    return position

@@ -24,8 +24,9 @@ from dynamicvit.training.distributed import on_first_process
 
 FORMAT = "dynamicvit training checkpoint 3"
 CHECKPOINTS = "checkpoints"
+_PROGRESS = "place"  # the key in the file, as earlier versions wrote it
 
-# Its path, the place in the run, and the tensors (in the first process).
+# Its path, the progress of the run, and the tensors (in the first process).
 Checkpoint = tuple[Path, dict[str, Any], dict[str, Any]]
 
 
@@ -34,15 +35,17 @@ def find_checkpoints(output: Path) -> list[Path]:
     return sorted((output / CHECKPOINTS).glob("epoch-*.pt"))
 
 
-def save_checkpoint(output: Path, place: dict[str, Any], parts: dict[str, Any], keep: int) -> None:
+def save_checkpoint(
+    output: Path, progress: dict[str, Any], parts: dict[str, Any], keep: int
+) -> None:
     """Write a checkpoint, whole or not at all, and remove all but the last `keep`.
 
     Call in every process: each gives its shard, the first one writes.
 
     Args:
         output: folder of the run.
-        place: where the run is: plain values, of which `epoch` and `seen` (images of it) name the
-            file.
+        progress: where the run is: plain values, of which `epoch` and `seen` (images of it) name
+            the file.
         parts: modules, and optimizers as (the module they train, optimizer); None is kept as None.
         keep: how many checkpoints stay.
     """
@@ -51,19 +54,19 @@ def save_checkpoint(output: Path, place: dict[str, Any], parts: dict[str, Any], 
         return
     for left in (output / CHECKPOINTS).glob(".epoch-*.tmp"):  # of a process that was killed
         left.unlink()
-    path = output / CHECKPOINTS / f"epoch-{place['epoch']:04}-image-{place['seen']:010}.pt"
+    path = output / CHECKPOINTS / f"epoch-{progress['epoch']:04}-image-{progress['seen']:010}.pt"
     with name_in_errors(path):
-        write_checkpoint(path, {"format": FORMAT, "place": place, **state})
+        write_checkpoint(path, {"format": FORMAT, _PROGRESS: progress, **state})
     for old in find_checkpoints(output)[:-keep]:
         old.unlink()
 
 
-def load_place(output: Path) -> Checkpoint | None:
+def load_checkpoint(output: Path) -> Checkpoint | None:
     """Read the last whole checkpoint. Call in every process: the first one reads.
 
     Returns:
-        Its path, what `save_checkpoint` was given as `place`, and what `load_parts` wants (in the
-        first process; nothing in the others). None if there is no checkpoint.
+        Its path, what `save_checkpoint` was given as `progress`, and what `load_parts` wants (in
+        the first process; nothing in the others). None if there is no checkpoint.
 
     Raises:
         ValueError: if none is whole.
@@ -75,14 +78,14 @@ def load_place(output: Path) -> Checkpoint | None:
             return None
         path, found = _last_whole(output)
         state.update(found)
-        return path, state.pop("place")
+        return path, state.pop(_PROGRESS)
 
     found = on_first_process(read)
     return None if found is None else (*found, state)
 
 
 def load_parts(path: Path, state: dict[str, Any], parts: dict[str, Any]) -> None:
-    """Load what `load_place` gave into modules and optimizers, as `save_checkpoint` has them.
+    """Load what `load_checkpoint` gave into modules and optimizers, as `save_checkpoint` has them.
 
     Raises:
         ValueError: if it does not fit a module, naming each key.
@@ -162,6 +165,6 @@ def _read(path: Path) -> dict[str, Any]:
     if part is not None:
         raise ValueError(f"{path} is damaged: the checksum of {part} is wrong")
     state = read_checkpoint(path, FORMAT)
-    if not isinstance(state.get("place"), dict):
+    if not isinstance(state.get(_PROGRESS), dict):
         raise ValueError(f"{path} is damaged: it does not say where the run was")
     return state

@@ -1,8 +1,8 @@
-"""Random numbers keyed by seed and place in the run, independent of process layout.
+"""Random numbers keyed by seed, epoch and sample, independent of process layout.
 
-A place is an epoch, a number of images into it, and for a sample its row of the global batch (the
-batch of all processes and accumulated micro-batches together). So no generator's state has to be
-saved, and runs of one and of many processes draw the same numbers.
+The key of a step is the epoch and the number of images before it. The key of a sample has also its
+row of the global batch (the batch of all processes and accumulated micro-batches together). So no
+generator's state has to be saved, and runs of one and of many processes draw the same numbers.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class EpochOrder(Sampler[int]):
 
     def __init__(self, images: int, seed: int, length: int | None = None) -> None:
         self.images, self.seed, self.length = images, seed, length or images
-        self.set_place(0, 0, 1)
+        self.seek(0, 0, 1)
 
-    def set_place(self, epoch: int, seen: int, batch: int) -> None:
+    def seek(self, epoch: int, seen: int, batch: int) -> None:
         """Go on in `epoch` after `seen` images, while whole batches of `batch` are left."""
         self.epoch, self.start = epoch, seen
         self.stop = seen + max(0, self.length - seen) // batch * batch
@@ -106,7 +106,7 @@ class Feed:
         set_seed(seed_of(self.seed, "epoch", epoch))
         self.data.set_epoch(self.seed, epoch)
         if self.order is not None:
-            self.order.set_place(epoch, seen, self.layout.total)
+            self.order.seek(epoch, seen, self.layout.total)
             return iter(self.loader)
         cast(Any, self.loader).set_epoch(epoch)  # accelerate counts epochs by itself, from 0
         skip = seen // (self.layout.batch * self.layout.processes)

@@ -401,7 +401,7 @@ def _weights(q_GHMD: Tensor, k_GHND: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _spread(values: Tensor | None, rows: Tensor | None, shape: Any) -> Tensor | None:
-    """Rows in their places of a tensor of zeros: [..., C]; or all rows, if there are no places."""
+    """Put values at these rows of a tensor of zeros, [..., C]; rows None: at all of them."""
     if values is None:
         return None
     if rows is None:

@@ -46,8 +46,8 @@ class Records:
         config: of the run.
         accelerator: made with the trackers as `log_with`.
         console: to print warnings to.
-        place: of the checkpoint that the run goes on from; None if it starts. Lines written after
-            it are dropped: they will come again.
+        progress: of the checkpoint that the run goes on from; None if it starts. Lines written
+            after it are dropped: they will come again.
     """
 
     def __init__(
@@ -55,17 +55,17 @@ class Records:
         config: TrainConfig,
         accelerator: Accelerator,
         console: Console,
-        place: dict[str, Any] | None,
+        progress: dict[str, Any] | None,
     ) -> None:
         self.path = Path(config.output) / METRICS
         self.accelerator = accelerator
         self.console = console
         if accelerator.is_main_process:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._drop_after(place)
+            self._drop_after(progress)
         accelerator.project_configuration.set_directories(config.output)
         # What TensorBoard shows of later steps is hidden, as they will come again.
-        options = {"tensorboard": {"purge_step": (place["step"] if place else 0) + 1}}
+        options = {"tensorboard": {"purge_step": (progress["step"] if progress else 0) + 1}}
         accelerator.init_trackers("dynamicvit", init_kwargs=options)
         for tracker in accelerator.trackers:
             if tracker.name != "tensorboard":  # which makes a run of its own of them
@@ -101,7 +101,7 @@ class Records:
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
-    def _drop_after(self, place: dict[str, Any] | None) -> None:
+    def _drop_after(self, progress: dict[str, Any] | None) -> None:
         if not self.path.exists():
             return
         kept, damaged = [], 0
@@ -110,7 +110,7 @@ class Records:
             line = _read_line(text)
             if line is None:
                 damaged += number < len(texts)  # the last one may be cut off by a kill
-            elif place is not None and _before(line, place):
+            elif progress is not None and _before(line, progress):
                 kept.append(text + b"\n")
         if damaged:
             self.console.print(
@@ -130,17 +130,17 @@ def _read_line(text: bytes) -> dict[str, Any] | None:
     return line if named and isinstance(line.get("step"), int) else None
 
 
-def _before(line: dict[str, Any], place: dict[str, Any]) -> bool:
-    """Whether a line was written before the checkpoint of this place."""
+def _before(line: dict[str, Any], progress: dict[str, Any]) -> bool:
+    """Whether a line was written before the checkpoint of this progress."""
     if line["kind"] == "warm_start":
         return True
-    if line["kind"] == "validation" and place["seen"] == 0:  # at an epoch's end it comes after
-        return bool(line["step"] < place["step"])
-    return bool(line["step"] <= place["step"])
+    if line["kind"] == "validation" and progress["seen"] == 0:  # at an epoch's end it comes after
+        return bool(line["step"] < progress["step"])
+    return bool(line["step"] <= progress["step"])
 
 
 def _without_nan(value: Any) -> Any:
-    """The value with None in place of numbers that JSON cannot hold."""
+    """The value with None instead of numbers that JSON cannot hold."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -125,7 +125,7 @@ class Prepared:
         drop_paths: the student's stochastic depth.
         records: what the run tells.
         skips: steps that were not finite.
-        checkpoint: what `load_place` gave; None if the run starts.
+        checkpoint: what `load_checkpoint` gave; None if the run starts.
     """
 
     config: TrainConfig
@@ -197,7 +197,7 @@ class Run(Prepared):
 
     @property
     def _parts(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the place."""
+        """What a checkpoint holds beside the progress."""
         return {
             "student": self.student,
             "ema": self.ema.module if self.ema is not None else None,
@@ -206,7 +206,7 @@ class Run(Prepared):
 
     def save(self) -> None:
         """Write a checkpoint."""
-        place = {
+        progress = {
             "config": asdict(self.config),
             "images": len(cast(Any, self.feed.data.dataset)),
             "class_names": self.feed.data.class_names,
@@ -219,15 +219,15 @@ class Run(Prepared):
             "skipped": self.skips.total,
             "skipped_in_row": self.skips.in_row,
         }
-        save_checkpoint(self.output, place, self._parts, self.config.keep_checkpoints)
+        save_checkpoint(self.output, progress, self._parts, self.config.keep_checkpoints)
 
-    def restore(self, path: Path, place: dict[str, Any], state: dict[str, Any]) -> None:
-        """Take over a checkpoint, as `load_place` gives it, and tell where the run goes on."""
+    def restore(self, path: Path, progress: dict[str, Any], state: dict[str, Any]) -> None:
+        """Take over a checkpoint, as `load_checkpoint` gives it, and tell where the run goes on."""
         load_parts(path, state, self._parts)
-        self.epoch, self.seen, self.best = place["epoch"], place["seen"], place["best"]
+        self.epoch, self.seen, self.best = progress["epoch"], progress["seen"], progress["best"]
         # Older checkpoints do not have it: patience counts from here.
-        self.best_epoch = place.get("best_epoch", self.epoch)
-        self.skips.total, self.skips.in_row = place["skipped"], place["skipped_in_row"]
+        self.best_epoch = progress.get("best_epoch", self.epoch)
+        self.skips.total, self.skips.in_row = progress["skipped"], progress["skipped_in_row"]
         self._tell_where(path)
         if self.best >= 0 and not on_first_process(lambda: has_best(self.output)):
             self.records.console.print(
@@ -235,7 +235,7 @@ class Run(Prepared):
                 soft_wrap=True,
             )
             self.best = -1.0
-        self._tell_changes(place)
+        self._tell_changes(progress)
 
     def _tell_where(self, path: Path) -> None:
         done = f"epoch {self.epoch} of {self.config.epochs}"
@@ -249,29 +249,30 @@ class Run(Prepared):
             text = f"going on after {after}, step {self.total_step:,} of {self.last_step:,}"
         self.records.console.print(f"resumed from {path}: {text}", highlight=False, soft_wrap=True)
 
-    def _tell_changes(self, place: dict[str, Any]) -> None:
+    def _tell_changes(self, progress: dict[str, Any]) -> None:
         images = len(cast(Any, self.feed.data.dataset))
-        if place["images"] != images:
+        if progress["images"] != images:
             self.records.warn(
                 self.total_step,
-                f"the training split had {place['images']} images, now it has {images}: the "
+                f"the training split had {progress['images']} images, now it has {images}: the "
                 "run goes on after as many images of its epoch, but is another one",
             )
-        if place["batch"] != self.layout.total:
+        if progress["batch"] != self.layout.total:
             self.records.console.print(
-                f"the global batch was {place['batch']} images, now it is {self.layout.total}: the "
-                "run goes on at the same image, with learning rates to match, but is another one",
+                f"the global batch was {progress['batch']} images, now it is {self.layout.total}: "
+                "the run goes on at the same image, with learning rates to match, but is another "
+                "one",
                 soft_wrap=True,
             )
 
 
 def check_same_run(
-    path: Path, config: TrainConfig, class_names: list[str] | None, place: dict[str, Any]
+    path: Path, config: TrainConfig, class_names: list[str] | None, progress: dict[str, Any]
 ) -> None:
     """Raise ValueError unless a checkpoint at `path` is of the run with this config and classes."""
     ours = asdict(config)
     # Options that have come since the checkpoint had their default then.
-    known = {name: value for name, value in place["config"].items() if name in ours}
+    known = {name: value for name, value in progress["config"].items() if name in ours}
     saved = asdict(TrainConfig(**known))
     changed = [key for key in ours if key not in _FREE and ours[key] != saved[key]]
     if changed:
@@ -279,8 +280,8 @@ def check_same_run(
             f"{path} belongs to a run with another config: "
             + "; ".join(f"{key} was {saved[key]!r}, got {ours[key]!r}" for key in changed)
         )
-    if class_names != place["class_names"]:
+    if class_names != progress["class_names"]:
         raise ValueError(
-            f"{path} belongs to a run on data of the classes {place['class_names']}, "
+            f"{path} belongs to a run on data of the classes {progress['class_names']}, "
             f"got {class_names}"
         )

@@ -24,7 +24,7 @@ from dynamicvit.evaluation.loader import create_image_loader
 from dynamicvit.evaluation.setup import backbone_of, warn_of_names
 from dynamicvit.io.files import check_folder, write_text
 from dynamicvit.io.load import check_backbone, load_model
-from dynamicvit.training.checkpoints import Checkpoint, find_checkpoints, load_place
+from dynamicvit.training.checkpoints import Checkpoint, find_checkpoints, load_checkpoint
 from dynamicvit.training.config import USUAL_BATCH, TrainConfig, complete
 from dynamicvit.training.determinism import EpochOrder, Feed, Layout, key_drop_paths
 from dynamicvit.training.metrics import METRICS, CollapseWatch, Records, check_trackers
@@ -185,7 +185,7 @@ def prepare(config: TrainConfig, session: Session, dense: Any, resume: bool) -> 
 def _find_checkpoint(config: TrainConfig, session: Session) -> Checkpoint | None:
     """The last whole checkpoint of the run, which must be one of this config and data."""
     output = Path(config.output)
-    found = load_place(output)
+    found = load_checkpoint(output)
     if found is not None:
         check_same_run(found[0], config, session.train_data.class_names, found[1])
     elif (output / METRICS).exists() and (output / METRICS).stat().st_size:

@@ -126,7 +126,7 @@ class SparseTask(_WithTeacher):
         parts, and kept: [S] share of tokens kept at each stage. The rest as for
         `SparseViT.masked`.
 
-        Where `ratios` [S] are given, they are the budget of this step, in place of the student's
+        Where `ratios` [S] are given, they are the budget of this step, instead of the student's
         schedule: the batch as a whole keeps so many tokens (`batch_threshold`).
 
         A student that merges tokens runs as it will be used. It has the two losses on logits."""

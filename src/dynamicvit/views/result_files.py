@@ -120,7 +120,7 @@ def _is_quickstart(folder: Path) -> bool:
 
 
 def _add_result(found: Findings, command: str, given: str | None) -> None:
-    """Read what a command wrote, from the file that is given or from its usual place."""
+    """Read what a command wrote, from the file that is given or from its usual path."""
     if given is None and found.home is None:
         return
     path = Path(given) if given is not None else (found.home or Path()) / USUAL[command]

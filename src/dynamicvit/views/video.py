@@ -30,7 +30,7 @@ def check_video(source: Path) -> None:
 def redraw_video(
     source: Path, target: Path, draw: Callable[[Sequence[Image.Image]], Sequence[Image.Image]]
 ) -> Iterator[int]:
-    """Write an MP4 (H.264) with a picture in place of each frame; without sound.
+    """Write an MP4 (H.264) with a picture instead of each frame; without sound.
 
     Frames keep their times. The file is there once the iterator has ended.
 

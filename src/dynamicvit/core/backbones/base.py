@@ -72,7 +72,7 @@ class Adapter:
                 raise unsupported(model, f"its blocks are {type(block).__name__}")
             if any(isinstance(module, nn.Conv1d | nn.Conv2d) for module in block.modules()):
                 raise unsupported(
-                    model, "its blocks hold convolutions, which need every token in its place"
+                    model, "its blocks hold convolutions, which need every token at its position"
                 )
         check_pooling(known.global_pool)
 

@@ -48,7 +48,7 @@ class Selector(nn.Module):
     means all), and the stage. It gives scores [B, N], or `Merged` if it `merges`.
 
     Attributes:
-        merges: it makes new tokens, which have no place in the grid. It ignores keep masks.
+        merges: it makes new tokens, which have no position in the grid. It ignores keep masks.
         counts_size: attention counts a merged token as often as it has patches.
         log_odds: scores are log-odds of keeping. Training samples them. Others only rank: the best
             are kept in training too.

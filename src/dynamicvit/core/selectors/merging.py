@@ -1,7 +1,7 @@
 """Rules that merge tokens: they make fewer new tokens out of all present ones.
 
-Merged tokens have no place in the grid and no keep mask. They run in the pruned path alone, which
-is differentiable for them.
+Merged tokens have no position in the grid and no keep mask. They run in the pruned path alone,
+which is differentiable for them.
 
 Axes: B images, N patch tokens present, C channels, K new tokens.
 """
