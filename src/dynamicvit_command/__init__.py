@@ -48,7 +48,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Show a model, its training and its measured results as one HTML file.",
     ),
     "predict": (
-        "dynamicvit.deploy.predict:predict",
+        "dynamicvit.deploy.predict:predict_files",
         "Classify image files: a table, and JSON or CSV.",
     ),
     "explain": (

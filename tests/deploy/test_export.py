@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dynamicvit import KeepSchedule, SparseViT, cli, sparsify
 from dynamicvit.deploy import export as module
-from dynamicvit.deploy import formats, verify
+from dynamicvit.deploy import formats, verify, writers
 from dynamicvit.deploy.engines import available
 from dynamicvit.deploy.export import (
     FORMATS,
@@ -30,14 +30,8 @@ from dynamicvit.deploy.export import (
     print_exported,
     read_metadata,
 )
-from dynamicvit.deploy.verify import (
-    Agreement,
-    Found,
-    compare,
-    find_images,
-    find_labels,
-    load_images,
-)
+from dynamicvit.deploy.samples import Sample, find_labels, load_samples, pick_samples
+from dynamicvit.deploy.verify import Agreement, measure_agreement
 from dynamicvit.io.load import load_model
 from tests.conftest import randomise, tiny_vit, write_images
 
@@ -354,7 +348,7 @@ def test_remarks_of_exporters_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> 
     for logger in loggers:
         logger.addHandler(handler)
     try:
-        formats.quantize([], lambda *step: None, None, [])
+        writers.quantize([], lambda *step: None, None, [])
         warn()
     finally:
         for logger in loggers:
@@ -375,7 +369,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Exported]:
         path.write_bytes(metadata.encode())
 
     def trace(model: Any, dtype: torch.dtype, free_counts: bool) -> nn.Module:
-        return formats._Graph(model.fuse(), dtype)
+        return writers._Graph(model.fuse(), dtype)
 
     monkeypatch.setattr(module, "trace", trace)
     monkeypatch.setattr(module, "write_torch", write)
@@ -457,7 +451,7 @@ def test_a_full_disk_leaves_no_file(
             input=lambda name: types.SimpleNamespace(get_node=lambda: node),
         )
         program = types.SimpleNamespace(save=lambda *arguments, **options: None)
-        monkeypatch.setattr(formats, "_to_onnx", lambda *arguments: program)
+        monkeypatch.setattr(writers, "_to_onnx", lambda *arguments: program)
         monkeypatch.setattr(openvino, "convert_model", lambda path: graph)
         failed = RuntimeError("iostream error")
         monkeypatch.setattr(openvino, "save_model", lambda *arguments, **options: _raise(failed))
@@ -599,12 +593,12 @@ def test_metadata_of_other_files(tmp_path: Path) -> None:
 
 
 def _agreement(sparse: SparseViT, wrong: Callable[..., Any], count: int = 6) -> Agreement:
-    return _compare(sparse, wrong, find_images(None, count))
+    return _compare(sparse, wrong, pick_samples(None, count))
 
 
-def _compare(sparse: SparseViT, wrong: Callable[..., Any], found: list[Found]) -> Agreement:
-    graph = formats._Graph(sparse, torch.float32)
-    return compare(sparse, lambda images: wrong(images, *graph(images)), found)
+def _compare(sparse: SparseViT, wrong: Callable[..., Any], found: list[Sample]) -> Agreement:
+    graph = writers._Graph(sparse, torch.float32)
+    return measure_agreement(sparse, lambda images: wrong(images, *graph(images)), found)
 
 
 def _swap(sparse: SparseViT) -> Callable[..., Any]:
@@ -725,7 +719,7 @@ def test_accuracy_is_of_classes_that_are_known() -> None:
     picture = Image.new("RGB", (8, 8))
 
     def find(*folders: str) -> list[int] | None:
-        found = find_labels([Found(picture, folder) for folder in folders], ["bee", "ant"])
+        found = find_labels([Sample(picture, folder) for folder in folders], ["bee", "ant"])
         return None if found is None else found.tolist()
 
     assert find("ant", "bee", "ant") == [1, 0, 1]
@@ -737,7 +731,7 @@ def test_accuracy_is_of_classes_that_are_known() -> None:
     sparse = _sparse().eval()
     names = ["3 Dress", "4 Coat", "5 Sandal", "6 Shirt", "8 Bag"]
     sparse.pretrained_cfg["label_names"] = names
-    found = [item for item in find_images(None, 2000) if item.folder in names][::50]
+    found = [item for item in pick_samples(None, 2000) if item.folder in names][::50]
     accuracy = _compare(sparse, lambda images, logits, kept: (-logits, kept), found).accuracy
     assert accuracy is not None
     assert accuracy[0] != accuracy[1]
@@ -745,14 +739,14 @@ def test_accuracy_is_of_classes_that_are_known() -> None:
 
 def test_images_come_from_all_over_a_folder(images: Path) -> None:
     (images / "notes.txt").write_text("no image")
-    chosen = find_images(str(images), 4)
+    chosen = pick_samples(str(images), 4)
     assert [str(Path(str(item.source)).relative_to(images)) for item in chosen] == [
         "train/bright/00.png",
         "train/bright/06.png",
         "train/dark/04.png",
         "val/bright/02.png",
     ]
-    assert len(find_images(str(images), 100)) == 24
-    assert isinstance(find_images(None, 1)[0].source, Image.Image)
-    batches = list(load_images(_sparse(), chosen, 3))
+    assert len(pick_samples(str(images), 100)) == 24
+    assert isinstance(pick_samples(None, 1)[0].source, Image.Image)
+    batches = list(load_samples(_sparse(), chosen, 3))
     assert [tuple(batch.shape) for batch in batches] == [(3, 3, 32, 32), (1, 3, 32, 32)]

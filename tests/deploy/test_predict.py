@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dynamicvit import sparsify
-from dynamicvit.deploy.predict import predict
+from dynamicvit.deploy.predict import predict_files
 from dynamicvit.io import predictions as core
 from dynamicvit.io.folder import save_folder
 from dynamicvit.io.load import load_model
@@ -27,7 +27,7 @@ def test_each_image_gets_its_classes(
     files: list[str], dense_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "new" / "predictions.json"
-    results = predict(files, str(dense_folder), top_k=9, output=str(output))
+    results = predict_files(files, str(dense_folder), top_k=9, output=str(output))
     assert list(results) == files
     assert json.loads(output.read_text()) == results
     expected = core.predict(load_model(dense_folder), files)
@@ -47,7 +47,7 @@ def test_each_image_gets_its_classes(
 def test_a_sparse_model_is_used_as_it_is(files: list[str], tmp_path: Path) -> None:
     sparse = sparsify(tiny_vit(), keep_ratio=0.5)
     sparse.save_pretrained(tmp_path / "sparse")
-    [found] = predict(files[:1], str(tmp_path / "sparse"), top_k=1).values()
+    [found] = predict_files(files[:1], str(tmp_path / "sparse"), top_k=1).values()
     assert found[0]["index"] == sparse.predict(files[0], 1)[0].index
 
 
@@ -57,7 +57,7 @@ def test_names_are_printed_as_they_are(
     """Square brackets are markup to the table's library."""
     Path(files[0]).rename("[red]x.png")
     save_folder(tiny_vit(num_classes=2), tmp_path / "model", class_names=["[bold]", "[/i]"])
-    predict(["[red]x.png"], str(tmp_path / "model"))
+    predict_files(["[red]x.png"], str(tmp_path / "model"))
     text = capsys.readouterr().out
     assert all(name in text for name in ("[red]x.png", "[bold]", "[/i]"))
 
@@ -69,7 +69,7 @@ def test_the_suffix_says_what_is_written(
         suffix: tmp_path / f"predictions{suffix}" for suffix in (".json", ".jsonl", ".csv", ".CSV")
     }
     for output in written.values():
-        results = predict(files[:2], str(dense_folder), output=str(output), quiet=True)
+        results = predict_files(files[:2], str(dense_folder), output=str(output), quiet=True)
     assert json.loads(written[".json"].read_text()) == results
     lines = [json.loads(line) for line in written[".jsonl"].read_text().splitlines()]
     assert {line["image"]: line["predictions"] for line in lines} == results
@@ -87,22 +87,23 @@ def test_the_suffix_says_what_is_written(
     assert written[".CSV"].read_bytes() == written[".csv"].read_bytes()
     for name in ("out.txt", "out"):
         with pytest.raises(ValueError, match=rf"output must end in \.json, .*got {name}"):
-            predict(files, "nowhere", output=name)  # before a model is looked for
+            predict_files(files, "nowhere", output=name)  # before a model is looked for
 
 
 def test_folders_and_patterns_are_taken(images: Path, dense_folder: Path) -> None:
     (images / "val" / "notes.txt").write_text("no image")
-    folder = predict([str(images / "val")], str(dense_folder), quiet=True)
+    folder = predict_files([str(images / "val")], str(dense_folder), quiet=True)
     assert len(folder) == 8
-    assert list(predict([str(images / "val" / "*" / "*.png")], str(dense_folder))) == list(folder)
+    pattern = str(images / "val" / "*" / "*.png")
+    assert list(predict_files([pattern], str(dense_folder))) == list(folder)
     both = [str(images / "val" / "dark"), str(images / "val" / "**" / "00.png")]
-    assert len(predict(both, str(dense_folder), quiet=True)) == 5
+    assert len(predict_files(both, str(dense_folder), quiet=True)) == 5
     odd = images / "val" / "[1].png"
     (images / "val" / "dark" / "00.png").rename(odd)
-    assert list(predict([str(odd)], str(dense_folder), quiet=True)) == [str(odd)]
+    assert list(predict_files([str(odd)], str(dense_folder), quiet=True)) == [str(odd)]
     for nothing in (str(images / "*.png"), str(dense_folder)):
         with pytest.raises(ValueError, match="images must be files, folders or patterns, got none"):
-            predict([nothing], str(dense_folder))
+            predict_files([nothing], str(dense_folder))
 
 
 def test_unreadable_images_are_skipped_on_request(
@@ -110,19 +111,22 @@ def test_unreadable_images_are_skipped_on_request(
 ) -> None:
     Path(files[1]).write_text("not an image")
     with pytest.raises(ValueError, match=r"cannot read image 01\.png"):
-        predict(files, str(dense_folder))
-    assert list(predict(files, str(dense_folder), skip_unreadable=True)) == ["00.png", "02.png"]
+        predict_files(files, str(dense_folder))
+    assert list(predict_files(files, str(dense_folder), skip_unreadable=True)) == [
+        "00.png",
+        "02.png",
+    ]
     assert "unreadable images: 1: 01.png" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"none of the 1 images can be read: 01\.png"):
-        predict(files[1:2], str(dense_folder), skip_unreadable=True)
+        predict_files(files[1:2], str(dense_folder), skip_unreadable=True)
 
 
 def test_predict_names_what_is_wrong(files: list[str], dense_folder: Path) -> None:
     for device in ("warp", "meta", "cpu:x"):
         with pytest.raises(ValueError, match=f"device must be one of cpu.* here, got '{device}'"):
-            predict(files, str(dense_folder), device=device)
+            predict_files(files, str(dense_folder), device=device)
     with pytest.raises(TypeError, match="images must be a list, each a string, got 'x'"):
-        predict("x", str(dense_folder))  # type: ignore[arg-type]
+        predict_files("x", str(dense_folder))  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
@@ -131,7 +135,7 @@ def test_file_names_that_are_not_utf_8_are_taken(
 ) -> None:
     os.rename(files[0], b"caf\xe9.png")
     output = tmp_path / "out.csv"
-    results = predict(["."], str(dense_folder), top_k=1, output=str(output))
+    results = predict_files(["."], str(dense_folder), top_k=1, output=str(output))
     assert os.path.join(".", os.fsdecode(b"caf\xe9.png")) in results
     assert b"./caf\xe9.png,1," in output.read_bytes()
     assert "caf\\xe9.png" in capsys.readouterr().out
@@ -143,7 +147,7 @@ def test_more_images_than_a_batch(
     names = [f"{index}.bmp" for index in range(70)]
     for index, name in enumerate(names):
         Image.new("RGB", (32, 32), (3 * index, 0, 255 - 3 * index)).save(name)
-    results = predict(names, str(dense_folder), top_k=2)
+    results = predict_files(names, str(dense_folder), top_k=2)
     assert list(results) == names
     expected = core.predict(load_model(dense_folder), names[-1])
     assert results[names[-1]][0]["probability"] == pytest.approx(expected[0].probability, abs=1e-5)

@@ -16,7 +16,7 @@ from PIL import Image
 
 import dynamicvit
 from dynamicvit import KeepSchedule, SparseViT, UnsupportedBackbone
-from dynamicvit.deploy.predict import predict
+from dynamicvit.deploy.predict import predict_files
 from dynamicvit.evaluation.evaluate import evaluate
 from dynamicvit.evaluation.support import models
 from dynamicvit.io.load import load_model
@@ -53,7 +53,7 @@ def _calls(folder: Path, images: Path) -> list[tuple[Callable[..., Any], dict[st
         (sparse.predict, {"image": picture, "top_k": 1}),
         (sparse.save_pretrained, {"folder": folder / "again", "class_names": ["a", "b"]}),
         (
-            predict,
+            predict_files,
             {"images": [picture], "model": model, "top_k": 1, "device": "cpu", "quiet": True},
         ),
         (

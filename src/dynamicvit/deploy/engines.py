@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamicvit.core.model import SparseViT
-from dynamicvit.deploy import formats
+from dynamicvit.deploy import formats, writers
 from dynamicvit.deploy.packed import can_pack, pack
 from dynamicvit.evaluation.processor import has_bfloat16
 from dynamicvit.evaluation.setup import token_counts
@@ -146,9 +146,9 @@ def save(
         return path
     path = folder / f"model{formats.FORMATS[engine][0]}"
     reference = copy.deepcopy(model).cpu().float().eval()
-    program = formats.trace(reference, torch.float32, free_counts=True)
+    program = writers.trace(reference, torch.float32, free_counts=True)
     metadata = json.dumps({"precision": precision, "kept_counts": token_counts(model)[1:]})
-    write = formats.write_onnx if engine == "onnx" else formats.write_openvino
+    write = writers.write_onnx if engine == "onnx" else writers.write_openvino
     write(program, path, metadata)
     return path
 

@@ -30,19 +30,22 @@ from dynamicvit.deploy.formats import (
     FORMATS,
     LOADERS,
     PRECISIONS,
-    check_exports,
     check_openvino,
     engine_name,
-    quantize,
     require,
+)
+from dynamicvit.deploy.metadata import describe, read_metadata
+from dynamicvit.deploy.samples import load_samples, pick_samples
+from dynamicvit.deploy.verify import BATCH_SIZES, Agreement, measure_agreement
+from dynamicvit.deploy.writers import (
+    check_exports,
+    quantize,
     trace,
     write_aoti,
     write_onnx,
     write_openvino,
     write_torch,
 )
-from dynamicvit.deploy.metadata import describe, read_metadata
-from dynamicvit.deploy.verify import BATCH_SIZES, Agreement, compare, find_images, load_images
 from dynamicvit.evaluation.console import cell, plain, show_steps
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.setup import token_counts
@@ -204,7 +207,7 @@ def export_model(
     check_exports(model)
     names = class_names(model)
     preprocessing(model)  # refuses a model that takes no pictures
-    found = find_images(images, samples)
+    found = pick_samples(images, samples)
     reference = copy.deepcopy(model).cpu().float().eval()
     size = sum(parameter.numel() for parameter in reference.parameters())
     if format == "onnx" and size * PRECISIONS[precision].itemsize > _ONNX_LIMIT:
@@ -234,10 +237,12 @@ def export_model(
                     write_aoti(program, path, metadata)
         with _threads(1 if size < _SMALL else torch.get_num_threads()):
             engine = _open(path, format, precision)
-            agreement = compare(reference, engine, found, report=report)
+            agreement = measure_agreement(reference, engine, found, report=report)
             some = found[: sum(BATCH_SIZES)]
             others = tuple(
-                compare(model, partial(engine, counts=np.array(counts)), some, report=report)
+                measure_agreement(
+                    model, partial(engine, counts=np.array(counts)), some, report=report
+                )
                 for counts, model in _other_budgets(reference, format).items()
             )
         for each in (agreement, *others):
@@ -255,7 +260,7 @@ def _calibration_inputs(model: nn.Module, folder: str | None) -> list[dict[str, 
         raise ValueError("calibration must be a folder of images for int8, got None")
     counts = token_counts(model)[1:]
     same = {COUNTS: np.array(counts)} if counts else {}
-    images = load_images(model, find_images(folder, _CALIBRATION, "calibration"), 1)
+    images = load_samples(model, pick_samples(folder, _CALIBRATION, "calibration"), 1)
     return [{"images": image.numpy(), **same} for image in images]
 
 
@@ -301,7 +306,7 @@ def _name_engine(format: str, precision: str) -> Iterator[None]:
 
 
 def _move(path: Path, target: Path) -> float:
-    """Move a file into place, weights beside it too. Returns their size in 10⁶ bytes."""
+    """Move a file to its target, weights beside it too. Returns their size in 10⁶ bytes."""
     weights = path.with_suffix(".bin")  # of an OpenVINO graph
     parts = [weights, path] if weights.exists() else [path]
     megabytes = sum(part.stat().st_size for part in parts) / 1e6

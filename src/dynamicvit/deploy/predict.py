@@ -28,13 +28,13 @@ from dynamicvit.io.predictions import (
     run,
 )
 
-FORMATS = (".json", ".jsonl", ".csv")
+_SUFFIXES = (".json", ".jsonl", ".csv")
 _BATCH = 32  # images in memory at a time
 _PRINTED = 50  # images in the table
 
 
 @check_types
-def predict(
+def predict_files(
     images: list[str],
     model: str,
     top_k: int = 5,
@@ -69,11 +69,11 @@ def predict(
     check_top_k(top_k)
     if output:
         check_file("output", output)
-        if Path(output).suffix.lower() not in FORMATS:
-            raise ValueError(f"output must end in {', '.join(FORMATS)}, got {output}")
-    place = find_device(device or "cpu")
+        if Path(output).suffix.lower() not in _SUFFIXES:
+            raise ValueError(f"output must end in {', '.join(_SUFFIXES)}, got {output}")
+    target = find_device(device or "cpu")
     files = find_images(images)
-    loaded = at_budget(load_model(model), model, keep_ratio, per_image).to(place)
+    loaded = at_budget(load_model(model), model, keep_ratio, per_image).to(target)
     found, unreadable = _predict_files(loaded, files, top_k, skip_unreadable, quiet)
     results = {
         name: [asdict(prediction) for prediction in predictions]

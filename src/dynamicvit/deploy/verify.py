@@ -9,9 +9,7 @@ tokens that the engine kept.
 
 from __future__ import annotations
 
-import pathlib
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from math import isfinite
@@ -24,11 +22,10 @@ from dynamicvit.core.model import SparseOutput, SparseViT
 from dynamicvit.core.paths import Path, keep_tokens
 from dynamicvit.core.selectors import Selector, Stage
 from dynamicvit.core.tokens import Tokens, keep_mask
+from dynamicvit.deploy.samples import Sample, find_labels, load_samples
 from dynamicvit.evaluation.setup import token_counts
 from dynamicvit.evaluation.timing import Engine
-from dynamicvit.io.embedded import embedded_images
-from dynamicvit.io.images import IMAGE_SUFFIXES
-from dynamicvit.io.predictions import ImageSource, class_names, preprocessing, read_image
+from dynamicvit.io.predictions import class_names
 
 BATCH_SIZES = (1, 4, 16)
 TOLERANCE = 1e-3  # largest difference of a float32 logit
@@ -113,70 +110,11 @@ class Agreement:
             )
 
 
-class Found(NamedTuple):
-    """An image, and the name of the folder that it lies in."""
-
-    source: ImageSource
-    folder: str
-
-
-def find_images(folder: str | None, count: int, argument: str = "images") -> list[Found]:
-    """Images from all over a folder and its sub-folders; None means the embedded ones.
-
-    Args:
-        folder: where to look.
-        count: how many to take; where there are fewer, all.
-        argument: what the user calls the folder.
-
-    Raises:
-        ValueError: naming the argument, if there is no such folder or no image in it.
-    """
-    found: list[Found] = []
-    if folder is None:
-        found.extend(Found(picture, name) for name, _, picture in embedded_images("val"))
-    elif not pathlib.Path(folder).is_dir():
-        raise ValueError(f"{argument} must be a folder of images, got {folder}")
-    else:
-        files = sorted(pathlib.Path(folder).rglob("*"))
-        images = (path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
-        found.extend(Found(path, path.parent.name) for path in images)
-    if not found:
-        raise ValueError(f"{argument} must be a folder of images, got none in {folder}")
-    count = min(count, len(found))
-    return [found[index * len(found) // count] for index in range(count)]
-
-
-def find_labels(images: Sequence[Found], class_names: Sequence[str]) -> Tensor | None:
-    """The class index of each image, by its folder's name: [images]; or None.
-
-    The folders must have names of classes or, as many as there are classes, of ImageNet's synsets.
-    """
-    folders = sorted({image.folder for image in images})
-    if set(folders) <= set(class_names):
-        return torch.tensor([class_names.index(image.folder) for image in images])
-    synsets = all(re.fullmatch(r"n\d{8}", name) for name in folders)
-    if synsets and len(folders) == len(class_names):
-        return torch.tensor([folders.index(image.folder) for image in images])
-    return None
-
-
-def load_images(model: nn.Module, images: Sequence[Found], batch: int) -> Iterator[Tensor]:
-    """[B, C, H, W] batches, prepared as the model's `pretrained_cfg` says.
-
-    Raises:
-        ValueError: if the model takes no images, or one cannot be read.
-    """
-    mode, transform = preprocessing(model)
-    for start in range(0, len(images), batch):
-        group = images[start : start + batch]
-        yield torch.stack([transform(read_image(image.source, mode, "image")) for image in group])
-
-
 @torch.no_grad()
-def compare(
+def measure_agreement(
     model: nn.Module,
     engine: Engine,
-    found: Sequence[Found],
+    samples: Sequence[Sample],
     batch_sizes: Sequence[int] = BATCH_SIZES,
     report: Callable[..., None] = lambda step, detail="": None,
 ) -> Agreement:
@@ -186,7 +124,7 @@ def compare(
         model: a SparseViT or dense timm model, float32 on the CPU, in eval mode.
         engine: what to compare with it: images → logits and, of a sparse model, what each stage
             keeps, [B, K] positions.
-        found: images.
+        samples: images.
         batch_sizes: images a call, one size after the other, again and again.
         report: called with the progress.
 
@@ -198,13 +136,13 @@ def compare(
     classes: list[Tensor] = []  # as PyTorch names them
     verdicts: list[_Verdict] = []
     for size in cycle(batch_sizes):
-        group = found[done : done + size]
+        group = samples[done : done + size]
         if not group:
             break
-        report(f"comparing with PyTorch on {len(found)} images", f"({done} done)")
+        report(f"comparing with PyTorch on {len(samples)} images", f"({done} done)")
         done += len(group)
         sizes.add(len(group))
-        [images] = load_images(model, group, len(group))
+        [images] = load_samples(model, group, len(group))
         expected = model.pruned(images) if isinstance(model, SparseViT) else model(images)
         logits = expected.logits if isinstance(expected, SparseOutput) else expected
         largest = max(largest, float(logits.abs().max()))
@@ -217,7 +155,7 @@ def compare(
             all_kept, gap = torch.ones(len(images)), torch.zeros(len(images))
             verdicts.append(_compare_logits(given, logits, logits, all_kept, gap))
     every = _Verdict(*map(torch.cat, zip(*verdicts, strict=True)))  # each [images]
-    labels = find_labels(found, class_names(model))
+    labels = find_labels(samples, class_names(model))
     accuracy = None
     if labels is not None:
         right = [
@@ -226,11 +164,11 @@ def compare(
         ]
         accuracy = right[0], right[1]
     return Agreement(
-        images=len(found),
+        images=len(samples),
         batch_sizes=tuple(sorted(sizes)),
         max_difference=float(every.difference.max()),
         largest_logit=largest,
-        top1_agreement=100.0 * int(every.same_class.sum()) / len(found),
+        top1_agreement=100.0 * int(every.same_class.sum()) / len(samples),
         kept_agreement=100.0 * float(every.kept.mean()) if isinstance(model, SparseViT) else None,
         other_tokens=int((every.kept < 1).sum()),
         score_gap=float(every.gap.max()),

@@ -33,7 +33,7 @@ class Prediction:
 
     Attributes:
         name: of the class.
-        index: of the class, its place in the logits.
+        index: of the class, in the logits.
         probability: softmax of the logits, from 0 to 1.
     """
 
@@ -108,15 +108,15 @@ def check_sources(image: Any, name: str = "image") -> dict[str, ImageSource]:
     return sources
 
 
-def batches(sources: dict[str, ImageSource], model: Any) -> Iterator[Tensor]:
-    """Pictures, as `check_sources` gives them, prepared for the model: [B, C, H, W] at a time.
+def batches(sources: dict[str, ImageSource], model: Any, size: int = _BATCH) -> Iterator[Tensor]:
+    """Pictures, as `check_sources` gives them, prepared for the model: [size, C, H, W] at a time.
 
     Raises:
         FileNotFoundError, ValueError: as `read_image` and `preprocessing` do.
     """
     mode, transform = preprocessing(model)
-    for start in range(0, len(sources), _BATCH):
-        batch = list(sources.items())[start : start + _BATCH]
+    for start in range(0, len(sources), size):
+        batch = list(sources.items())[start : start + size]
         yield torch.stack([transform(read_image(item, mode, label)) for label, item in batch])
 
 
