@@ -32,7 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Prepare a model folder for --per_image: a budget for each image.",
     ),
     "search": (
-        "dynamicvit.deploy.search:search_data",
+        "dynamicvit.deploy.search_data:search_data",
         "Find the fastest form of a model within a limit on lost accuracy or changed answers.",
     ),
     "compare": (

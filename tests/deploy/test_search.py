@@ -16,7 +16,8 @@ from dynamicvit import KeepSchedule, UnsupportedBackbone, cli
 from dynamicvit.core.model import SparseViT, sparsify
 from dynamicvit.deploy import search as search_module
 from dynamicvit.deploy.candidates import choose_rules, list_schedules
-from dynamicvit.deploy.search import search, search_data
+from dynamicvit.deploy.search import search
+from dynamicvit.deploy.search_data import search_data
 from dynamicvit.deploy.search_result import Point, Search
 from dynamicvit.evaluation.evaluate import Change, evaluate
 from dynamicvit.evaluation.timing import Speed

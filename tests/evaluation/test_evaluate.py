@@ -15,7 +15,7 @@ from PIL import Image
 import dynamicvit
 import dynamicvit.evaluation.evaluate as evaluate_module
 from dynamicvit.core.model import sparsify
-from dynamicvit.deploy.search import search_data
+from dynamicvit.deploy.search_data import search_data
 from dynamicvit.evaluation.compare import compare
 from dynamicvit.evaluation.evaluate import (
     compare_answers,

@@ -25,15 +25,39 @@ def describe(model: nn.Module, names: list[str], format: str, precision: str) ->
     """The metadata of a file, as `read_metadata` gives it."""
     backbone: Any = backbone_of(model)
     data = resolve_input_data_config(backbone)
-    channels = data["input_size"][0]
-    # The first step resizes. Its `size` is one number where the shorter side is made as long.
-    resize = create_transform(**data, is_training=False).transforms[0].size
+    size = ", ".join(map(str, data["input_size"]))
+    images = (
+        f"float32 [batch, {size}] ({MODES[data['input_size'][0]]}), values from 0 "
+        "to 1, minus mean, divided by std"
+    )
+    logits = (
+        "float32 [batch, classes], in the order of class_names; softmax of them gives probabilities"
+    )
     described = {
         "version": __version__,
         "architecture": backbone.pretrained_cfg.get("architecture"),
         "precision": precision,
+        **_describe_preparation(data),
+        "class_names": names,
+        "inputs": {"images": images},
+        "outputs": {"logits": logits},
+    }
+    if isinstance(model, SparseViT):
+        described |= _describe_schedule(model)
+        described["inputs"] |= _describe_counts(model, format)
+        described["outputs"] |= _describe_kept(model, format)
+    if format == "openvino":
+        described["inference_precision"] = OPENVINO_HINTS[precision]
+    return described
+
+
+def _describe_preparation(data: dict[str, Any]) -> dict[str, Any]:
+    """How to prepare an image, from timm's data config."""
+    # The first step resizes. Its `size` is one number where the shorter side is made as long.
+    resize = create_transform(**data, is_training=False).transforms[0].size
+    return {
         "input_size": data["input_size"],
-        "channels": MODES[channels],
+        "channels": MODES[data["input_size"][0]],
         "resize": [resize, resize] if isinstance(resize, int) else list(resize),
         "fit": _FITS.get(data["crop_mode"], "cover"),
         "crop": data["input_size"][1:],
@@ -41,48 +65,48 @@ def describe(model: nn.Module, names: list[str], format: str, precision: str) ->
         **{key: data[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")},
         "layout": "NCHW",
         "dtype": "float32",
-        "class_names": names,
     }
-    outputs = {
-        "logits": "float32 [batch, classes], in the order of class_names; softmax of them "
-        "gives probabilities"
+
+
+def _describe_schedule(model: SparseViT) -> dict[str, Any]:
+    """Which stages keep how many tokens, and the levels where each image has its own budget."""
+    start, *kept = token_counts(model)
+    described: dict[str, Any] = {
+        "blocks": model.schedule.blocks,
+        "ratios": model.schedule.ratios,
+        "kept_counts": kept,
     }
-    if isinstance(model, SparseViT):
-        counts = token_counts(model)
-        described |= {
-            "blocks": model.schedule.blocks,
-            "ratios": model.schedule.ratios,
-            "kept_counts": counts[1:],
+    if model.levels is not None:
+        described["levels"] = {
+            "bounds": model.levels.bounds,
+            "counts": [schedule.counts(start) for schedule in model.levels.schedules],
+            "difficulty": "the mean over an image's scores of 1 / (1 + exp(-score))",
+            "rule": "an image's level is how many bounds are not above its difficulty",
         }
-        if model.levels is not None:
-            described["levels"] = {
-                "bounds": model.levels.bounds,
-                "counts": [schedule.counts(counts[0]) for schedule in model.levels.schedules],
-                "difficulty": "the mean over an image's scores of 1 / (1 + exp(-score))",
-                "rule": "an image's level is how many bounds are not above its difficulty",
-            }
-        for stage, (block, count) in enumerate(
-            zip(model.schedule.blocks, counts[1:], strict=True), 1
-        ):
-            kept = f"{COUNTS}[{stage - 1}]" if format in COUNTED else count
-            outputs[f"kept_{stage}"] = (
-                f"int64 [batch, {kept}], which patch tokens go on before block {block}: their "
-                f"positions among the image's {counts[0]}, row by row, in no particular order"
-            )
-    size = ", ".join(map(str, data["input_size"]))
-    described["inputs"] = {
-        "images": f"float32 [batch, {size}] ({MODES[channels]}), values from 0 "
-        "to 1, minus mean, divided by std"
+    return described
+
+
+def _describe_counts(model: SparseViT, format: str) -> dict[str, str]:
+    """The input `counts`, of files that have it."""
+    if format not in COUNTED:
+        return {}
+    default = "by default kept_counts" if format == "onnx" else "kept_counts is what it is for"
+    return {
+        COUNTS: f"int64 [{len(model.schedule.blocks)}], how many patch tokens each stage keeps: "
+        f"from 1 to {token_counts(model)[0]}, not growing; {default}"
     }
-    if isinstance(model, SparseViT) and format in COUNTED:
-        default = "by default kept_counts" if format == "onnx" else "kept_counts is what it is for"
-        described["inputs"][COUNTS] = (
-            f"int64 [{len(model.schedule.blocks)}], how many patch tokens each stage keeps: from 1 "
-            f"to {counts[0]}, not growing; {default}"
+
+
+def _describe_kept(model: SparseViT, format: str) -> dict[str, str]:
+    """The outputs `kept_1`, `kept_2` and so on, one a stage."""
+    start, *counts = token_counts(model)
+    described = {}
+    for stage, (block, count) in enumerate(zip(model.schedule.blocks, counts, strict=True), 1):
+        kept = f"{COUNTS}[{stage - 1}]" if format in COUNTED else count
+        described[f"kept_{stage}"] = (
+            f"int64 [batch, {kept}], which patch tokens go on before block {block}: their "
+            f"positions among the image's {start}, row by row, in no particular order"
         )
-    described["outputs"] = outputs
-    if format == "openvino":
-        described["inference_precision"] = OPENVINO_HINTS[precision]
     return described
 
 

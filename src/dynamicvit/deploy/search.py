@@ -1,4 +1,7 @@
-"""search(): the cheapest form of a model that still gives the answers that are asked for."""
+"""search(): the cheapest form of a model that still gives the answers that are asked for.
+
+`dynamicvit.deploy.search_data` is the command.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,10 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from dynamicvit.core.backbones import adapter_of
 from dynamicvit.core.macs import count_gmacs, in_eval_mode
@@ -20,7 +21,6 @@ from dynamicvit.core.model import SparseViT
 from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.deploy.candidates import (
     KEEP_RATIOS,
-    READ,
     calibrate_some,
     choose_rules,
     count_tokens,
@@ -33,38 +33,13 @@ from dynamicvit.deploy.candidates import (
     split_batches,
 )
 from dynamicvit.deploy.engines import ENGINES, build, check_engine
-from dynamicvit.deploy.search_result import (
-    Point,
-    Search,
-    build_form,
-    check_constraint,
-    is_near,
-)
-from dynamicvit.evaluation.console import plain, track
-from dynamicvit.evaluation.data import ImageData, check_labels
+from dynamicvit.deploy.search_result import Point, Search, build_form, check_constraint, is_near
+from dynamicvit.evaluation.console import track
 from dynamicvit.evaluation.environment import environment
-from dynamicvit.evaluation.evaluate import (
-    compare_answers,
-    count_unreadable,
-)
-from dynamicvit.evaluation.launch import start_processes
-from dynamicvit.evaluation.setup import (
-    backbone_of,
-    check_loading,
-    input_size,
-    load_pair,
-    open_images,
-)
-from dynamicvit.evaluation.timing import (
-    Engine,
-    Speed,
-    compare_times,
-    medians,
-    take_turns,
-)
+from dynamicvit.evaluation.evaluate import compare_answers
+from dynamicvit.evaluation.setup import backbone_of, input_size
+from dynamicvit.evaluation.timing import Engine, Speed, compare_times, medians, take_turns
 from dynamicvit.io.arguments import check_types
-from dynamicvit.io.files import check_file, check_folder
-from dynamicvit.io.load import check_backbone, load_model
 
 _TIMED = 16  # images a round of timing, at least
 
@@ -90,9 +65,9 @@ def search(
     ratios: list[list[float]] | None = None,
     quiet: bool = False,
 ) -> Search:
-    """Find the fastest form of a model within a limit on lost accuracy or changed answers.
+    """Find the fastest form of a model in Python, within a limit on lost or changed answers.
 
-    Nothing is trained.
+    The command `dynamicvit search` does the same for a data set. Nothing is trained.
 
     Of a sparse model its budgets are tried, with the same weights, also with a budget for each
     image where its scorers tell images apart. Of a dense model selectors that need no training are
@@ -132,7 +107,8 @@ def search(
         raise TypeError(f"model must be a SparseViT or a timm model, got {type(model).__name__}")
     budget = check_constraint(max_loss, min_agreement, sure, labels is not None)
     device = next(model.parameters()).device
-    _check(objective, engine, precision, batch_size, seconds, device)
+    check_measurement(objective, engine, precision, batch_size, seconds, device)
+    reference = model
     if isinstance(model, SparseViT):
         model = model.at(schedule=model.schedule)  # the caller's model is not calibrated
         schedules = list_schedules(model, keep_ratios, blocks, ratios)
@@ -145,11 +121,9 @@ def search(
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"{name} goes with a sparse model, got it with a dense one")
-        reference = model
     adapter = adapter_of(backbone_of(model))  # refuses what is not understood
     pixels, targets = _check_images(images, labels, cast(Any, reference).num_classes)
     adapter.check_images(backbone_of(model), pixels[:1].to(device))
-    choosing = torch.tensor([], dtype=torch.long)
     # Random selection draws the same each time.
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
@@ -158,23 +132,9 @@ def search(
     ):
         torch.manual_seed(0)
         if isinstance(model, SparseViT):
-            points = [
-                Point(name_schedule(each, schedules), each, own=each == model.schedule)
-                for each in schedules
-            ]
-            if engine in ("eager", "packed"):  # the others have one program for all images
-                if model.calibration is None:
-                    choosing = calibrate_some(model, pixels)
-                points += per_image_points(
-                    model, KEEP_RATIOS if keep_ratios is None else keep_ratios
-                )
+            points, choosing = _list_budgets(model, schedules, keep_ratios, pixels, engine)
         else:
-            choosing = pick_evenly(len(pixels))
-            # About every second answer that changes was right.
-            limit = 2 * (budget["max_loss"] or 0) / 100
-            if budget["min_agreement"] is not None:
-                limit = 1 - budget["min_agreement"]
-            points = choose_rules(model, pixels[choosing], limit, engine, quiet)
+            points, choosing = _list_rules(model, budget, pixels, engine, quiet)
         judging = torch.ones(len(pixels), dtype=torch.bool).index_fill(0, choosing, False)
         pixels, targets = pixels[judging], None if targets is None else targets[judging]
         top1, points = _judge(model, reference, points, pixels, targets, quiet)
@@ -200,146 +160,7 @@ def search(
     )
 
 
-@check_types
-def search_data(
-    model: str,
-    /,
-    data: str,
-    data_dir: str | None = None,
-    split: str = "val",
-    images: int = 2000,
-    max_loss: float | None = None,
-    min_agreement: float | None = None,
-    sure: bool = False,
-    objective: str = "latency",
-    engine: str = "eager",
-    precision: str = "float32",
-    batch_size: int = 1,
-    seconds: float = 10.0,
-    dense: str | None = None,
-    keep_ratios: list[float] | None = None,
-    blocks: list[list[int]] | None = None,
-    ratios: list[list[float]] | None = None,
-    workers: int = 2,
-    crop_pct: float | None = None,
-    skip_unreadable: bool = False,
-    output: str | None = None,
-    save: str | None = None,
-    device: str | None = None,
-    quiet: bool = False,
-) -> dict[str, Any]:
-    """Find the fastest form of a model within a limit on lost accuracy or changed answers.
-
-    Args:
-        model: model folder, hub id or timm name, of a sparse model or a dense one. Nothing is
-            trained. A sparse model is tried at other budgets. A dense one is tried with selectors
-            that need no training.
-        data: image folder with split sub-folders, or a timm data set name such as torch/cifar10.
-        data_dir: where a named data set lies.
-        split: which split to use; one that was not used for training or for choosing. Another name
-            than "train" and "val" is taken as it is.
-        images: how many images of the split, spread evenly over it. They are held in memory.
-        max_loss: percentage points of top-1 that may be lost; by default 0.5, unless min_agreement
-            is given.
-        min_agreement: share of the images that must have the dense model's answer.
-        sure: accept a form only if the upper end of its 95% interval is within max_loss.
-        objective: latency (the fastest is recommended) or gmacs (the cheapest; nothing is timed).
-        engine: what to time in: eager, packed, compile, onnx or openvino.
-        precision: what to time in: float32, bfloat16 or float16. Accuracy is measured in float32.
-        batch_size: images a call that is timed.
-        seconds: spent on timing, at least.
-        dense: the dense model to compare a sparse one with: model folder, hub id or timm name. By
-            default its own backbone with all tokens, which after fine-tuning is not the dense model
-            that it came from.
-        keep_ratios: for a sparse model: shares of the tokens that each stage keeps; by default 0.9,
-            0.8, 0.7, 0.6 and 0.5, unless ratios are given.
-        blocks: for a sparse model: where tokens leave, each a list of blocks, with each of the
-            ratios: some of the blocks that the model prunes before, or as many others. By default
-            its own.
-        ratios: for a sparse model: shares of the original tokens kept after each stage, each a
-            list, one a stage.
-        workers: data loading processes.
-        crop_pct: the share of the image's side that is kept; by default the model's own.
-        skip_unreadable: leave out and count images that cannot be read, instead of stopping.
-        output: JSON file to write.
-        save: folder to write the recommended model to, ready for use. It must not be the
-            folder of model or dense.
-        device: such as cpu or cuda:1; by default a GPU if there is one.
-        quiet: print nothing, neither tables nor progress.
-
-    Returns:
-        What the JSON file holds: dense, points, and the recommended one, or None.
-
-    Raises:
-        ValueError, FileNotFoundError: naming what is wrong with an option, the model or the data,
-            or if there is nothing to save.
-    """
-    if output:
-        check_file("output", output)
-    if save:
-        check_folder("save", save)
-        for name, read in (("model", model), ("dense", dense)):
-            if read and Path(read).exists() and Path(read).resolve() == Path(save).resolve():
-                raise ValueError(f"save must not be the folder of {name}, got {save}")
-    check_loading(batch_size, workers, crop_pct)
-    if images < 4:
-        raise ValueError(f"images must be 4 or more, got {images}")
-    check_constraint(max_loss, min_agreement, sure, True)
-    accelerator = start_processes("float32", device)
-    _check(objective, engine, precision, batch_size, seconds, accelerator.device)
-    if accelerator.num_processes > 1:
-        raise ValueError(f"search runs in one process, got {accelerator.num_processes}")
-    check_backbone(model)
-    loaded = load_model(model)
-    reference = None
-    if isinstance(loaded, SparseViT):
-        loaded, reference = load_pair(model, dense)
-        reference.to(accelerator.device)
-    elif dense is not None:
-        raise ValueError(f"dense goes with a sparse model, got {dense} with the dense {model}")
-    loaded.to(accelerator.device)
-    reading = (data, data_dir, split, READ, workers, crop_pct, skip_unreadable)
-    found, loader = open_images(loaded, model, accelerator, *reading)
-    pixels, labels = _read(found, loader, images, workers, quiet)
-    check_labels(labels, cast(Any, loaded).num_classes)  # names the data
-    result = search(
-        loaded,
-        pixels,
-        labels,
-        max_loss=max_loss,
-        min_agreement=min_agreement,
-        sure=sure,
-        objective=objective,
-        engine=engine,
-        precision=precision,
-        batch_size=batch_size,
-        seconds=seconds,
-        dense=reference,
-        keep_ratios=keep_ratios,
-        blocks=blocks,
-        ratios=ratios,
-        quiet=quiet,
-    )
-    source = {"data": data, "split": split, "crop_pct": crop_pct, **count_unreadable(found)}
-    result = replace(
-        result,
-        dense=result.dense | {"model": dense},
-        source={"model": model, **source, **result.source},
-    )
-    if output:
-        result.to_json(output)
-    if not quiet:
-        print(result)
-        if output:
-            print(f"the results are in {plain(output)}")
-    if save:
-        result.save(save)
-        if not quiet:
-            print(f"the recommended model is in {plain(save)}")
-    return result.as_dict()
-
-
-def _check(
+def check_measurement(
     objective: str,
     engine: str,
     precision: str,
@@ -347,6 +168,8 @@ def _check(
     seconds: float,
     device: torch.device,
 ) -> None:
+    """Raise ValueError, which names the argument, unless this machine can measure so. Arguments as
+    for `search`."""
     if objective not in ("latency", "gmacs"):
         raise ValueError(f"objective must be latency or gmacs, got {objective!r}")
     if engine not in ENGINES:
@@ -413,20 +236,39 @@ def _check_images(images: Any, labels: Any, num_classes: int) -> tuple[Tensor, T
     return images, targets
 
 
-def _read(
-    images: ImageData, loader: DataLoader, most: int, workers: int, quiet: bool
-) -> tuple[Tensor, Tensor]:
-    """So many images of a split, spread evenly; of a stream, its first."""
-    if not isinstance(images.dataset, IterableDataset):
-        chosen = pick_evenly(len(images.dataset), most)
-        loader = DataLoader(Subset(images.dataset, chosen.tolist()), READ, num_workers=workers)
-    pixels, labels = [], []
-    for batch, targets in track(loader, "reading images", quiet, "batches"):
-        pixels.append(batch[targets >= 0])  # -1: could not be read
-        labels.append(targets[targets >= 0])
-        if sum(map(len, labels)) >= most:
-            break
-    return torch.cat(pixels)[:most], torch.cat(labels)[:most]
+def _list_budgets(
+    model: SparseViT,
+    schedules: Sequence[KeepSchedule],
+    keep_ratios: list[float] | None,
+    pixels: Tensor,
+    engine: str,
+) -> tuple[list[Point], Tensor]:
+    """Budgets of a sparse model to judge, and the indices of the images that served to find them.
+
+    The model is calibrated, unless it has been.
+    """
+    points = [
+        Point(name_schedule(each, schedules), each, own=each == model.schedule)
+        for each in schedules
+    ]
+    choosing = torch.tensor([], dtype=torch.long)
+    if engine in ("eager", "packed"):  # the others have one program for all images
+        if model.calibration is None:
+            choosing = calibrate_some(model, pixels)
+        points += per_image_points(model, KEEP_RATIOS if keep_ratios is None else keep_ratios)
+    return points, choosing
+
+
+def _list_rules(
+    model: nn.Module, budget: dict[str, Any], pixels: Tensor, engine: str, quiet: bool
+) -> tuple[list[Point], Tensor]:
+    """Forms of a dense model to judge, and the indices of the images that chose them."""
+    choosing = pick_evenly(len(pixels))
+    # About every second answer that changes was right.
+    limit = 2 * (budget["max_loss"] or 0) / 100
+    if budget["min_agreement"] is not None:
+        limit = 1 - budget["min_agreement"]
+    return choose_rules(model, pixels[choosing], limit, engine, quiet), choosing
 
 
 def _judge(
