@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from dynamicvit import __version__, cli
-from dynamicvit.training.config import TrainConfig
+from dynamicvit.training.config import TrainConfig, find_recipe
 
 
 def _fail(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -270,7 +270,7 @@ def test_a_recipe_gives_defaults_and_what_is_given_goes_before_it(
         ["--config", str(file), "--warm-start", "0", "--recipe", "fast"],
     ):
         assert cli.main([*start, *more]) == 0
-    fast = TrainConfig.from_recipe("fast", data="x", output="y")
+    fast = TrainConfig(data="x", output="y", **find_recipe("fast"))
     paper = TrainConfig(data="x", output="y")
     assert seen == [
         paper,
@@ -282,4 +282,4 @@ def test_a_recipe_gives_defaults_and_what_is_given_goes_before_it(
     assert fast != paper
     assert fast.epochs * 4 <= paper.epochs
     with pytest.raises(ValueError, match="recipe must be one of paper, fast, got 'slow'"):
-        TrainConfig.from_recipe("slow", data="x", output="y")
+        find_recipe("slow")

@@ -134,35 +134,18 @@ def _run(folder: Path, config: TrainConfig, given: dict[str, Any], quiet: bool) 
     results = {"dense": _evaluate("dense", dense, images, quiet)}
     console.print("[bold]3/5[/] evaluating the sparse model, and random selection beside it")
     results["sparse"] = _evaluate("sparse", sparse, images, quiet)
-    set_seed(config.seed)
-    random_scorers = [RandomScorer() for _ in sparse.scorers]
-    random = SparseViT(sparse.backbone, sparse.schedule, random_scorers)
+    random = _with_random_selection(sparse, config.seed)
     results["random selection"] = _evaluate("random selection", random, images, quiet)
 
     console.print("[bold]4/5[/] timing dense against sparse, in turn")
-    fused, size = sparse.fuse(), input_size(dense)
-    speeds = [
-        speed
-        for batch_size in track(BATCH_SIZES, "timing", quiet, "batch sizes")
-        for speed in compare_speed(dense, fused, size, (batch_size,))
-    ]
+    speeds = _time(dense, sparse, quiet)
 
     console.print("[bold]5/5[/] drawing what is kept")
     _draw(sparse.cpu().eval(), images, folder / "keep_maps.png")
 
-    metrics: dict[str, Any] = {
-        "dense": asdict(results["dense"]),
-        "sparse": asdict(results["sparse"]),
-        "random_selection": asdict(results["random selection"]),
-        "points_lost": results["dense"].top1 - results["sparse"].top1,
-        "gmacs_saved_percent": 100 * (1 - results["sparse"].gmacs / results["dense"].gmacs),
-        "speed": [asdict(speed) for speed in speeds],
-        "best_speed_up": max(speed.speed_up for speed in speeds),
-        "settings": {
-            **given,
-            "model": config.model if given["model"] != "embedded" else "embedded",
-            "train": {k: v for k, v in asdict(config).items() if k not in _PATHS},
-        },
+    metrics = {
+        **_describe_results(results, speeds),
+        "settings": _describe_settings(config, given),
         "environment": environment(),
         "seconds": round(time.perf_counter() - started, 1),
     }
@@ -209,6 +192,41 @@ def _evaluate(name: str, model: nn.Module, images: ImageData, quiet: bool) -> Ev
     )
     batches = track(accelerator.prepare(loader), f"evaluating {name}", quiet, "batches")
     return evaluate_model(model, batches, accelerator)
+
+
+def _with_random_selection(model: SparseViT, seed: int) -> SparseViT:
+    """The same backbone and schedule with scorers that draw."""
+    set_seed(seed)
+    return SparseViT(model.backbone, model.schedule, [RandomScorer() for _ in model.scorers])
+
+
+def _time(dense: Any, sparse: SparseViT, quiet: bool) -> list[Speed]:
+    fused, size = sparse.fuse(), input_size(dense)
+    return [
+        speed
+        for batch_size in track(BATCH_SIZES, "timing", quiet, "batch sizes")
+        for speed in compare_speed(dense, fused, size, (batch_size,))
+    ]
+
+
+def _describe_results(results: dict[str, Evaluation], speeds: list[Speed]) -> dict[str, Any]:
+    dense, sparse = results["dense"], results["sparse"]
+    return {
+        **{name.replace(" ", "_"): asdict(found) for name, found in results.items()},
+        "points_lost": dense.top1 - sparse.top1,
+        "gmacs_saved_percent": 100 * (1 - sparse.gmacs / dense.gmacs),
+        "speed": [asdict(speed) for speed in speeds],
+        "best_speed_up": max(speed.speed_up for speed in speeds),
+    }
+
+
+def _describe_settings(config: TrainConfig, given: dict[str, Any]) -> dict[str, Any]:
+    """What was asked for, and the options of the training."""
+    return {
+        **given,
+        "model": config.model if given["model"] != "embedded" else "embedded",
+        "train": {name: value for name, value in asdict(config).items() if name not in _PATHS},
+    }
 
 
 BATCH_SIZES = (1, 8, 32)  # that are timed

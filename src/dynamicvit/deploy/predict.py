@@ -1,4 +1,4 @@
-"""What is on pictures, from the command line."""
+"""predict_files(): the command `dynamicvit predict`."""
 
 from __future__ import annotations
 
@@ -46,6 +46,8 @@ def predict_files(
     quiet: bool = False,
 ) -> dict[str, list[dict[str, Any]]]:
     """Classify image files: a table, and JSON or CSV.
+
+    This is the command `dynamicvit predict`. In Python, `SparseViT.predict` gives objects.
 
     Args:
         images: image files, folders and patterns such as "photos/*.jpg".

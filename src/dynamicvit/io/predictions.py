@@ -51,7 +51,9 @@ def predict(
 def predict(
     model: nn.Module, image: ImageSource | Sequence[ImageSource], top_k: int = 5
 ) -> list[Prediction] | list[list[Prediction]]:
-    """Classify image files with a SparseViT or a dense timm model.
+    """Classify image files in Python, with a SparseViT or a dense timm model.
+
+    The command `dynamicvit predict` is `dynamicvit.deploy.predict.predict_files`.
 
     Resizing, cropping and normalisation are those of the model's `pretrained_cfg`; pictures are
     turned upright as their EXIF says. The model runs in eval mode, on its own device and in its own

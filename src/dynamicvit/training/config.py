@@ -83,20 +83,6 @@ class TrainConfig(
         self.check_learns("freeze_epochs", self.freeze_epochs)
 
     @classmethod
-    def from_recipe(cls, recipe: str, **options: Any) -> Self:
-        """A config whose defaults are those of a recipe; the command line's --recipe.
-
-        Args:
-            recipe: paper; or fast: fewer epochs, the scorers start with the teacher's attention and
-                at the keep ratio, and everything learns from the first step.
-            options: of this class.
-
-        Raises:
-            ValueError: if there is no such recipe, or an option is wrong.
-        """
-        return cls(**{**find_recipe(recipe), **options})
-
-    @classmethod
     def from_file(cls, path: str | Path, **options: Any) -> Self:
         """A config from a YAML file, such as the config.yaml of a run.
 

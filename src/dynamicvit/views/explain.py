@@ -56,12 +56,12 @@ def explain(
     images: ImageSource | Sequence[ImageSource] | Tensor,
     dense: nn.Module | None = None,
 ) -> Explanation | list[Explanation]:
-    """Show which patches of images a model keeps at each stage, and the classes it predicts.
+    """Show in Python which patches of images a model keeps, and the classes it predicts.
 
     A notebook shows the result as a picture; `.save("x.png")` writes it. Files are resized, cropped
     and normalised as the model's `pretrained_cfg` says. The pictures show the result of that.
     Models run in eval mode, on their own device and in their own dtype; their mode is restored.
-    The command `dynamicvit explain` does the same for files, folders and videos, and writes files.
+    The command `dynamicvit explain` is `explain_files`: it also takes folders and videos.
 
     Args:
         model: a sparse model.
@@ -102,10 +102,12 @@ def explain_files(
 ) -> list[Path]:
     """Show which patches of images a model keeps at each stage, and the classes it predicts.
 
+    This is the command `dynamicvit explain`; in Python, `dynamicvit.explain` gives objects.
+
     The picture of an image has the input as the model sees it, what each stage keeps of it (patches
     that have left are striped), the keep scores as heat maps, and the five likeliest classes, dense
     and pruned. Several images also give a contact sheet. A video gives a video: each frame beside
-    what is kept of it (extra "video"). In Python `dynamicvit.explain` gives the same as objects.
+    what is kept of it (extra "video").
 
     Args:
         images: image files, video files, and folders of these.
