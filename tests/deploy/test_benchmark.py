@@ -13,8 +13,9 @@ from torch._inductor.utils import run_and_get_code
 from dynamicvit import KeepSchedule, SparseViT, cli, sparsify
 from dynamicvit.deploy import benchmark as module
 from dynamicvit.deploy import engines
-from dynamicvit.deploy.benchmark import benchmark, print_benchmark, stage_times
+from dynamicvit.deploy.benchmark import benchmark, print_benchmark
 from dynamicvit.deploy.memory import peak_memory
+from dynamicvit.deploy.stage_times import stage_times
 from dynamicvit.evaluation.environment import environment
 from tests.conftest import randomise, tiny_vit
 

@@ -21,9 +21,10 @@ import torch
 from PIL import Image
 
 import dynamicvit
-from dynamicvit.evaluation.data import EXTRAS, open_data
+from dynamicvit.evaluation.data import open_data
 from dynamicvit.evaluation.evaluate import evaluate, evaluate_model
 from dynamicvit.evaluation.loader import create_image_loader
+from dynamicvit.evaluation.sources import EXTRAS
 from dynamicvit.evaluation.unreadable import DataError, Unreadable
 from dynamicvit.io.folder import save_folder
 from dynamicvit.training.config import TrainConfig

@@ -8,7 +8,6 @@ import json
 import statistics
 from collections.abc import Callable
 from contextlib import nullcontext
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,12 @@ from dynamicvit.deploy.engines import (
     installed,
 )
 from dynamicvit.deploy.memory import peak_memory
+from dynamicvit.deploy.stage_times import stage_times
 from dynamicvit.evaluation.console import make_table, plain, show_steps
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.launch import find_device
 from dynamicvit.evaluation.setup import input_size, token_counts
-from dynamicvit.evaluation.timing import Engine, compare_times, interleave, medians, time_call
+from dynamicvit.evaluation.timing import Engine, compare_times, interleave, medians
 from dynamicvit.io.files import check_file, write_bytes, write_text
 from dynamicvit.io.load import at_budget, check_backbone, load_model
 
@@ -328,45 +328,6 @@ def peak_bytes(call: Engine, images: Tensor) -> int:
     call(images)
     torch.cuda.synchronize(images.device)
     return torch.cuda.max_memory_allocated(images.device) - before + images.nbytes
-
-
-@torch.inference_mode()
-def stage_times(model: SparseViT, images: Tensor, rounds: int = 5) -> dict[str, float]:
-    """Where time goes, eager and in float32: milliseconds of the embedding, of each stage's scorer
-    and blocks, and of norm and head; medians over rounds. "other" is selection and gathering."""
-    fused = model.fuse()  # a copy
-    backbone = fused.backbone
-    parts: dict[str, list[Any]] = {"embed": [backbone.patch_embed]}
-    edges = (0, *fused.schedule.blocks, len(backbone.blocks))
-    for stage, (start, end) in enumerate(pairwise(edges)):
-        if stage:
-            parts[f"scorer {stage}"] = [fused.scorers[stage - 1]]
-        if end > start:
-            name = f"block {start}" if end == start + 1 else f"blocks {start}–{end - 1}"
-            parts[name] = list(backbone.blocks[start:end])
-    parts["norm and head"] = [backbone.norm, backbone.head]
-    spent: dict[str, float] = {}
-
-    def timed(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            seconds, result = time_call(lambda x: forward(x, *args, **kwargs), x)
-            spent[name] = spent.get(name, 0.0) + seconds
-            return result
-
-        return run
-
-    for name, modules in parts.items():
-        for module in modules:
-            module.forward = timed(name, module.forward)
-    fused(images)
-    times = []
-    for _ in range(rounds):
-        spent.clear()
-        whole, _ = time_call(fused, images)
-        times.append((*(spent.get(name, 0.0) for name in parts), whole - sum(spent.values())))
-    return {
-        name: 1e3 * seconds for name, seconds in zip((*parts, "other"), medians(times), strict=True)
-    }
 
 
 def print_benchmark(result: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import zlib
@@ -16,32 +15,24 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from PIL import Image
-from timm.data import ImageDataset, IterableImageDataset, create_dataset
+from timm.data import ImageDataset
 from torch.utils.data import Dataset
 
-from dynamicvit.evaluation.unreadable import DataError, Unreadable
-from dynamicvit.io.hub import offline_if_unreachable, one_line
-from dynamicvit.io.images import (
-    IMAGE_SUFFIXES,
-    MODES,
-    check_regular,
-    convert_image,
-    why_unreadable,
+from dynamicvit.evaluation.sources import (
+    class_names_of,
+    describe_difference,
+    is_named,
+    open_folder,
+    open_named,
 )
+from dynamicvit.evaluation.unreadable import DataError, Unreadable
+from dynamicvit.io.images import MODES, check_regular, convert_image, why_unreadable
 
-_SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "test")}
 # Of a picture 20,000 pixels wide and 1 high, a resize to a usual height would make gigabytes.
 _MOST_ELONGATED = 1000
 # What is told of images met, beside those that cannot be read.
 _HUGE = 10_000
 _KINDS = ("grey", "with an alpha channel", f"with a side of {_HUGE:,} pixels or more")
-_FACTORIES = ("torch", "hfds", "hfids", "wds", "tfds")
-# The package that a source needs, and the extra of ours that it comes with.
-EXTRAS = {
-    "hfds": ("datasets", "hf"),
-    "hfids": ("datasets", "hf"),
-    "wds": ("webdataset", "webdataset"),
-}
 
 
 @dataclass
@@ -185,8 +176,8 @@ def open_data(
         DataError: naming what is missing, empty, unreadable or of the wrong classes.
     """
     mode = _mode(in_chans)
-    if data.partition("/")[0].lower() in _FACTORIES and not Path(data).exists():
-        dataset = _open_named(
+    if is_named(data):
+        dataset = open_named(
             data,
             split,
             data_dir,
@@ -196,12 +187,12 @@ def open_data(
             skip_unreadable=skip_unreadable,
         )
     else:
-        dataset = _open_folder(_split_folder(Path(data), split), mode, class_names)
-    found = _class_names(dataset)
+        dataset = open_folder(Path(data), split, mode, class_names)
+    found = class_names_of(dataset)
     if class_names is not None and found is not None and found != list(class_names):
         raise DataError(
             f"data must have the classes expected, got {data} with others: "
-            f"{_difference(found, list(class_names))}"
+            f"{describe_difference(found, list(class_names))}"
         )
     if isinstance(dataset, torch.utils.data.IterableDataset):
         return ImageData(dataset, found)
@@ -304,123 +295,3 @@ class _Images(Dataset):
             name = self.source.reader.filename(index, absolute=True)
             return os.fsencode(name).decode(errors="backslashreplace")
         return f"number {index}"
-
-
-def _split_folder(root: Path, split: str) -> Path:
-    if not root.is_dir():
-        raise DataError(
-            f"data must be a folder of images, or a data set name such as torch/cifar10, "
-            f"got {root}, which is no folder"
-        )
-    # Another name than these two is meant: "test" may not be answered with what chose a model.
-    for name in _SPLITS.get(split, (split,)):
-        if (root / name).is_dir():
-            return root / name
-    found = sorted(path.name for path in root.iterdir() if path.is_dir())
-    raise DataError(
-        f"data must be a folder with images in {split}/CLASS, got {root}, which has "
-        + (f"the folders {', '.join(found)}" if found else "no folders")
-    )
-
-
-def _open_folder(folder: Path, mode: str, expected: Sequence[str] | None) -> ImageDataset:
-    classes = sorted(
-        path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
-    )
-    if not classes:
-        raise DataError(f"data must have a folder for each class, got none in {folder}")
-    for name in classes:
-        try:
-            name.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"data must have class folders named in UTF-8, got {name!r}") from error
-    try:
-        dataset = create_dataset(
-            "",
-            root=str(folder),
-            search_split=False,
-            input_img_mode=mode,
-            input_key=";".join(IMAGE_SUFFIXES),
-        )
-    except RuntimeError as error:
-        raise DataError(
-            f"data must have images ({', '.join(IMAGE_SUFFIXES)}), got none in the class folders "
-            f"of {folder}"
-        ) from error
-    reader = dataset.reader
-    nested = sorted(set(reader.class_to_idx) - set(classes))
-    if nested:
-        raise DataError(f"data must have images right in {folder}/CLASS, got {nested[0]!r} in one")
-    if expected is None:
-        for name in classes:
-            if name not in reader.class_to_idx:
-                raise DataError(f"data must have images of each class, got none in {folder / name}")
-    elif set(reader.class_to_idx) <= set(expected):  # of others the caller complains
-        names = _class_names(dataset) or []
-        indices = {name: index for index, name in enumerate(expected)}
-        reader.samples = [(file, indices[names[index]]) for file, index in reader.samples]
-        reader.class_to_idx = indices
-    return dataset
-
-
-def _open_named(
-    data: str, split: str, data_dir: str | None, *, skip_unreadable: bool, **options: Any
-) -> Any:
-    prefix, _, name = data.partition("/")
-    prefix = prefix.lower()
-    if not name:
-        raise DataError(f"data must name a data set after {prefix}/, got {data!r}")
-    package, extra = EXTRAS.get(prefix, ("torch", ""))
-    if importlib.util.find_spec(package) is None:
-        raise DataError(f"{data!r} needs {package}: pip install 'dynamicvit[{extra}]'")
-    if data_dir is None and prefix != "hfds":
-        raise DataError(f"data_dir must be the folder where {data!r} lies, got None")
-    # timm spells the usual two splits "train" and "validation" for every source.
-    split = "validation" if split == "val" else split
-    try:
-        if prefix == "wds":
-            # An extra, and the module needs this one.
-            from dynamicvit.evaluation.shards import Shards
-
-            _check_index(str(data_dir), split)
-            reader = Shards(
-                name=name, root=data_dir, split=split, skip_unreadable=skip_unreadable, **options
-            )
-            return IterableImageDataset(data_dir, reader=reader)
-        with offline_if_unreachable(prefix in ("hfds", "hfids")):
-            return create_dataset(data, root=data_dir, split=split, **options)
-    except DataError:
-        raise
-    except Exception as error:  # each source stumbles in its own way
-        where = "" if data_dir is None else f" in {data_dir!r}"
-        raise DataError(f"cannot open {data!r}{where}: {one_line(error)}") from error
-
-
-def _check_index(folder: str, split: str) -> None:
-    """Raise DataError unless a folder of WebDataset shards has the index that says what they hold.
-
-    timm goes on without, and finds no split in it.
-    """
-    if "://" in folder or "tar" in split:  # on another machine, or files named one by one
-        return
-    if not Path(folder).is_dir():
-        raise DataError(f"data_dir must be a folder, got {folder}, which is none")
-    if not any((Path(folder) / name).is_file() for name in ("_info.json", "info.json")):
-        raise DataError(
-            f"data_dir must hold _info.json, the index of WebDataset shards, got {folder} without"
-        )
-
-
-def _class_names(dataset: Any) -> list[str] | None:
-    if isinstance(dataset, ImageDataset | IterableImageDataset):
-        index = getattr(dataset.reader, "class_to_idx", None)
-        return sorted(index, key=index.__getitem__) if index else None
-    return list(dataset.classes) if hasattr(dataset, "classes") else None
-
-
-def _difference(found: list[str], expected: list[str]) -> str:
-    missing = sorted(set(expected) - set(found))
-    extra = sorted(set(found) - set(expected))
-    if missing or extra:
-        return f"missing {missing}, unexpected {extra}"
-    return f"got the order {found}, expected {expected}"
