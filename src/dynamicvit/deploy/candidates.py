@@ -23,6 +23,7 @@ from dynamicvit.deploy.engines import TORCH_ENGINES
 from dynamicvit.deploy.search_result import Point, build_form, is_near
 from dynamicvit.evaluation.console import track
 from dynamicvit.evaluation.setup import input_size
+from dynamicvit.io.images import pick_evenly
 
 KEEP_RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5)
 # Of a dense model: what each of three stages keeps, and the shares that reach the end where some
@@ -101,7 +102,7 @@ def name_schedule(schedule: KeepSchedule, others: Sequence[KeepSchedule] = ()) -
 
 def calibrate_some(model: SparseViT, pixels: Tensor) -> Tensor:
     """Calibrate, if the scorers tell images apart. Gives the images that served."""
-    used = pick_evenly(len(pixels), min(len(pixels) // 4, _CHOOSING))
+    used = pick_indices(len(pixels), min(len(pixels) // 4, _CHOOSING))
     stages, tokens = len(model.schedule.blocks), count_tokens(model)
     levels = [ratio for ratio in LEVELS if ratio**stages * tokens >= 1]
     try:
@@ -228,10 +229,10 @@ def _exchange(
     return None
 
 
-def pick_evenly(count: int, most: int | None = None) -> Tensor:
+def pick_indices(count: int, most: int | None = None) -> Tensor:
     """Indices of so many of `count` items, spread evenly; by default of those that choose."""
-    most = min(count // 2, _CHOOSING) if most is None else min(count, most)
-    return torch.arange(most) * count // max(most, 1)
+    most = min(count // 2, _CHOOSING) if most is None else most
+    return torch.tensor(pick_evenly(range(count), most), dtype=torch.long)
 
 
 def split_batches(model: nn.Module, pixels: Tensor) -> Iterator[Tensor]:

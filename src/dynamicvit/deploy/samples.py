@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamicvit.io.embedded import embedded_images
-from dynamicvit.io.images import IMAGE_SUFFIXES
+from dynamicvit.io.images import IMAGE_SUFFIXES, pick_evenly
 from dynamicvit.io.predictions import ImageSource, batches
 
 
@@ -44,8 +44,7 @@ def pick_samples(folder: str | None, count: int, argument: str = "images") -> li
         found.extend(Sample(path, path.parent.name) for path in images)
     if not found:
         raise ValueError(f"{argument} must be a folder of images, got none in {folder}")
-    count = min(count, len(found))
-    return [found[index * len(found) // count] for index in range(count)]
+    return pick_evenly(found, count)
 
 
 def find_labels(samples: Sequence[Sample], class_names: Sequence[str]) -> Tensor | None:

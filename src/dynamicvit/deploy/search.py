@@ -27,7 +27,7 @@ from dynamicvit.deploy.candidates import (
     list_schedules,
     name_schedule,
     per_image_points,
-    pick_evenly,
+    pick_indices,
     run_logits,
     share_of,
     split_batches,
@@ -263,7 +263,7 @@ def _list_rules(
     model: nn.Module, budget: dict[str, Any], pixels: Tensor, engine: str, quiet: bool
 ) -> tuple[list[Point], Tensor]:
     """Forms of a dense model to judge, and the indices of the images that chose them."""
-    choosing = pick_evenly(len(pixels))
+    choosing = pick_indices(len(pixels))
     # About every second answer that changes was right.
     limit = 2 * (budget["max_loss"] or 0) / 100
     if budget["min_agreement"] is not None:

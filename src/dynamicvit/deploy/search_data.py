@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from dynamicvit.core.model import SparseViT
-from dynamicvit.deploy.candidates import READ, pick_evenly
+from dynamicvit.deploy.candidates import READ, pick_indices
 from dynamicvit.deploy.search import check_measurement, search
 from dynamicvit.deploy.search_result import check_constraint
 from dynamicvit.evaluation.console import plain, track
@@ -182,7 +182,7 @@ def _read(
 ) -> tuple[Tensor, Tensor]:
     """So many images of a split, spread evenly; of a stream, its first."""
     if not isinstance(images.dataset, IterableDataset):
-        chosen = pick_evenly(len(images.dataset), most)
+        chosen = pick_indices(len(images.dataset), most)
         loader = DataLoader(Subset(images.dataset, chosen.tolist()), READ, num_workers=workers)
     pixels, labels = [], []
     for batch, targets in track(loader, "reading images", quiet, "batches"):

@@ -6,9 +6,12 @@ import glob
 import os
 import stat
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+T = TypeVar("T")
 
 # Files of a folder that count as images; timm by itself leaves all but PNG and JPEG out unsaid.
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -65,6 +68,12 @@ def find_images(names: Sequence[str]) -> list[str]:
             raise ValueError(f"images must be files, folders or patterns, got none in {name!r}")
         found += files
     return list(dict.fromkeys(found))
+
+
+def pick_evenly(items: Sequence[T], most: int) -> list[T]:
+    """At most so many of the items, evenly spread."""
+    count = min(most, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
 
 
 def why_unreadable(error: Exception) -> str:

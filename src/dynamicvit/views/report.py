@@ -6,7 +6,7 @@ import base64
 import importlib.util
 import io
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -26,6 +26,7 @@ from dynamicvit.evaluation.launch import find_device, start_processes
 from dynamicvit.evaluation.setup import input_size, open_images
 from dynamicvit.io.embedded import ASSETS
 from dynamicvit.io.files import check_file, write_text
+from dynamicvit.io.images import pick_evenly
 from dynamicvit.io.predictions import class_names
 from dynamicvit.views.charts import Chart, draw_schedule, draw_search, draw_speed, draw_training
 from dynamicvit.views.drawing import heat_colours, stack
@@ -218,7 +219,7 @@ def _template() -> Template:
         "heat": lambda rates: Image.fromarray(heat_colours(rates.clip(0, 1))),
         "png_uri": lambda image: _uri("image/png", _png(image)),
         "svg_uri": lambda svg: _uri("image/svg+xml", svg),
-        "spread": _spread,
+        "spread": pick_evenly,
     }
     return environment.get_template(_PAGE)
 
@@ -320,7 +321,7 @@ def _look_at(
     if isinstance(images.dataset, IterableDataset):  # a stream: its first images
         read = track(islice(images.dataset, _LOOKED_AT), what, quiet, "images")
     else:
-        chosen = _spread(range(len(images.dataset)), _LOOKED_AT)
+        chosen = pick_evenly(range(len(images.dataset)), _LOOKED_AT)
         read = (images.dataset[index] for index in track(chosen, what, quiet, "images"))
     examples: dict[str, list[_Example]] = {"right": [], "wrong": [], "apart": []}
     while batch := list(islice(read, _BATCH)):
@@ -335,12 +336,6 @@ def _look_at(
     if not any(examples.values()):
         raise ValueError(f"data must have readable images, got none in {data} ({split})")
     return {"where": f"{data}, {split}", **examples}
-
-
-def _spread(items: Sequence[Any], most: int) -> list[Any]:
-    """At most so many of the items, evenly spread."""
-    count = min(most, len(items))
-    return [items[index * len(items) // count] for index in range(count)]
 
 
 def _png(image: Image.Image) -> bytes:
