@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from dynamicvit.core.model import SparseViT
 from dynamicvit.deploy.candidates import READ, pick_indices
 from dynamicvit.deploy.search import check_measurement, search
-from dynamicvit.deploy.search_result import check_constraint
+from dynamicvit.deploy.search_result import Search, check_constraint
 from dynamicvit.evaluation.console import plain, track
 from dynamicvit.evaluation.data import ImageData, check_labels
 from dynamicvit.evaluation.evaluate import count_unreadable
@@ -141,6 +141,12 @@ def search_data(
         dense=result.dense | {"model": dense},
         source={"model": model, **source, **result.source},
     )
+    _hand_over(result, output, save, quiet)
+    return result.as_dict()
+
+
+def _hand_over(result: Search, output: str | None, save: str | None, quiet: bool) -> None:
+    """Write and print what was found."""
     if output:
         result.to_json(output)
     if not quiet:
@@ -151,7 +157,6 @@ def search_data(
         result.save(save)
         if not quiet:
             print(f"the recommended model is in {plain(save)}")
-    return result.as_dict()
 
 
 def _check_save(save: str, model: str, dense: str | None) -> None:
