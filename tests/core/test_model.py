@@ -335,6 +335,8 @@ def test_it_answers_timms_questions_as_the_dense_model_does() -> None:
     assert features.shape == (2, 1 + sparse.schedule.counts(16)[-1], 32)
     assert torch.equal(sparse.forward_head(features), sparse(images))
     assert sparse.forward_head(features, pre_logits=True).shape == (2, 32)
+    with pytest.raises(ValueError, match=r"x must be tokens \[B, N, 32\], got \[2, 17, 31\]"):
+        sparse.forward_head(torch.zeros(2, 17, 31))
     sparse.reset_classifier(7)
     assert sparse.num_classes == 7
     assert sparse(images).shape == sparse.masked(images).logits.shape == (2, 7)

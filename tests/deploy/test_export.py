@@ -330,7 +330,7 @@ def test_a_precision_that_the_engine_lacks_is_refused(
 
 def test_remarks_of_exporters_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two modules' warnings, and of those alone."""
-    names = (*formats._TALKERS, "torch.utils.other")
+    names = (*writers._TALKERS, "torch.utils.other")
     loggers = [logging.getLogger(name) for name in names]
 
     def warn(*arguments: Any, **options: Any) -> None:

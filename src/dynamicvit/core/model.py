@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dynamicvit.core.backbones import Backbone, adapter_of
 from dynamicvit.core.budget import Budget
@@ -177,7 +179,7 @@ class SparseViT(TimmModel):
     def _run_levels(
         self, images: Tensor, levels: Levels, trace: bool = False
     ) -> Iterator[tuple[int, Tensor, Tokens, list[Choice]]]:
-        """Images of each level together: the level, their places in the batch, then as `run`.
+        """Images of each level together: the level, their rows in the batch, then as `run`.
 
         All images run together up to the first stage. Its scores decide the level of each.
         """
@@ -192,7 +194,8 @@ class SparseViT(TimmModel):
             if len(rows) or not len(images):
                 path = Pruned(trace, scores[rows])
                 counts = schedule.counts(tokens.num_patches)
-                some, choices = self._run_blocks(tokens.of_images(rows), path, counts, first)
+                with _without_plans(images.device):
+                    some, choices = self._run_blocks(tokens.of_images(rows), path, counts, first)
                 yield number, rows, self._norm(some), choices
 
     def forward(self, images: Tensor) -> Tensor:
@@ -249,7 +252,15 @@ class SparseViT(TimmModel):
         return self.run(images, Pruned())[0].x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool and classify the tokens that `forward_features` gave, as timm's models do."""
+        """Pool and classify the tokens that `forward_features` gave, as timm's models do.
+
+        Raises:
+            ValueError: if `x` is not [B, N, C].
+        """
+        if x.ndim != 3 or x.shape[2] != self.backbone.embed_dim:
+            raise ValueError(
+                f"x must be tokens [B, N, {self.backbone.embed_dim}], got {list(x.shape)}"
+            )
         return self.adapter.head(self.backbone, x, pre_logits=pre_logits)
 
     def pruned(self, images: Tensor) -> SparseOutput:
@@ -657,8 +668,19 @@ def _check_scorers(scorers: list[Any], model: Backbone, stages: int) -> None:
 
 def _in_order(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Parts [b, …] in one tensor [B, …]. Each comes with the rows of the batch that it holds."""
-    places = torch.cat([rows for rows, _ in parts])
-    return torch.cat([values for _, values in parts])[places.argsort()]
+    order = torch.cat([rows for rows, _ in parts]).argsort()
+    return torch.cat([values for _, values in parts])[order]
+
+
+def _without_plans(device: torch.device) -> AbstractContextManager[Any]:
+    """On a GPU, attention without cuDNN, which plans each new shape for tens of milliseconds.
+
+    The sizes of levels change from batch to batch.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    kernels = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+    return sdpa_kernel(list(kernels))
 
 
 def _check_masked_dtype(images: Tensor) -> None:
