@@ -271,16 +271,50 @@ def exports() -> str:
 
 
 def training_step() -> str:
+    return _steps(_read("training_step.json")["steps"])
+
+
+def gpu_step() -> str:
+    return _steps(_read("gpu.json")["training"]["steps"])
+
+
+def gpu() -> str:
+    """Speed-ups of each model, engine and batch size that were measured, by keep ratio."""
+    rows: dict[tuple[str, str, int], dict[Any, Any]] = {}
+    for item in _read("gpu.json")["inference"]:
+        if item["align"] is None:
+            key = (item["model"], item["engine"], item["batch_size"])
+            rows.setdefault(key, {"dense": item["dense"]})[item["keep_ratio"]] = (
+                f"{item['speed_up']:.2f}× ({item['efficiency']:.2f})"
+            )
+    ratios = (0.9, 0.7, 0.5)
     return markdown(
-        ("step", "precision", "batch", "images/s", "speed-up", "peak MB"),
+        ("model", "engine", "batch", "dense, images/s", *map(str, ratios)),
         [
             [
-                *(row["side"], row["precision"], str(row["batch_size"])),
-                *(f"{row['images_per_second']:.1f}", _speed_up(row), f"{row['peak_mb']:.0f}"),
+                model,
+                engine,
+                str(batch),
+                f"{found['dense']:.0f}",
+                *(found.get(r, "") for r in ratios),
             ]
-            for row in _read("training_step.json")["steps"]
+            for (model, engine, batch), found in sorted(rows.items())
         ],
     )
+
+
+def gpu_per_image() -> str:
+    return markdown(
+        ("model", "batch", "fixed counts, images/s", "a budget for each image"),
+        [
+            [row["model"], str(row["batch_size"]), f"{row['fixed']:.0f}", f"{row['per_image']:.0f}"]
+            for row in _read("gpu.json")["per_image"]
+        ],
+    )
+
+
+def gpu_name() -> str:
+    return str(_read("gpu.json")["environment"]["gpu"])
 
 
 def training_gradients() -> str:
@@ -306,6 +340,19 @@ def training_cost() -> str:
             ["a training step", f"{found['gmacs']['step']:.2f}"],
             ["30 epochs of ImageNet, million GMACs", f"{found['total'] / 1e6:.0f}"],
             ["a checkpoint, MB", f"{16 * parameters / 1e6:.0f}"],
+        ],
+    )
+
+
+def _steps(rows: Iterable[Mapping[str, Any]]) -> str:
+    return markdown(
+        ("step", "precision", "batch", "images/s", "speed-up", "peak MB"),
+        [
+            [
+                *(row["side"], row["precision"], str(row["batch_size"])),
+                *(f"{row['images_per_second']:.1f}", _speed_up(row), f"{row['peak_mb']:.0f}"),
+            ]
+            for row in rows
         ],
     )
 
@@ -363,6 +410,10 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "speed": speed,
     "speed ideal": speed_ideal,
     "engines": engines,
+    "gpu": gpu,
+    "gpu name": gpu_name,
+    "gpu per image": gpu_per_image,
+    "gpu step": gpu_step,
     "profile": profile,
     "fastest": fastest,
     "exports": exports,
