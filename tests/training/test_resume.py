@@ -76,7 +76,10 @@ def test_what_is_given_goes_before_the_run_s_own_config(
     assert resume_arguments([f"--output={output}", "--resume=true"]) == own
     assert resume_arguments(["--output", output, "--resume", "false"]) == []
     assert resume_arguments(["--output", output]) == []
-    assert resume_arguments(["--output", str(tmp_path / "new"), "--resume"]) == []
+    new = ["--output", str(tmp_path / "new"), "--resume"]
+    assert resume_arguments([*new, "--data", "photos"]) == []
+    with pytest.raises(ValueError, match=f"output must be .* to resume, got {tmp_path / 'new'}"):
+        resume_arguments(new)
     mine = tmp_path / "mine.yaml"
     mine.write_text(yaml.safe_dump({"output": output, "epochs": 2}))
     assert resume_arguments(["--config", str(mine), "--resume"]) == own

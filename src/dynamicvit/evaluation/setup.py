@@ -157,7 +157,8 @@ def renamed_classes(names: Sequence[str] | None, model: nn.Module) -> list[tuple
     known = cast(Any, backbone_of(model)).pretrained_cfg.get("label_names")
     if not isinstance(known, list | tuple) or names is None:
         return []
-    if _kind(names) == "index" or "WordNet" == _kind(names) != _kind(known):
+    kind = _kind(names)
+    if kind == "index" or (kind == "WordNet" and _kind(known) != kind):
         return []
     pairs = ((str(ours), str(theirs)) for ours, theirs in zip(names, known, strict=False))
     return [(ours, theirs) for ours, theirs in pairs if _letters(ours) != _letters(theirs)]

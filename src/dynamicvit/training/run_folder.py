@@ -36,7 +36,7 @@ def resume_arguments(arguments: list[str]) -> list[str]:
     """What comes before the arguments of a command line with --resume: the run's own options.
 
     Raises:
-        ValueError, OSError: if a config file cannot be read.
+        ValueError, OSError: if a config file cannot be read, or there is neither a run nor data.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--resume", nargs="?", const="true", default="false")
