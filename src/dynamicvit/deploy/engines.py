@@ -214,7 +214,7 @@ def _compile(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Engi
         else:
             # Not one of the options: those do not reach the part of torch that decides whether
             # weights become constants or inputs.
-            with config.patch(freezing=not gpu):
+            with config.patch(freezing=not gpu), writers.quiet():
                 logits = compile(images.shape)(inputs)
         # The next replay of any CUDA graph writes where this one's output lies.
         return logits.clone() if gpu else logits

@@ -231,7 +231,8 @@ class Search:
         console = Console(width=100, force_terminal=False)  # names of candidates are long
         with console.capture() as capture:
             console.print(self.table)
-            console.print("\n".join(notes), markup=False, highlight=False)
+            width = min(console.width, Console().width)
+            console.print("\n".join(notes), markup=False, highlight=False, width=width)
         return f"{capture.get()}{self._verdict()}"
 
     def _verdict(self) -> str:

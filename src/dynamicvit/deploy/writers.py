@@ -27,7 +27,7 @@ from dynamicvit.evaluation.setup import input_size, token_counts
 
 OPSET = 18  # of ONNX: the first that torch's exporter gives, which most engines read
 _EXAMPLE = 2  # images in the example that is traced; at 0 or 1 the batch would become fixed
-# Loggers of modules that exporters import, whose warnings no user can act on.
+# Loggers of modules that compilers and exporters import, whose warnings no user can act on.
 _TALKERS = ("torch.utils.cpp_extension", "onnxscript.optimizer._constant_folding")
 Quantize = Callable[[Any, list[str]], Any]  # a model, names of nodes that stay → it in int8
 
@@ -118,7 +118,7 @@ def trace(
     if free_counts and isinstance(model, SparseViT):
         example.append(torch.tensor(token_counts(model)[1:]))
         shapes[COUNTS] = None
-    with _quiet():
+    with quiet():
         try:
             # Running the model takes half the time that reading its code (strict) takes.
             program = torch.export.export(graph, (*example,), dynamic_shapes=shapes, strict=False)
@@ -210,7 +210,7 @@ def write_aoti(program: torch.export.ExportedProgram, path: Path, metadata: str)
     buffer = io.BytesIO()
     configs = {"aot_inductor.metadata": {KEY: metadata}}
     try:
-        with _quiet():
+        with quiet():
             aoti_compile_and_package(program, package_path=buffer, inductor_configs=configs)
     except (exc.InvalidCxxCompiler, exc.CppCompileError) as error:
         raise ValueError(f"format 'aoti' needs a C++ compiler that works: {error}") from error
@@ -223,7 +223,7 @@ def _to_onnx(program: torch.export.ExportedProgram) -> Any:
     cut = CUT if COUNTS in inputs else ()
     stages = range(1, len(program.graph_signature.user_outputs) - len(cut))
     outputs = ["logits", *(f"kept_{stage}" for stage in stages), *cut]
-    with _quiet():
+    with quiet():
         return torch.onnx.export(
             program,
             dynamo=True,
@@ -255,7 +255,7 @@ def quantize(
         return inputs[index]
 
     # NNCF's own bars would go to stdout.
-    with _quiet(), contextlib.redirect_stdout(io.StringIO()):
+    with quiet(), contextlib.redirect_stdout(io.StringIO()):
         import nncf
 
         nncf.set_log_level(logging.ERROR)
@@ -280,9 +280,9 @@ def _scorer_nodes(model: Any) -> list[str]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what exporters say to their own developers, and that there is no GPU to compile
-    for."""
+def quiet() -> Iterator[None]:
+    """Without what compilers and exporters say to their own developers, and that there is no GPU to
+    compile for."""
     loggers = [logging.getLogger(name) for name in _TALKERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

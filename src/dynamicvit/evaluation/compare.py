@@ -326,7 +326,7 @@ def _print(console: Console, result: dict[str, Any], folder: Path) -> None:
     for row in result["confusion"][:_CONFUSIONS_PRINTED]:
         console.print(
             plain(
-                "{images} images: dense says {dense}, pruned says {sparse}; dense is right on "
+                "dense says {dense}, pruned says {sparse}, images: {images}; dense is right on "
                 "{dense_right}, pruned on {sparse_right}".format(**row)
             ),
             markup=False,

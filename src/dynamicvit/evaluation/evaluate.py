@@ -405,11 +405,11 @@ def print_evaluations(results: dict[str, dict[str, Any]]) -> None:
     """Print a table of evaluations, one row a model."""
     titles = {"top1": "top-1 %", "top5": "top-5 %", "macro_f1": "macro F1", "loss": "loss"}
     given = [key for key in titles if all(key in row for row in results.values())]
-    table = make_table("model", *(titles[key] for key in given), "GMACs", "images/s")
+    table = make_table("model, tokens", *(titles[key] for key in given), "GMACs", "images/s")
     for name, row in results.items():
         tokens = " → ".join(_tokens(row))
         table.add_row(
-            cell(name) + (f"\n[dim]{tokens} tokens[/]" if tokens else ""),
+            cell(name) + (f"\n[dim]{tokens}[/]" if tokens else ""),
             *(f"{row[key]:.{4 if key == 'loss' else 2}f}" for key in given),
             f"{row['gmacs']:#.4g}",
             f"{row['images_per_second']:.0f}",
