@@ -60,6 +60,8 @@ class _Parser(ArgumentParser):
             names = message.removeprefix(_REQUIRED).split(", ")
             options = {action.dest for action in self._actions if action.option_strings}
             message = _REQUIRED + ", ".join("--" * (name in options) + name for name in names)
+        elif message.startswith("unrecognized arguments"):
+            message += f"; {self.prog} --help lists its options"
         fail(self.prog, " ".join(message.split()))
 
 

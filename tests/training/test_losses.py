@@ -17,7 +17,6 @@ from dynamicvit.training.losses import (
     cross_entropy,
     distillation_loss,
     kept_count,
-    level_loss,
     logit_kl,
     ratio_loss,
     token_kl,
@@ -57,16 +56,6 @@ def test_ratio_loss_pushes_towards_the_ratio() -> None:
     assert (keep.grad[1] > 0).all(), "too many are kept"
 
 
-def test_the_ratio_of_a_batch_lets_images_differ() -> None:
-    keep = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]], requires_grad=True)
-    assert ratio_loss([keep], torch.tensor([0.5]), lambda share: share).item() == 0.0
-    assert ratio_loss([keep], [0.5]).item() == pytest.approx(0.25**2)
-    # Another process kept 0.7 where this one kept 0.5: the gradient is that of their mean.
-    ratio_loss([keep], [0.5], lambda share: (share + 0.7) / 2).backward()
-    assert keep.grad is not None
-    torch.testing.assert_close(keep.grad, torch.full_like(keep, 2 * 0.1 / 8))
-
-
 @given(SEEDS, st.floats(0.05, 1.0), st.floats(0.05, 0.95))
 def test_a_batch_as_a_whole_reaches_its_budget(seed: int, ratio: float, share: float) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -83,13 +72,29 @@ def test_a_batch_as_a_whole_reaches_its_budget(seed: int, ratio: float, share: f
     assert gathered == threshold(0, scores, None)
 
 
-def test_the_level_of_scores_is_held() -> None:
-    scores = torch.tensor([[3.0, 1.0], [2.0, -2.0]], requires_grad=True)
-    loss = level_loss([scores, 2 * scores], lambda own: own)
-    assert loss.item() == pytest.approx(1.0 + 4.0)
-    # Another process has a mean of 3: the gradient is that of the mean of both.
-    level_loss([scores], lambda own: (own + 3.0) / 2).backward()
-    torch.testing.assert_close(scores.grad, torch.full_like(scores, 2 * 2.0 / 4))
+def test_the_level_of_scores_gets_no_gradient() -> None:
+    """Neither from one process nor, with what another one has, from both."""
+    values = torch.tensor([[3.0, 1.0, 5.0], [2.0, -2.0, 5.0]])
+    keep = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]])
+    weights = torch.tensor([[1.0, 2.0, 0.0], [3.0, 6.0, 0.0]])
+    scores = values.clone().requires_grad_()
+    limit = batch_threshold(torch.tensor([0.5]), lambda own: own)(0, scores, keep)
+    ((scores - limit) * weights).sum().backward()
+    torch.testing.assert_close(scores.grad, (weights - 3.0) * keep)
+
+    scores = values.clone().requires_grad_()
+    # Another process has as many tokens, and takes three times as much off the level.
+    means = iter([torch.tensor(4.0), torch.tensor(-6.0)])
+    asked: list[float] = []
+
+    def mean(own: torch.Tensor) -> torch.Tensor:
+        asked.append(float(own))
+        return next(means)
+
+    limit = batch_threshold(torch.tensor([0.5]), lambda own: own, mean)(0, scores, keep)
+    ((scores - limit) * weights).sum().backward()
+    assert asked == [4.0, -3.0]
+    torch.testing.assert_close(scores.grad, (weights - 6.0) * keep)
 
 
 def test_a_budget_larger_than_what_is_left_keeps_what_is_left() -> None:

@@ -94,6 +94,6 @@ def _print(found: Calibration) -> None:
         tenth = max(1, len(losses) // 10)
         mean = sum(loss * share for loss, share in zip(losses, found.shares, strict=True))
         ends = [sum(part) / tenth for part in (losses[:tenth], losses[-tenth:])]
-        table.add_row(f"{ratio:g}", *(f"{loss:.3f}" for loss in (ends[0], mean, ends[1])))
+        table.add_row(f"{ratio:g}", *(f"{max(loss, 0.0):.3f}" for loss in (ends[0], mean, ends[1])))
     Console().print(table)
     print("divergence: mean KL divergence from the answers with all tokens, in nats")

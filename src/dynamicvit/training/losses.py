@@ -14,8 +14,6 @@ from torch import Tensor
 
 from dynamicvit.core.model import SparseOutput
 
-LEVEL_WEIGHT = 0.05  # of `level_loss`
-
 
 @dataclass(frozen=True)
 class LossWeights:
@@ -56,71 +54,55 @@ def weigh_targets(targets: Tensor, class_weights: Tensor, label_smoothing: float
     return targets * class_weights
 
 
-def ratio_loss(
-    keep: Sequence[Tensor],
-    ratios: Sequence[float] | Tensor,
-    of_batch: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
+def ratio_loss(keep: Sequence[Tensor], ratios: Sequence[float] | Tensor) -> Tensor:
     """Squared distance between kept share and target ratio, mean over images, sum over stages.
 
     Args:
         keep: for each stage, [B, N] keep mask.
         ratios: for each stage, the share of tokens that should be kept.
-        of_batch: take the share of the whole batch instead, so that images may differ. It gives a
-            scalar's mean over the processes that share the batch.
     """
-    terms = []
-    for mask, ratio in zip(keep, ratios, strict=True):
-        share = mask.float().mean(dim=1)
-        if of_batch is not None:
-            share = _of_batch(share.mean(), of_batch)
-        terms.append((ratio - share).square().mean())
+    terms = [
+        (ratio - mask.float().mean(dim=1)).square().mean()
+        for mask, ratio in zip(keep, ratios, strict=True)
+    ]
     return torch.stack(terms).sum()
 
 
-def level_loss(scores: Sequence[Tensor], of_batch: Callable[[Tensor], Tensor]) -> Tensor:
-    """The batch's mean score, squared, sum over stages.
-
-    `batch_threshold` subtracts the common level of all scores, so no decision depends on it. But
-    gradients of kept tokens raise it in every step. This loss holds it near 0.
-
-    Args:
-        scores: for each stage, [B, N] log-odds of keeping.
-        of_batch: as for `ratio_loss`.
-    """
-    levels = [_of_batch(score.float().mean(), of_batch) for score in scores]
-    return torch.stack(levels).square().sum()
-
-
-def _of_batch(value: Tensor, of_batch: Callable[[Tensor], Tensor]) -> Tensor:
-    """The mean over processes, with the gradient that this process has a part in."""
-    return value + (of_batch(value.detach()) - value.detach())
-
-
 def batch_threshold(
-    ratios: Tensor, gather: Callable[[Tensor], Tensor]
+    ratios: Tensor,
+    gather: Callable[[Tensor], Tensor],
+    mean_over_processes: Callable[[Tensor], Tensor] | None = None,
 ) -> Callable[[int, Tensor, Tensor | None], Tensor]:
     """A threshold for `SparseViT.masked`: as many scores of the batch reach it as a budget allows.
 
     It is subtracted from the scores, so the same scores serve every budget. Tokens of all images
-    compete, so an image may keep more than another.
+    compete, so an image may keep more than another. The common level of all scores decides nothing
+    then; it gets no gradient, else it would grow without end.
 
     Args:
         ratios: [S], for each stage the share of all tokens that should be kept.
         gather: from scores [B, N], those of all processes that share the batch.
+        mean_over_processes: gives a scalar's mean over these.
     """
 
     def threshold(stage: int, scores_BN: Tensor, keep_BN: Tensor | None) -> Tensor:
-        scores = scores_BN.detach().float()
-        if keep_BN is not None:
-            scores = scores.masked_fill(keep_BN < 0.5, float("-inf"))
-        ordered = gather(scores).flatten().sort(descending=True).values
+        scores = scores_BN.float()
+        there = torch.ones_like(scores) if keep_BN is None else (keep_BN.detach() >= 0.5).float()
+        known = scores.detach().masked_fill(there == 0, float("-inf"))
+        ordered = gather(known).flatten().sort(descending=True).values
         last = (ratios[stage] * len(ordered)).round().long().clamp(1, len(ordered)) - 1
         least = ordered.masked_fill(~ordered.isfinite(), float("inf")).min()
         # Where all are to stay, noise must not drop the last ones: e⁻²⁰ is next to never.
-        return torch.maximum(ordered.gather(0, last[None])[0], least) - 20.0 * (
+        bound = torch.maximum(ordered.gather(0, last[None])[0], least) - 20.0 * (
             ratios[stage] >= 1.0
         )
+        total, count = (scores * there).sum(), there.sum()
+        if mean_over_processes is not None:
+            count = mean_over_processes(count)
+            if total.requires_grad:  # what all processes take off is shared by all
+                total.register_hook(mean_over_processes)
+        level = total / count.clamp(min=1.0)
+        return bound + (level - level.detach())
 
     return threshold
 
@@ -188,7 +170,6 @@ def distillation_loss(
     label_smoothing: float = 0.0,
     token_loss: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = token_mse,
     count: Tensor | None = None,
-    of_batch: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The training objective with its breakdown.
 
@@ -206,11 +187,10 @@ def distillation_loss(
         count: what the token loss divides its sum by; by default the number of kept tokens. Where
             several processes share a batch, the mean over them of that number: then the mean of
             their losses is the loss of the whole batch.
-        of_batch: as for `ratio_loss`.
 
     Returns:
-        Scalars `loss` (the weighted sum), `cross_entropy`, `ratio`, `logit_kl`, `token`
-        and, with `of_batch`, `level` (each unweighted).
+        Scalars `loss` (the weighted sum), and `cross_entropy`, `ratio`, `logit_kl`, `token`
+        (each unweighted).
     """
     parts = {
         "cross_entropy": cross_entropy(student.logits, targets, label_smoothing),
@@ -218,10 +198,7 @@ def distillation_loss(
     }
     loss = weights.cross_entropy * parts["cross_entropy"] + weights.logit_kl * parts["logit_kl"]
     if student.keep:
-        parts["ratio"] = ratio_loss(student.keep, ratios, of_batch)
+        parts["ratio"] = ratio_loss(student.keep, ratios)
         parts["token"] = token_loss(student.tokens, teacher_tokens, student.keep[-1], count)
         loss = loss + weights.ratio / len(ratios) * parts["ratio"] + weights.token * parts["token"]
-        if of_batch is not None:
-            parts["level"] = level_loss(student.scores, of_batch)
-            loss = loss + LEVEL_WEIGHT * parts["level"]
     return {"loss": loss, **parts}

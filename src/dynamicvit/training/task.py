@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -140,11 +141,15 @@ class SparseTask(_WithTeacher):
             student = SparseOutput(*head, (), ())
         else:
             path = KeptMasked if self._saves else Masked
+            threshold = None
+            if ratios is not None:
+                gather = self.gather or _own
+                threshold = batch_threshold(ratios, gather, self.mean_over_processes)
             student = self.student.masked(
                 images,
                 noise=noise,
                 temperature=temperature,
-                threshold=None if ratios is None else batch_threshold(ratios, self.gather or _own),
+                threshold=threshold,
                 path=path,
             )
         count = None
@@ -156,11 +161,11 @@ class SparseTask(_WithTeacher):
             teacher_tokens,
             targets,
             self.student.schedule.ratios if ratios is None else ratios,
-            self.weights,
+            # The threshold keeps what a budget allows, whatever scores are: no loss has to.
+            self.weights if ratios is None else replace(self.weights, ratio=0.0),
             self.label_smoothing,
             self.token_loss,
             count,
-            of_batch=None if ratios is None else self.mean_over_processes or _own,
         )
         result = {name: value.detach() for name, value in losses.items()}
         result |= {"loss": losses["loss"], "output": student.logits.detach()}
