@@ -190,8 +190,8 @@ def main() -> None:
                     )
                 )
                 print_rows(rows[-1:])
-    report = {"rows": rows, "environment": environment()}
-    write_text(Path(options.results), json.dumps(report, indent=2) + "\n")
+                report = {"rows": rows, "environment": environment()}
+                write_text(Path(options.results), json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

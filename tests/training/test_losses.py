@@ -17,6 +17,7 @@ from dynamicvit.training.losses import (
     cross_entropy,
     distillation_loss,
     kept_count,
+    level_loss,
     logit_kl,
     ratio_loss,
     token_kl,
@@ -95,6 +96,14 @@ def test_the_level_of_scores_gets_no_gradient() -> None:
     ((scores - limit) * weights).sum().backward()
     assert asked == [4.0, -3.0]
     torch.testing.assert_close(scores.grad, (weights - 6.0) * keep)
+
+
+def test_the_level_of_scores_is_held() -> None:
+    scores = torch.tensor([[3.0, 1.0], [2.0, -2.0]], requires_grad=True)
+    assert level_loss([scores, 2 * scores]).item() == pytest.approx(1.0 + 4.0)
+    # Another process has a mean of 3: the gradient is that of the mean of both.
+    level_loss([scores], lambda own: (own + 3.0) / 2).backward()
+    torch.testing.assert_close(scores.grad, torch.full_like(scores, 2 * 2.0 / 4))
 
 
 def test_a_budget_larger_than_what_is_left_keeps_what_is_left() -> None:

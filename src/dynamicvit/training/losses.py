@@ -14,6 +14,8 @@ from torch import Tensor
 
 from dynamicvit.core.model import SparseOutput
 
+LEVEL_WEIGHT = 0.01  # of `level_loss`
+
 
 @dataclass(frozen=True)
 class LossWeights:
@@ -68,6 +70,28 @@ def ratio_loss(keep: Sequence[Tensor], ratios: Sequence[float] | Tensor) -> Tens
     return torch.stack(terms).sum()
 
 
+def level_loss(
+    scores: Sequence[Tensor], mean_over_processes: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """The batch's mean score, squared, sum over stages.
+
+    `batch_threshold` takes the common level of all scores out of every other loss. This one alone
+    says where it lies: around 0, where the sigmoid of a score tells images apart best.
+
+    Args:
+        scores: for each stage, [B, N] log-odds of keeping.
+        mean_over_processes: as for `batch_threshold`.
+    """
+    levels = []
+    for score in scores:
+        level = score.float().mean()
+        if mean_over_processes is not None:
+            own = level.detach()
+            level = level + mean_over_processes(own) - own
+        levels.append(level)
+    return torch.stack(levels).square().sum()
+
+
 def batch_threshold(
     ratios: Tensor,
     gather: Callable[[Tensor], Tensor],
@@ -77,7 +101,7 @@ def batch_threshold(
 
     It is subtracted from the scores, so the same scores serve every budget. Tokens of all images
     compete, so an image may keep more than another. The common level of all scores decides nothing
-    then; it gets no gradient, else it would grow without end.
+    then; it gets no gradient, else it would grow without end (`level_loss` holds it).
 
     Args:
         ratios: [S], for each stage the share of all tokens that should be kept.

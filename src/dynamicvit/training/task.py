@@ -18,11 +18,13 @@ from dynamicvit.core.paths import Masked
 from dynamicvit.core.tokens import best_keep
 from dynamicvit.training.kept_gradients import KeptGradients, KeptMasked
 from dynamicvit.training.losses import (
+    LEVEL_WEIGHT,
     LossWeights,
     batch_threshold,
     cross_entropy,
     distillation_loss,
     kept_count,
+    level_loss,
     token_kl,
     token_mse,
 )
@@ -167,6 +169,9 @@ class SparseTask(_WithTeacher):
             self.token_loss,
             count,
         )
+        if ratios is not None:
+            losses["level"] = level_loss(student.scores, self.mean_over_processes)
+            losses["loss"] = losses["loss"] + LEVEL_WEIGHT * losses["level"]
         result = {name: value.detach() for name, value in losses.items()}
         result |= {"loss": losses["loss"], "output": student.logits.detach()}
         if student.keep:
