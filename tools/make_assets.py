@@ -30,7 +30,7 @@ def make_images(root: str) -> None:
             tiles = source.data[source.targets == index][:count].numpy()
             rows = tiles.reshape(-1, SHEET_COLUMNS, 28, 28).transpose(0, 2, 1, 3)
             sheet = Image.fromarray(np.ascontiguousarray(rows).reshape(-1, SHEET_COLUMNS * 28))
-            sheet.save(folder / f"{index} {name.replace('/', ' or ')}.png", optimize=True)
+            sheet.save(folder / f"{index} {name.replace('/', '-')}.png", optimize=True)
 
 
 def make_model(run: str) -> None:

@@ -281,7 +281,7 @@ def test_classes_are_taken_in_the_model_s_order(
 def test_other_names_of_classes_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In order: the data's names, the model's, and what is said: nothing, a warning, an error."""
+    """In order: the data's names, the model's, and what is said: nothing or a warning."""
     for number, (names, known, said) in enumerate(
         [
             (("cat", "dog"), ("cat", "dog"), ""),
@@ -293,34 +293,16 @@ def test_other_names_of_classes_are_told(
             (("cat", "hound"), ("cat", "dog"), "'hound' counts as 'dog'"),
             (("ant", "cat"), ("cat", "dog"), "'ant' counts as 'cat'"),
             (("goldfish", "tench"), ("n01440764", "n01443537"), "'goldfish' counts as 'n01440764'"),
-            (("car", "plane"), ("cat", "dog"), "such as 'cat', got others, such as 'car'"),
-            (("n02086240", "n02087394"), ("n01440764", "n01443537"), "such as 'n01440764', got"),
+            (("car", "plane"), ("cat", "dog"), "'car' counts as 'cat'"),
+            (("n02086240", "n02087394"), ("n01440764", "n01443537"), "'n02086240' counts as"),
+            (("0 cat", "1-dog"), ("cat", "dog"), ""),
         ]
     ):
         place = tmp_path / str(number)
         data = write_images(place / "images", {"train": 4, "val": 2}, names)
         save_folder(tiny_vit(num_classes=2), place / "model", class_names=known)
         options: dict[str, Any] = {"data": str(data), "workers": 0}
-        if "such as" in said:
-            with pytest.raises(DataError, match=said):
-                evaluate([str(place / "model")], **options)
-        else:
-            evaluate([str(place / "model")], **options, quiet=True)
-            warned = capsys.readouterr().err
-            assert said in warned
-            assert bool(said) == bool(warned)
-
-
-@pytest.mark.parametrize("keep_ratio", [0.7, None])
-def test_training_on_other_classes_of_the_same_number(
-    keep_ratio: float | None, options: dict[str, Any], tmp_path: Path
-) -> None:
-    """The model gets a new head for them, and a sparse one first a dense training."""
-    data = write_images(tmp_path / "others", {"train": 4, "val": 2}, ("car", "plane"))
-    given = {**options, "data": str(data), "epochs": 1, "dense_epochs": 1, "warmup_epochs": 0}
-    train(TrainConfig(**given, keep_ratio=keep_ratio))
-    run = Path(options["output"])
-    assert (run / "dense" / BEST).exists() == (keep_ratio is not None)
-    assert class_names(load_model(str(run / BEST))) == ["car", "plane"]
-    with pytest.raises(DataError, match=r"such as 'car', got others, such as 'bright'"):
-        evaluate([str(run / BEST)], data=options["data"], workers=0)
+        evaluate([str(place / "model")], **options, quiet=True)
+        warned = capsys.readouterr().err
+        assert said in warned
+        assert bool(said) == bool(warned)

@@ -124,36 +124,18 @@ def load_pair(
 
 
 def check_classes(names: Sequence[str] | None, model: nn.Module, model_name: str) -> None:
-    """Raise DataError unless the data has as many classes as the model, and not all others."""
+    """Raise DataError unless the data has as many classes as the model."""
     if names is not None and len(names) != model.num_classes:
         raise DataError(
             f"data must have the {model.num_classes} classes of {model_name}, got {len(names)}: "
             f"{shorten(', '.join(map(plain, names)), 200, placeholder=' …')}"
         )
-    if has_other_classes(names, model):
-        ours, theirs = renamed_classes(names, model)[0]
-        raise DataError(
-            f"data must have the classes of {model_name}, such as {theirs!r}, got others, such as "
-            f"{ours!r}; folders named 0, 1, … are taken in the model's order"
-        )
-
-
-def has_other_classes(names: Sequence[str] | None, model: nn.Module) -> bool:
-    """Whether the data has another number of classes than a model, or no class of the same name."""
-    if names is None:
-        return False
-    if len(names) != model.num_classes:
-        return True
-    renamed = renamed_classes(names, model)
-    if len(renamed) < len(names):
-        return False
-    ours, theirs = zip(*renamed, strict=True)
-    return _kind(ours) == _kind(theirs) and not set(map(_letters, ours)) & {*map(_letters, theirs)}
 
 
 def renamed_classes(names: Sequence[str] | None, model: nn.Module) -> list[tuple[str, str]]:
-    """(The data's name, the model's name) of each class where these differ by more than case and
-    punctuation. None, where one of the two has no names or the data's are codes of the model's."""
+    """(The data's name, the model's name) of each class where these differ by more than case,
+    punctuation and a number at the start. None where one of the two has no names, or the data has
+    codes of the model's."""
     known = cast(Any, backbone_of(model)).pretrained_cfg.get("label_names")
     if not isinstance(known, list | tuple) or names is None:
         return []
@@ -183,7 +165,7 @@ def warn_of_names(
 
 
 def _letters(name: str) -> str:
-    return re.sub(r"[\W_]", "", name).casefold()
+    return re.sub(r"^\d+(?=[\W_])|[\W_]", "", name).casefold()
 
 
 def _kind(names: Sequence[str]) -> str:

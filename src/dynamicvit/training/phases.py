@@ -15,7 +15,6 @@ from torch.optim import AdamW
 from dynamicvit.core.backbones import Backbone
 from dynamicvit.core.model import SparseViT
 from dynamicvit.evaluation.data import seed_of
-from dynamicvit.evaluation.setup import has_other_classes
 from dynamicvit.io.files import write_text
 from dynamicvit.io.load import load_model
 from dynamicvit.training.config import TrainConfig
@@ -26,12 +25,13 @@ from dynamicvit.training.progress import Status
 from dynamicvit.training.run import Prepared, Session
 from dynamicvit.training.run_folder import BEST, CONFIG, DENSE, has_best, own_config
 from dynamicvit.training.setup import has_begun, prepare, start
+from dynamicvit.training.student import has_other_classes
 from dynamicvit.training.task import WarmStartTask
 
 
 def needs_dense_training(config: TrainConfig, dense: Any, class_names: list[str] | None) -> bool:
     """Whether the dense model is to be trained before it becomes sparse."""
-    return config.sparse and config.dense_epochs > 0 and has_other_classes(class_names, dense)
+    return config.sparse and config.dense_epochs > 0 and has_other_classes(dense, class_names)
 
 
 def train_dense(config: TrainConfig, session: Session, dense: Any, resume: bool) -> Any:
@@ -49,9 +49,9 @@ def train_dense(config: TrainConfig, session: Session, dense: Any, resume: bool)
         if session.accelerator.is_main_process:  # --resume finds the options there
             write_text(output / CONFIG, config.to_yaml())
         session.console.print(
-            f"{config.model} has {dense.num_classes} classes, the data has others, "
-            f"{len(session.train_data.class_names or ())}: first the dense model is trained on "
-            f"them, in {folder}",
+            f"{config.model} has {dense.num_classes} classes, the data "
+            f"{len(session.train_data.class_names or ())}: first the dense model is trained on it, "
+            f"in {folder}",
             soft_wrap=True,
             highlight=False,
         )

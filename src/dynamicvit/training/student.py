@@ -19,7 +19,7 @@ from dynamicvit.core.model import SparseViT, sparsify
 from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.core.selectors import SELECTORS
 from dynamicvit.evaluation.launch import launched_with_fsdp
-from dynamicvit.evaluation.setup import backbone_of, check_classes, has_other_classes
+from dynamicvit.evaluation.setup import backbone_of, check_classes
 from dynamicvit.evaluation.unreadable import DataError
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.distributed import divide
@@ -32,6 +32,11 @@ from dynamicvit.training.task import DenseTask, SparseTask
 KEPT_GRADIENTS_WIDTH = 384
 
 
+def has_other_classes(dense: Any, class_names: list[str] | None) -> bool:
+    """Whether a model's number of classes is not that of the data."""
+    return class_names is not None and dense.num_classes != len(class_names)
+
+
 def create_student(
     config: TrainConfig, dense: Any, class_names: list[str] | None
 ) -> tuple[nn.Module, Backbone | None]:
@@ -40,7 +45,7 @@ def create_student(
     Raises:
         ValueError: if the dense model does not fit the data, or an option does not fit the model.
     """
-    if not config.sparse and has_other_classes(class_names, dense):
+    if not config.sparse and has_other_classes(dense, class_names):
         dense.reset_classifier(len(class_names or ()))
         dense.pretrained_cfg.pop("label_names", None)  # of the head that is gone
     try:
