@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -49,6 +50,27 @@ def test_a_sparse_model_is_used_as_it_is(files: list[str], tmp_path: Path) -> No
     sparse.save_pretrained(tmp_path / "sparse")
     [found] = predict_files(files[:1], str(tmp_path / "sparse"), top_k=1).values()
     assert found[0]["index"] == sparse.predict(files[0], 1)[0].index
+
+
+@pytest.mark.parametrize(("dense", "sparse", "said"), [(1.0, 2.0, True), (2.0, 1.0, False)])
+def test_a_faster_dense_model_is_named(
+    dense: float,
+    sparse: float,
+    said: bool,
+    files: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interleave(calls: list[Any], batches: list[Any], **_: Any) -> list[tuple[float, ...]]:
+        assert [len(batch) for batch in batches] == [3]
+        assert len(calls) == 2
+        return [(dense, sparse)] * 3
+
+    monkeypatch.setattr("dynamicvit.deploy.predict.interleave", interleave)
+    sparsify(tiny_vit(), keep_ratio=0.5).save_pretrained(tmp_path / "sparse")
+    predict_files(files, str(tmp_path / "sparse"))
+    assert ("the dense model is 2.00 times as fast here" in capsys.readouterr().out) == said
 
 
 def test_names_are_printed_as_they_are(

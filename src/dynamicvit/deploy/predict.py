@@ -6,14 +6,17 @@ import csv
 import io
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from dynamicvit.core.model import SparseViT
 from dynamicvit.evaluation.console import cell, make_table, plain, track
 from dynamicvit.evaluation.launch import find_device
+from dynamicvit.evaluation.timing import compare_times, interleave
 from dynamicvit.io.arguments import check_types
 from dynamicvit.io.files import check_file, write_text
 from dynamicvit.io.images import find_images
@@ -30,6 +33,7 @@ from dynamicvit.io.predictions import (
 
 _SUFFIXES = (".json", ".jsonl", ".csv")
 _BATCH = 32  # images in memory at a time
+_TIMED = 8  # images a call, where the dense model is timed beside the sparse one
 _PRINTED = 50  # images in the table
 
 
@@ -47,7 +51,9 @@ def predict_files(
 ) -> dict[str, list[dict[str, Any]]]:
     """Classify image files: a table, and JSON or CSV.
 
-    This is the command `dynamicvit predict`. In Python, `SparseViT.predict` gives objects.
+    This is the command `dynamicvit predict`. In Python, `SparseViT.predict` gives objects. At the
+    end a sparse model is timed against its dense one, and a line says so if the dense one is
+    faster.
 
     Args:
         images: image files, folders and patterns such as "photos/*.jpg".
@@ -76,7 +82,7 @@ def predict_files(
     target = find_device(device or "cpu")
     files = find_images(images)
     loaded = at_budget(load_model(model), model, keep_ratio, per_image).to(target)
-    found, unreadable = _predict_files(loaded, files, top_k, skip_unreadable, quiet)
+    found, unreadable, first = _predict_files(loaded, files, top_k, skip_unreadable, quiet)
     results = {
         name: [asdict(prediction) for prediction in predictions]
         for name, predictions in found.items()
@@ -87,6 +93,8 @@ def predict_files(
         print_predictions(found)
         if unreadable:
             print(f"unreadable images: {len(unreadable)}: {', '.join(map(plain, unreadable))}")
+        if isinstance(loaded, SparseViT):
+            _warn_of_dense(loaded, first)
         if output:
             print(f"the predictions are in {plain(output)}")
     return results
@@ -94,13 +102,14 @@ def predict_files(
 
 def _predict_files(
     model: Any, files: list[str], top_k: int, skip_unreadable: bool, quiet: bool
-) -> tuple[dict[str, list[Prediction]], list[str]]:
-    """Predictions for each file, and the files that cannot be read."""
+) -> tuple[dict[str, list[Prediction]], list[str], torch.Tensor]:
+    """Predictions for each file, the files that cannot be read, and the first batch."""
     names = class_names(model)
     mode, transform = preprocessing(model)
     found: dict[str, list[Prediction]] = {}
     unreadable: list[str] = []
     batch: dict[str, torch.Tensor] = {}
+    first = None
     for position, file in enumerate(track(files, "predicting", quiet, "images"), start=1):
         try:
             batch[file] = transform(read_image(file, mode, "image"))
@@ -109,12 +118,26 @@ def _predict_files(
                 raise ValueError(f"{error} (skip_unreadable goes on without it)") from error
             unreadable.append(file)
         if batch and (len(batch) == _BATCH or position == len(files)):
-            logits = run(model, torch.stack(list(batch.values())))
+            images = torch.stack(list(batch.values()))
+            first = images if first is None else first
+            logits = run(model, images)
             found |= zip(batch, as_predictions(logits, names, top_k), strict=True)
             batch = {}
-    if not found and unreadable:
+    if first is None:
         raise ValueError(f"none of the {len(unreadable)} images can be read: {unreadable[0]}, …")
-    return found, unreadable
+    return found, unreadable, first
+
+
+def _warn_of_dense(model: SparseViT, images: torch.Tensor) -> None:
+    """Say so, if on this machine the dense model is surely faster on these images."""
+    calls = [partial(run, each) for each in (model.backbone, model)]
+    images = images[:_TIMED]
+    ratio, (_, upper) = compare_times(interleave(calls, [images], seconds=0.5, rounds=3))
+    if upper < 1:
+        print(
+            f"the dense model is {1 / ratio:.2f} times as fast here, in batches of {len(images)}: "
+            "dynamicvit benchmark tells where pruning pays"
+        )
 
 
 def _as_text(results: dict[str, list[dict[str, Any]]], suffix: str) -> str:
