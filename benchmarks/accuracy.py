@@ -42,9 +42,9 @@ from benchmarks.tables import STEP_BASELINES, draw, print_table, summarise
 from dynamicvit import KeepSchedule, SparseViT, sparsify
 from dynamicvit.core.selectors import SELECTORS
 from dynamicvit.core.selectors.merging import Merger
+from dynamicvit.evaluation.accuracy import evaluate_model
 from dynamicvit.evaluation.data import open_data
 from dynamicvit.evaluation.environment import environment
-from dynamicvit.evaluation.evaluate import evaluate_model
 from dynamicvit.evaluation.loader import create_image_loader
 from dynamicvit.evaluation.timing import interleave, medians
 from dynamicvit.io.embedded import ASSETS

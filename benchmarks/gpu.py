@@ -51,8 +51,8 @@ from dynamicvit.deploy.benchmark import peak_bytes, random_batches, weight_bytes
 from dynamicvit.deploy.engines import Engine, build
 from dynamicvit.deploy.verify import TIE
 from dynamicvit.evaluation.environment import environment
-from dynamicvit.evaluation.evaluate import input_size, token_counts
 from dynamicvit.evaluation.launch import find_device
+from dynamicvit.evaluation.setup import input_size, token_counts
 from dynamicvit.evaluation.timing import compare_times, interleave, medians
 from dynamicvit.io.files import write_text
 from tests import parity

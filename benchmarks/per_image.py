@@ -28,8 +28,8 @@ from dynamicvit.deploy.engines import PRECISIONS, Engine, build
 from dynamicvit.deploy.export import export_model
 from dynamicvit.deploy.runtime import PerImage
 from dynamicvit.evaluation.environment import environment
-from dynamicvit.evaluation.evaluate import input_size
 from dynamicvit.evaluation.launch import find_device
+from dynamicvit.evaluation.setup import input_size
 from dynamicvit.evaluation.timing import compare_times, interleave, medians
 from dynamicvit.io.files import write_text
 

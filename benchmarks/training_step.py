@@ -39,8 +39,8 @@ from dynamicvit.core.tokens import Tokens
 from dynamicvit.deploy.benchmark import random_batches
 from dynamicvit.deploy.memory import resident
 from dynamicvit.evaluation.environment import environment
-from dynamicvit.evaluation.evaluate import input_size
 from dynamicvit.evaluation.launch import find_device
+from dynamicvit.evaluation.setup import input_size
 from dynamicvit.evaluation.timing import compare_times, interleave, medians
 from dynamicvit.io.embedded import ASSETS
 from dynamicvit.io.files import write_text

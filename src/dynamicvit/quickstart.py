@@ -21,13 +21,14 @@ import dynamicvit
 from dynamicvit.core.backbones import Backbone
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.selectors.rules import RandomScorer
+from dynamicvit.evaluation.accuracy import Evaluation, evaluate_model
 from dynamicvit.evaluation.console import make_table, plain, track
 from dynamicvit.evaluation.data import ImageData, open_data
 from dynamicvit.evaluation.environment import environment
-from dynamicvit.evaluation.evaluate import Evaluation, evaluate_model, input_size, print_evaluations
+from dynamicvit.evaluation.evaluate import print_evaluations
 from dynamicvit.evaluation.launch import start_processes
 from dynamicvit.evaluation.loader import create_image_loader
-from dynamicvit.evaluation.setup import backbone_of
+from dynamicvit.evaluation.setup import backbone_of, input_size
 from dynamicvit.evaluation.timing import Speed, compare_speed
 from dynamicvit.io.embedded import ASSETS, embedded_images
 from dynamicvit.io.files import check_folder, write_text, written_whole

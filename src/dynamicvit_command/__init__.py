@@ -52,7 +52,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Classify image files: a table, and JSON or CSV.",
     ),
     "explain": (
-        "dynamicvit.views.explain:explain_files",
+        "dynamicvit.views.explain_files:explain_files",
         "Show which patches of images a model keeps at each stage, and the classes it predicts.",
     ),
     "demo": (

@@ -19,7 +19,8 @@ from dynamicvit.deploy.candidates import choose_rules, list_schedules
 from dynamicvit.deploy.search import search
 from dynamicvit.deploy.search_data import search_data
 from dynamicvit.deploy.search_result import Point, Search
-from dynamicvit.evaluation.evaluate import Change, evaluate
+from dynamicvit.evaluation.accuracy import Change
+from dynamicvit.evaluation.evaluate import evaluate
 from dynamicvit.evaluation.timing import Speed
 from dynamicvit.io.folder import save_folder
 from dynamicvit.io.load import load_model

@@ -21,8 +21,9 @@ import torch
 from PIL import Image
 
 import dynamicvit
+from dynamicvit.evaluation.accuracy import evaluate_model
 from dynamicvit.evaluation.data import open_data
-from dynamicvit.evaluation.evaluate import evaluate, evaluate_model
+from dynamicvit.evaluation.evaluate import evaluate
 from dynamicvit.evaluation.loader import create_image_loader
 from dynamicvit.evaluation.sources import EXTRAS
 from dynamicvit.evaluation.unreadable import DataError, Unreadable

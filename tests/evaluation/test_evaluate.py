@@ -16,14 +16,14 @@ import dynamicvit
 import dynamicvit.evaluation.evaluate as evaluate_module
 from dynamicvit.core.model import sparsify
 from dynamicvit.deploy.search_data import search_data
-from dynamicvit.evaluation.compare import compare
-from dynamicvit.evaluation.evaluate import (
+from dynamicvit.evaluation.accuracy import (
     compare_answers,
     count_confusion,
-    evaluate,
     evaluate_model,
     macro_f1,
 )
+from dynamicvit.evaluation.compare import compare
+from dynamicvit.evaluation.evaluate import evaluate
 from dynamicvit.evaluation.unreadable import DataError
 from dynamicvit.io.folder import save_folder
 from dynamicvit.io.load import load_model

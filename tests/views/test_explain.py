@@ -18,8 +18,9 @@ from dynamicvit import KeepSchedule, SparseViT, load, sparsify
 from dynamicvit.core.selectors import Selector, Stage
 from dynamicvit.core.selectors.rules import RandomScorer
 from dynamicvit.io.predictions import predict
-from dynamicvit.views import explain as explain_module
-from dynamicvit.views.explain import explain, explain_files
+from dynamicvit.views import explain_files as explain_files_module
+from dynamicvit.views.explain import explain
+from dynamicvit.views.explain_files import explain_files
 from dynamicvit.views.explanation import Explanation
 from dynamicvit.views.video import redraw_video
 from tests.conftest import randomise, tiny_vit
@@ -402,7 +403,7 @@ def test_a_video_that_fails_on_the_way_leaves_nothing(
             return function(*arguments)
         raise ValueError("the second time")
 
-    monkeypatch.setattr(explain_module, "explain", once)
+    monkeypatch.setattr(explain_files_module, "explain", once)
     with pytest.raises(ValueError, match=r"cannot explain video .*film\.mkv: the second time"):
         explain_files([str(tmp_path / "film.mkv")], sparse_folder, str(tmp_path / "out"))
     assert _files(tmp_path / "out") == []

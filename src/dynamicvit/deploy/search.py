@@ -34,9 +34,9 @@ from dynamicvit.deploy.candidates import (
 )
 from dynamicvit.deploy.engines import ENGINES, build, check_engine
 from dynamicvit.deploy.search_result import Point, Search, build_form, check_constraint, is_near
+from dynamicvit.evaluation.accuracy import compare_answers
 from dynamicvit.evaluation.console import track
 from dynamicvit.evaluation.environment import environment
-from dynamicvit.evaluation.evaluate import compare_answers
 from dynamicvit.evaluation.setup import backbone_of, input_size
 from dynamicvit.evaluation.timing import Engine, Speed, compare_times, medians, take_turns
 from dynamicvit.io.arguments import check_types

@@ -16,9 +16,8 @@ from dynamicvit.deploy.search import check_measurement, search
 from dynamicvit.deploy.search_result import Search, check_constraint
 from dynamicvit.evaluation.console import plain, track
 from dynamicvit.evaluation.data import ImageData, check_labels
-from dynamicvit.evaluation.evaluate import count_unreadable
 from dynamicvit.evaluation.launch import start_processes
-from dynamicvit.evaluation.setup import check_loading, load_pair, open_images
+from dynamicvit.evaluation.setup import check_loading, count_unreadable, load_pair, open_images
 from dynamicvit.io.arguments import check_types
 from dynamicvit.io.files import check_file, check_folder
 from dynamicvit.io.load import check_backbone, load_model

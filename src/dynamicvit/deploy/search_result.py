@@ -15,8 +15,8 @@ from torch import nn
 
 from dynamicvit.core.model import SparseViT
 from dynamicvit.core.schedule import KeepSchedule
+from dynamicvit.evaluation.accuracy import POINTS_LOST, Change
 from dynamicvit.evaluation.console import make_table
-from dynamicvit.evaluation.evaluate import POINTS_LOST, Change
 from dynamicvit.evaluation.timing import Speed
 from dynamicvit.io.files import check_file, check_folder, write_text
 from dynamicvit.io.folder import save_folder

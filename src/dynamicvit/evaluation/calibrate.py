@@ -12,7 +12,7 @@ from torch import Tensor
 from dynamicvit.core.levels import KEEP_RATIOS, Calibration, check_levels
 from dynamicvit.core.model import SparseViT
 from dynamicvit.evaluation.console import make_table, plain
-from dynamicvit.evaluation.evaluate import Source
+from dynamicvit.evaluation.setup import Source
 from dynamicvit.io.arguments import check_types
 from dynamicvit.io.folder import save_calibration
 from dynamicvit.io.load import load_model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from textwrap import shorten
 from typing import Any, cast
@@ -17,8 +17,10 @@ from torch.utils.data import DataLoader
 
 from dynamicvit.core.backbones import Backbone
 from dynamicvit.core.model import SparseViT
-from dynamicvit.evaluation.console import plain
+from dynamicvit.evaluation.console import plain, track
 from dynamicvit.evaluation.data import ImageData, open_data
+from dynamicvit.evaluation.environment import environment
+from dynamicvit.evaluation.launch import start_processes
 from dynamicvit.evaluation.loader import create_image_loader
 from dynamicvit.evaluation.unreadable import DataError
 from dynamicvit.io.load import at_budget, load_model
@@ -208,3 +210,52 @@ def token_counts(model: nn.Module) -> tuple[int, ...]:
     if patches is None:
         return ()
     return (patches, *(model.schedule.counts(patches) if isinstance(model, SparseViT) else ()))
+
+
+class Source:
+    """What evaluate and compare begin with: a device, and images to run models on.
+
+    Arguments and errors as for `evaluate`.
+    """
+
+    def __init__(
+        self,
+        data: str,
+        data_dir: str | None,
+        split: str,
+        batch_size: int,
+        workers: int,
+        crop_pct: float | None,
+        precision: str,
+        skip_unreadable: bool,
+        device: str | None,
+    ) -> None:
+        check_loading(batch_size, workers, crop_pct)
+        self.accelerator = start_processes(precision, device)
+        self.main = self.accelerator.is_main_process
+        self._options = (data, data_dir, split, batch_size, workers, crop_pct, skip_unreadable)
+        self._settings = {
+            "data": data,
+            "split": split,
+            "crop_pct": crop_pct,  # None: the model's own
+            "precision": precision,
+        }
+
+    @contextmanager
+    def batches(
+        self, model: nn.Module, name: str, what: str, quiet: bool
+    ) -> Iterator[tuple[ImageData, Iterable[Any]]]:
+        """The images, and batches of them as the model takes them. Progress is shown as `what`.
+        Random selection draws the same each time."""
+        images, loader = open_images(model, name, self.accelerator, *self._options)
+        with seeded(self.accelerator):
+            yield images, track(loader, what, quiet or not self.main, "batches")
+
+    def describe(self, images: ImageData) -> dict[str, Any]:
+        """What stands beside figures of these images, in a JSON file."""
+        return {**self._settings, "environment": environment(), **count_unreadable(images)}
+
+
+def count_unreadable(images: ImageData) -> dict[str, int]:
+    """How many images could not be read, where such are skipped."""
+    return {} if images.unreadable is None else {"unreadable": images.unreadable}

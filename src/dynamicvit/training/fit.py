@@ -11,8 +11,8 @@ from typing import Any, cast
 import timm
 from rich.console import Console
 
+from dynamicvit.evaluation.accuracy import Evaluation
 from dynamicvit.evaluation.console import plain
-from dynamicvit.evaluation.evaluate import Evaluation
 from dynamicvit.training.config import TrainConfig, choose_batch
 from dynamicvit.training.distributed import lost_process_named, on_first_process
 from dynamicvit.training.loop import fit

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dynamicvit.core.model import SparseViT
+from dynamicvit.evaluation.accuracy import Evaluation, evaluate_model
 from dynamicvit.evaluation.data import check_labels, seed_of
-from dynamicvit.evaluation.evaluate import Evaluation, evaluate_model
 from dynamicvit.io.files import name_in_errors
 from dynamicvit.io.folder import save_folder
 from dynamicvit.training.checkpoints import full_weights
