@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import io
 import json
 import os
@@ -581,6 +582,26 @@ def test_hugging_face_data_sets_are_trained_on(
     evaluation = train(TrainConfig(**options | source))
     assert evaluation.images == 8
     assert open_data(source["data"], "val", data_dir=source["data_dir"]).class_names == [*CLASSES]
+
+
+@pytest.mark.parametrize("name", [None, "image.png"])
+def test_images_in_a_table_need_no_file(tmp_path: Path, name: str | None) -> None:
+    datasets: Any = importlib.import_module("datasets")
+
+    content = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(content, "PNG")
+    pictures = [{"bytes": data, "path": name} for data in (content.getvalue(), b"no picture")]
+    table = datasets.Dataset.from_dict({"image": pictures, "label": [0, 1]})
+    table = table.cast_column("image", datasets.Image())
+    (tmp_path / "table").mkdir()
+    table.cast_column("label", datasets.ClassLabel(names=["a", "b"])).to_parquet(
+        tmp_path / "table" / "validation.parquet"
+    )
+    cache = str(tmp_path / "cache")
+    images = open_data(f"hfds/{tmp_path}/table", "val", data_dir=cache).dataset
+    assert (images[0][0].size, images[0][1]) == ((4, 4), 0)
+    with pytest.raises(DataError, match=f"cannot read image {name or 'number 1'}: "):
+        images[1]
 
 
 @pytest.mark.parametrize("prefix", EXTRAS)

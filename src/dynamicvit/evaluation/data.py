@@ -269,7 +269,9 @@ class _Images(Dataset):
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
         if isinstance(self.source, ImageDataset):
-            check_regular(self.source.reader.filename(index, absolute=True))
+            name = self._file(index)
+            if name is not None and os.path.exists(name):
+                check_regular(name)
             # timm's own __getitem__ would replace an unreadable image and go on.
             image, target, *_ = self.source.reader[index]
             if not isinstance(image, Image.Image):
@@ -290,8 +292,15 @@ class _Images(Dataset):
         self.kinds[index] = sum(is_one << bit for bit, is_one in enumerate(kinds))
         return converted
 
-    def _name(self, index: int) -> str:
+    def _file(self, index: int) -> str | None:
+        """An image's file; a name alone or None, where the image's bytes lie in a table."""
         if isinstance(self.source, ImageDataset):
-            name = self.source.reader.filename(index, absolute=True)
-            return os.fsencode(name).decode(errors="backslashreplace")
-        return f"number {index}"
+            name: str | None = self.source.reader.filename(index, absolute=True)
+            return name
+        return None
+
+    def _name(self, index: int) -> str:
+        name = self._file(index)
+        if name is None:
+            return f"number {index}"
+        return os.fsencode(name).decode(errors="backslashreplace")
