@@ -65,6 +65,12 @@ def test_at_gmacs_keeps_the_most_within_them(gmacs: float) -> None:
     assert {p.data_ptr() for p in found.parameters()} == {p.data_ptr() for p in sparse.parameters()}
 
 
+def test_the_cost_is_of_a_schedule() -> None:
+    budget = _meta("deit_small_patch16_224").budget()
+    with pytest.raises(TypeError, match="schedule must be a KeepSchedule, got 3"):
+        budget.cost(cast(Any, 3))
+
+
 def test_the_dense_cost_keeps_all() -> None:
     sparse = _meta("deit_small_patch16_224")
     assert sparse.at(gmacs=4.62).schedule.ratios == (1.0, 1.0, 1.0)

@@ -52,7 +52,13 @@ class Budget:
         self.embed = count_gmacs(copy.deepcopy(model.patch_embed).to("meta"), size)
 
     def cost(self, schedule: KeepSchedule) -> float:
-        """GMACs of an image."""
+        """GMACs of an image.
+
+        Raises:
+            TypeError: if `schedule` is not a KeepSchedule.
+        """
+        if not isinstance(schedule, KeepSchedule):
+            raise TypeError(f"schedule must be a KeepSchedule, got {schedule!r}")
         counts = schedule.counts(self.num_patches)
         present = (self.num_patches, *counts)
         edges = (0, *schedule.blocks, self.adapter.depth(self.model))
