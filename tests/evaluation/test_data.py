@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 import dynamicvit
+from dynamicvit.deploy.search_data import search_data
 from dynamicvit.evaluation.accuracy import evaluate_model
 from dynamicvit.evaluation.data import open_data
 from dynamicvit.evaluation.evaluate import evaluate
@@ -322,6 +323,12 @@ def test_a_hostile_folder_trains_to_the_end_and_is_reported(
     assert model.pretrained_cfg["label_names"] == ["bright", "dark", "odd", "rare"]
     results = evaluate([str(best)], str(images), workers=0, skip_unreadable=True)
     assert results[str(best)]["top1"] == evaluation.top1, "the same classes are the same numbers"
+    bad_image = f"unreadable images: 1: {images / 'val' / 'odd' / 'bad.jpg'}\n"
+    assert f"evaluating {best}: {bad_image}" in capsys.readouterr().err
+    search_data(str(best), str(images), workers=0, skip_unreadable=True, objective="gmacs")
+    assert f"reading images: {bad_image}" in capsys.readouterr().err
+    evaluate([str(best)], str(images), workers=0, skip_unreadable=True, quiet=True)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_without_skip_unreadable_the_file_is_named(images: Path) -> None:

@@ -17,7 +17,13 @@ from dynamicvit.deploy.search_result import Search, check_constraint
 from dynamicvit.evaluation.console import plain, track
 from dynamicvit.evaluation.data import ImageData, check_labels
 from dynamicvit.evaluation.launch import start_processes
-from dynamicvit.evaluation.setup import check_loading, count_unreadable, load_pair, open_images
+from dynamicvit.evaluation.setup import (
+    check_loading,
+    count_unreadable,
+    load_pair,
+    open_images,
+    print_unreadable,
+)
 from dynamicvit.io.arguments import check_types
 from dynamicvit.io.files import check_file, check_folder
 from dynamicvit.io.load import check_backbone, load_model
@@ -115,6 +121,7 @@ def search_data(
     reading = (data, data_dir, split, READ, workers, crop_pct, skip_unreadable)
     found, loader = open_images(loaded, model, accelerator, *reading)
     pixels, labels = _read(found, loader, images, workers, quiet)
+    print_unreadable(found, "reading images", quiet)
     check_labels(labels, cast(Any, loaded).num_classes)  # names the data
     result = search(
         loaded,

@@ -246,10 +246,11 @@ class Source:
         self, model: nn.Module, name: str, what: str, quiet: bool
     ) -> Iterator[tuple[ImageData, Iterable[Any]]]:
         """The images, and batches of them as the model takes them. Progress is shown as `what`.
-        Random selection draws the same each time."""
+        Random selection draws the same each time. Then the images skipped are counted."""
         images, loader = open_images(model, name, self.accelerator, *self._options)
         with seeded(self.accelerator):
             yield images, track(loader, what, quiet or not self.main, "batches")
+        print_unreadable(images, what, quiet or not self.main)
 
     def describe(self, images: ImageData) -> dict[str, Any]:
         """What stands beside figures of these images, in a JSON file."""
@@ -259,3 +260,18 @@ class Source:
 def count_unreadable(images: ImageData) -> dict[str, int]:
     """How many images could not be read, where such are skipped."""
     return {} if images.unreadable is None else {"unreadable": images.unreadable}
+
+
+def print_unreadable(images: ImageData, what: str, quiet: bool) -> None:
+    """Say on stderr how many images could not be read, and which, if there are any. To be called in
+    all processes together.
+
+    Args:
+        images: data of which some were read.
+        what: for what they were read, such as "evaluating run/best".
+        quiet: print nothing.
+    """
+    found = images.describe_unreadable()
+    if found not in (None, "0") and not quiet:
+        line = f"{plain(what)}: unreadable images: {found}"
+        Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
