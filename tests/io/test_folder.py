@@ -212,6 +212,9 @@ def test_a_missing_folder_or_file_is_named(saved: Path) -> None:
             load_folder(saved)
         (saved / name).write_bytes(content)
     load_folder(saved)
+    saved.rename(saved.parent / "best")  # as in the folder of a training run
+    with pytest.raises(FileNotFoundError, match=rf"it has no {CONFIG}; .*best is one"):
+        load_folder(saved.parent)
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,9 @@ def load_folder(folder: str | os.PathLike[str]) -> nn.Module:
         raise FileNotFoundError(f"no model folder at {folder}{hint}")
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is not a model folder: it has no {name}")
+            # Of a training run, the model is inside.
+            hint = f"; {folder / 'best'} is one" if (folder / "best" / CONFIG).is_file() else ""
+            raise FileNotFoundError(f"{folder} is not a model folder: it has no {name}{hint}")
     where = folder / CONFIG
     try:
         config = json.loads(where.read_text(encoding="utf-8"))
