@@ -65,8 +65,10 @@ def test_quickstart_on_the_user_s_own_data_and_model(
 ) -> None:
     output = tmp_path / "quickstart"
     (output / "mine").mkdir(parents=True)
+    options: dict[str, Any] = {"batch_size": 4, "device": "cpu"}
     for quiet in (True, False):  # it can be run again
-        metrics = quickstart(str(output), str(images), str(dense_folder), batch_size=4, quiet=quiet)
+        metrics = quickstart(str(output), str(images), str(dense_folder), quiet=quiet, **options)
+        assert metrics["settings"]["train"]["device"] == "cpu"
         told = capsys.readouterr().out
         assert (told == "") == quiet
     # Every main number is there in full, also in 80 columns, and batch 1 is not hidden.
@@ -116,6 +118,8 @@ def test_quickstart_never_removes_what_it_did_not_write(
 def test_quickstart_refuses_bad_options_before_it_writes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"keep_ratio must lie in \(0, 1\], got 2"):
         quickstart(str(tmp_path / "new"), keep_ratio=2)
+    with pytest.raises(ValueError, match=r"device must be one of cpu.* here, got 'meta'"):
+        quickstart(str(tmp_path / "new"), device="meta")
     assert not (tmp_path / "new").exists()
 
 

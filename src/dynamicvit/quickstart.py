@@ -26,7 +26,7 @@ from dynamicvit.evaluation.console import make_table, plain, track
 from dynamicvit.evaluation.data import ImageData, open_data
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.evaluate import print_evaluations
-from dynamicvit.evaluation.launch import start_processes
+from dynamicvit.evaluation.launch import find_device, start_processes
 from dynamicvit.evaluation.loader import create_image_loader
 from dynamicvit.evaluation.setup import backbone_of, input_size
 from dynamicvit.evaluation.timing import Speed, compare_speed
@@ -50,6 +50,7 @@ def quickstart(
     seed: int = 0,
     pretrained: bool = True,
     weights: str | None = None,
+    device: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Make a dense model sparse, fine-tune it, and measure accuracy and speed before and after.
@@ -73,6 +74,7 @@ def quickstart(
         seed: of everything random.
         pretrained: for a timm name: load timm's pretrained weights, from the hub or its cache.
         weights: for a timm name: file with a state dict to load instead.
+        device: such as cpu or cuda:1; by default a GPU if there is one.
         quiet: print nothing.
 
     Returns:
@@ -92,6 +94,7 @@ def quickstart(
             f"model must be given with pretrained and weights, got {pretrained} and {weights}"
         )
     check_folder("output", output)
+    find_device(device)
     folder = Path(output)
     config = TrainConfig(
         data=str(folder / "fashion_mnist") if data is None else data,
@@ -102,6 +105,7 @@ def quickstart(
         dense_epochs=epochs,
         batch_size=batch_size,
         seed=seed,
+        device=device,
         **RECIPE,
     )
     given: dict[str, Any] = {"model": model or "embedded", "data": data or "embedded"}
@@ -132,11 +136,13 @@ def _run(folder: Path, config: TrainConfig, given: dict[str, Any], quiet: bool) 
         dense = load_model(config.model)
 
     console.print("[bold]2/5[/] evaluating the dense model")
-    results = {"dense": _evaluate("dense", dense, images, quiet)}
+    results = {"dense": _evaluate("dense", dense, images, config.device, quiet)}
     console.print("[bold]3/5[/] evaluating the sparse model, and random selection beside it")
-    results["sparse"] = _evaluate("sparse", sparse, images, quiet)
+    results["sparse"] = _evaluate("sparse", sparse, images, config.device, quiet)
     random = _with_random_selection(sparse, config.seed)
-    results["random selection"] = _evaluate("random selection", random, images, quiet)
+    results["random selection"] = _evaluate(
+        "random selection", random, images, config.device, quiet
+    )
 
     console.print("[bold]4/5[/] timing dense against sparse, in turn")
     speeds = _time(dense, sparse, quiet)
@@ -181,8 +187,10 @@ def _begin(
     return config, dense
 
 
-def _evaluate(name: str, model: nn.Module, images: ImageData, quiet: bool) -> Evaluation:
-    accelerator = start_processes("float32")
+def _evaluate(
+    name: str, model: nn.Module, images: ImageData, device: str | None, quiet: bool
+) -> Evaluation:
+    accelerator = start_processes("float32", device)
     loader = create_image_loader(
         images,
         64,
