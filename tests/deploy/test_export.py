@@ -64,6 +64,9 @@ def _check_onnx(
     assert [item.name for item in session.get_outputs()] == ["logits", *stages]
     for value in (*session.get_inputs(), *session.get_outputs()):
         assert value.shape[0] == "batch"
+    assert [value.shape[1] for value in session.get_outputs()[1:]] == [
+        f"{name}_count" for name in stages
+    ]
     assert [item.name for item in session.get_overridable_initializers()] == ["counts"]
     fed: dict[str, Any] = {"images": images.numpy()}
     if other is not None:

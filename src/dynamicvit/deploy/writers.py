@@ -7,6 +7,7 @@ import copy
 import io
 import json
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -159,8 +160,23 @@ def write_onnx(
             if value.name != COUNTS:
                 value.type.tensor_type.shape.dim[0].dim_param = "batch"
             value.doc_string = described.get(name, {}).get(value.name, "")
+    _name_axes(model.graph)
     onnx.helper.set_model_props(model, {KEY: metadata})
     path.write_bytes(model.SerializeToString())
+
+
+def _name_axes(graph: Any) -> None:
+    """Call the number of tokens kept by its output, kept_1_count, instead of the exporter's u0."""
+    axes = {
+        axis.dim_param: f"{value.name}_count"
+        for value in graph.output
+        for axis in value.type.tensor_type.shape.dim[1:2]
+        if axis.dim_param
+    }
+    for value in (*graph.value_info, *graph.output):
+        for axis in value.type.tensor_type.shape.dim:
+            for symbol, name in axes.items():
+                axis.dim_param = re.sub(rf"\b{symbol}\b", name, axis.dim_param)
 
 
 def write_openvino(
