@@ -53,9 +53,11 @@ from dynamicvit.io.folder import load_folder, save_folder
 from dynamicvit.quickstart import RECIPE, unpack_images
 from dynamicvit.training.checkpoints import CHECKPOINTS, find_checkpoints
 from dynamicvit.training.config import RECIPES, TrainConfig
-from dynamicvit.training.fit import BEST, METRICS, train
+from dynamicvit.training.metrics import METRICS
 from dynamicvit.training.options import OLD_PRECISIONS
+from dynamicvit.training.run_folder import BEST
 from dynamicvit.training.task import DenseTask, SparseTask
+from dynamicvit.training.train import train
 
 RESULT, FINAL, JSON, PLOT = "result.json", "final", "accuracy.json", "accuracy.png"
 BASELINES = tuple(name for name in SELECTORS if name != "learned")

@@ -156,7 +156,7 @@ def test_config_file_with_overrides_and_dashes(
         seen.update(config=config, resume=resume)
 
     fake.__doc__ = cli.find_function("train").__doc__
-    monkeypatch.setattr("dynamicvit.training.fit.train", fake)
+    monkeypatch.setattr("dynamicvit.training.train.train", fake)
     fake.__annotations__ = {"config": TrainConfig, "resume": bool}
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump({"data": "a", "output": "b", "epochs": 7, "keep_ratio": 0.9}))
@@ -258,7 +258,7 @@ def test_a_recipe_gives_defaults_and_what_is_given_goes_before_it(
         """
         seen.append(config)
 
-    monkeypatch.setattr("dynamicvit.training.fit.train", train)
+    monkeypatch.setattr("dynamicvit.training.train.train", train)
     file = tmp_path / "mine.yaml"
     file.write_text("epochs: 5\nwarm_start: 7\n")
     start = ["train", "--data", "x", "--output", "y"]

@@ -12,7 +12,7 @@ import yaml
 from dynamicvit import KeepSchedule, SparseViT, count_gmacs
 from dynamicvit.evaluation.support import build_on_meta
 from dynamicvit.training.config import TrainConfig, choose_batch, complete
-from dynamicvit.training.fit import train
+from dynamicvit.training.train import train
 from tests.conftest import write_images
 
 ROOT = Path(__file__).parent.parent

@@ -35,7 +35,9 @@ from dynamicvit.io.files import check_folder, write_text, written_whole
 from dynamicvit.io.folder import save_folder
 from dynamicvit.io.load import check_backbone, load_model
 from dynamicvit.training.config import TrainConfig, choose_batch
-from dynamicvit.training.fit import BEST, CONFIG, DENSE, METRICS, train
+from dynamicvit.training.metrics import METRICS
+from dynamicvit.training.run_folder import BEST, CONFIG, DENSE
+from dynamicvit.training.train import train
 from dynamicvit.views.explain import explain
 from dynamicvit.views.explanation import draw_sheet
 

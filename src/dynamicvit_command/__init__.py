@@ -20,7 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Make a dense model sparse, fine-tune it, and measure accuracy and speed before and after.",
     ),
     "train": (
-        "dynamicvit.training.fit:train",
+        "dynamicvit.training.train:train",
         "Train a sparse model from a dense one, or a dense model, by `config`.",
     ),
     "evaluate": (

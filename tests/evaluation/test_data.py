@@ -31,7 +31,8 @@ from dynamicvit.evaluation.sources import EXTRAS
 from dynamicvit.evaluation.unreadable import DataError, Unreadable
 from dynamicvit.io.folder import save_folder
 from dynamicvit.training.config import TrainConfig
-from dynamicvit.training.fit import BEST, train
+from dynamicvit.training.run_folder import BEST
+from dynamicvit.training.train import train
 from tests.conftest import CLASSES, tiny_vit, write_images
 
 CONFIG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}

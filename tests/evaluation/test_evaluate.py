@@ -29,7 +29,8 @@ from dynamicvit.io.folder import save_folder
 from dynamicvit.io.load import load_model
 from dynamicvit.io.predictions import class_names
 from dynamicvit.training.config import TrainConfig
-from dynamicvit.training.fit import BEST, train
+from dynamicvit.training.run_folder import BEST
+from dynamicvit.training.train import train
 from tests.conftest import CLASSES, tiny_vit, write_images
 
 

@@ -13,9 +13,9 @@ import dynamicvit.training.student as student
 from dynamicvit.core.model import SparseViT, sparsify
 from dynamicvit.core.selectors.learned import TokenScorer
 from dynamicvit.training.config import TrainConfig
-from dynamicvit.training.fit import train
 from dynamicvit.training.metrics import METRICS, CollapseWatch, check_trackers
 from dynamicvit.training.task import SparseTask
+from dynamicvit.training.train import train
 
 
 def _lines(options: dict[str, Any]) -> list[dict[str, Any]]:

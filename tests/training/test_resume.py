@@ -20,10 +20,10 @@ from dynamicvit.training import loop, run_folder
 from dynamicvit.training.checkpoints import find_checkpoints, load_checkpoint
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.distributed import sigterm_noted
-from dynamicvit.training.fit import train
 from dynamicvit.training.metrics import METRICS
 from dynamicvit.training.run import Run
 from dynamicvit.training.run_folder import BEST, CONFIG, LOCK, folder_locked, resume_arguments
+from dynamicvit.training.train import train
 from tests.training.worker import Stopped, stopped_after
 
 

@@ -18,9 +18,9 @@ from accelerate import PartialState
 from dynamicvit.evaluation.evaluate import evaluate
 from dynamicvit.training import loop
 from dynamicvit.training.config import TrainConfig
-from dynamicvit.training.fit import train
 from dynamicvit.training.run import Run
 from dynamicvit.training.task import SparseTask
+from dynamicvit.training.train import train
 
 
 class Stopped(Exception):

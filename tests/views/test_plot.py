@@ -11,8 +11,9 @@ from PIL import Image
 
 from dynamicvit.cli import main
 from dynamicvit.training.config import TrainConfig
-from dynamicvit.training.fit import CONFIG, train
 from dynamicvit.training.metrics import METRICS
+from dynamicvit.training.run_folder import CONFIG
+from dynamicvit.training.train import train
 from dynamicvit.views.plot import _panels, _read_metrics, _read_ratios, plot
 
 WARM = {"kind": "warm_start", "step": 4, "loss": 0.6, "kept": [0.5, 0.4]}

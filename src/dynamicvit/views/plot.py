@@ -16,8 +16,8 @@ from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.evaluation.console import plain
 from dynamicvit.io.files import check_file, write_bytes
 from dynamicvit.training.config import read_options
-from dynamicvit.training.fit import BEST, CONFIG
 from dynamicvit.training.metrics import METRICS
+from dynamicvit.training.run_folder import BEST, CONFIG
 
 _FORMATS = ("png", "svg", "pdf")
 _LOSSES = {

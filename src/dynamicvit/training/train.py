@@ -1,4 +1,4 @@
-"""Training: set up, fit, validate."""
+"""train(): set up a run, fit, validate."""
 
 from __future__ import annotations
 
@@ -16,13 +16,10 @@ from dynamicvit.evaluation.console import plain
 from dynamicvit.training.config import TrainConfig, choose_batch
 from dynamicvit.training.distributed import lost_process_named, on_first_process
 from dynamicvit.training.loop import fit
-from dynamicvit.training.metrics import METRICS
 from dynamicvit.training.phases import needs_dense_training, train_dense, warm_start
 from dynamicvit.training.run import Run, Session
-from dynamicvit.training.run_folder import BEST, CONFIG, DENSE, folder_locked
+from dynamicvit.training.run_folder import BEST, folder_locked
 from dynamicvit.training.setup import check_new_run, load_dense, open_session, prepare, start
-
-__all__ = ["BEST", "CONFIG", "DENSE", "METRICS", "train"]
 
 
 def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> Evaluation:

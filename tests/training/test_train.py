@@ -32,12 +32,12 @@ from dynamicvit.io.load import load_model
 from dynamicvit.training import loop, phases, progress, setup, student
 from dynamicvit.training.checkpoints import CHECKPOINTS, find_checkpoints
 from dynamicvit.training.config import TrainConfig, complete
-from dynamicvit.training.fit import train
 from dynamicvit.training.kept_gradients import KeptGradients
 from dynamicvit.training.metrics import METRICS
 from dynamicvit.training.run_folder import BEST, CONFIG
 from dynamicvit.training.student import create_task, parameter_groups
 from dynamicvit.training.task import SparseTask, WarmStartTask
+from dynamicvit.training.train import train
 from tests.conftest import tiny_vit, write_images
 from tests.evaluation.test_data import _write_shards, collected, shard_files  # noqa: F401
 from tests.training.worker import Stopped, not_finite_at, stopped_after
