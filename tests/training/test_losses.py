@@ -17,8 +17,8 @@ from dynamicvit.training.losses import (
     cross_entropy,
     distillation_loss,
     kept_count,
-    level_loss,
     logit_kl,
+    mean_score_loss,
     ratio_loss,
     token_kl,
     token_mse,
@@ -73,7 +73,7 @@ def test_a_batch_as_a_whole_reaches_its_budget(seed: int, ratio: float, share: f
     assert gathered == threshold(0, scores, None)
 
 
-def test_the_level_of_scores_gets_no_gradient() -> None:
+def test_the_mean_score_gets_no_gradient() -> None:
     """Neither from one process nor, with what another one has, from both."""
     values = torch.tensor([[3.0, 1.0, 5.0], [2.0, -2.0, 5.0]])
     keep = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]])
@@ -84,7 +84,7 @@ def test_the_level_of_scores_gets_no_gradient() -> None:
     torch.testing.assert_close(scores.grad, (weights - 3.0) * keep)
 
     scores = values.clone().requires_grad_()
-    # Another process has as many tokens, and takes three times as much off the level.
+    # Another process has as many tokens, and takes three times as much off the mean.
     means = iter([torch.tensor(4.0), torch.tensor(-6.0)])
     asked: list[float] = []
 
@@ -98,11 +98,11 @@ def test_the_level_of_scores_gets_no_gradient() -> None:
     torch.testing.assert_close(scores.grad, (weights - 6.0) * keep)
 
 
-def test_the_level_of_scores_is_held() -> None:
+def test_the_mean_score_is_held() -> None:
     scores = torch.tensor([[3.0, 1.0], [2.0, -2.0]], requires_grad=True)
-    assert level_loss([scores, 2 * scores]).item() == pytest.approx(1.0 + 4.0)
+    assert mean_score_loss([scores, 2 * scores]).item() == pytest.approx(1.0 + 4.0)
     # Another process has a mean of 3: the gradient is that of the mean of both.
-    level_loss([scores], lambda own: (own + 3.0) / 2).backward()
+    mean_score_loss([scores], lambda own: (own + 3.0) / 2).backward()
     torch.testing.assert_close(scores.grad, torch.full_like(scores, 2 * 2.0 / 4))
 
 

@@ -10,7 +10,7 @@ from dynamicvit.core.backbones import UnsupportedBackbone
 from dynamicvit.core.model import SparseViT, sparsify
 from dynamicvit.core.selectors.learned import TokenScorer
 from dynamicvit.models.lvvit import LVViT
-from dynamicvit.training.losses import LEVEL_WEIGHT, token_kl
+from dynamicvit.training.losses import MEAN_SCORE_WEIGHT, token_kl
 from dynamicvit.training.task import DenseTask, SparseTask, WarmStartTask
 from tests.conftest import tiny_vit
 
@@ -84,7 +84,12 @@ def test_a_step_follows_the_budget_that_it_is_given(kept_gradients: bool) -> Non
         result = task(images, torch.arange(16) % 5, noise=noise, ratios=ratios)
         torch.testing.assert_close(result["kept"], ratios, atol=2e-3, rtol=0)
         assert torch.equal(result["ratios"], ratios)
-        weights = {"cross_entropy": 1.0, "logit_kl": 0.5, "token": 0.5, "level": LEVEL_WEIGHT}
+        weights = {
+            "cross_entropy": 1.0,
+            "logit_kl": 0.5,
+            "token": 0.5,
+            "mean_score": MEAN_SCORE_WEIGHT,
+        }
         total = sum(weight * result[name] for name, weight in weights.items())
         torch.testing.assert_close(result["loss"].detach(), total)
         result["loss"].backward()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dynamicvit.core.model import SparseOutput
 
-LEVEL_WEIGHT = 0.01  # of `level_loss`
+MEAN_SCORE_WEIGHT = 0.01  # of `mean_score_loss`
 
 
 @dataclass(frozen=True)
@@ -70,26 +70,26 @@ def ratio_loss(keep: Sequence[Tensor], ratios: Sequence[float] | Tensor) -> Tens
     return torch.stack(terms).sum()
 
 
-def level_loss(
+def mean_score_loss(
     scores: Sequence[Tensor], mean_over_processes: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
     """The batch's mean score, squared, sum over stages.
 
-    `batch_threshold` takes the common level of all scores out of every other loss. This one alone
-    says where it lies: around 0, where the sigmoid of a score tells images apart best.
+    `batch_threshold` removes the mean score from every other loss. This loss alone holds it near 0,
+    where the sigmoid of a score tells images apart best.
 
     Args:
         scores: for each stage, [B, N] log-odds of keeping.
         mean_over_processes: as for `batch_threshold`.
     """
-    levels = []
+    means = []
     for score in scores:
-        level = score.float().mean()
+        mean = score.float().mean()
         if mean_over_processes is not None:
-            own = level.detach()
-            level = level + mean_over_processes(own) - own
-        levels.append(level)
-    return torch.stack(levels).square().sum()
+            own = mean.detach()
+            mean = mean + mean_over_processes(own) - own
+        means.append(mean)
+    return torch.stack(means).square().sum()
 
 
 def batch_threshold(
@@ -100,8 +100,8 @@ def batch_threshold(
     """A threshold for `SparseViT.masked`: as many scores of the batch reach it as a budget allows.
 
     It is subtracted from the scores, so the same scores serve every budget. Tokens of all images
-    compete, so an image may keep more than another. The common level of all scores decides nothing
-    then; it gets no gradient, else it would grow without end (`level_loss` holds it).
+    compete, so an image may keep more than another. The mean of all scores then decides nothing. It
+    gets no gradient from here, because it would grow without end. `mean_score_loss` holds it.
 
     Args:
         ratios: [S], for each stage the share of all tokens that should be kept.
@@ -125,8 +125,8 @@ def batch_threshold(
             count = mean_over_processes(count)
             if total.requires_grad:  # what all processes take off is shared by all
                 total.register_hook(mean_over_processes)
-        level = total / count.clamp(min=1.0)
-        return bound + (level - level.detach())
+        mean = total / count.clamp(min=1.0)
+        return bound + (mean - mean.detach())
 
     return threshold
 

@@ -18,13 +18,13 @@ from dynamicvit.core.paths import Masked
 from dynamicvit.core.tokens import best_keep
 from dynamicvit.training.kept_gradients import KeptGradients, KeptMasked
 from dynamicvit.training.losses import (
-    LEVEL_WEIGHT,
+    MEAN_SCORE_WEIGHT,
     LossWeights,
     batch_threshold,
     cross_entropy,
     distillation_loss,
     kept_count,
-    level_loss,
+    mean_score_loss,
     token_kl,
     token_mse,
 )
@@ -170,8 +170,8 @@ class SparseTask(_WithTeacher):
             count,
         )
         if ratios is not None:
-            losses["level"] = level_loss(student.scores, self.mean_over_processes)
-            losses["loss"] = losses["loss"] + LEVEL_WEIGHT * losses["level"]
+            losses["mean_score"] = mean_score_loss(student.scores, self.mean_over_processes)
+            losses["loss"] = losses["loss"] + MEAN_SCORE_WEIGHT * losses["mean_score"]
         result = {name: value.detach() for name, value in losses.items()}
         result |= {"loss": losses["loss"], "output": student.logits.detach()}
         if student.keep:
