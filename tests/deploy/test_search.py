@@ -105,8 +105,8 @@ def _result(**changes: Any) -> Search:
         _point(0.5, 0.1, 3),  # not timed
     )
     dense = {"model": None, "top1": 90.0, "gmacs": 5.0}
-    budget = {"max_loss": 0.5, "min_agreement": None, "sure": False}
-    found = Search(points, dense, 99, 9, "latency", "eager", "float32", 1, budget)
+    constraint = {"max_loss": 0.5, "min_agreement": None, "sure": False}
+    found = Search(points, dense, 99, 9, "latency", "eager", "float32", 1, constraint)
     return replace(found, **changes)
 
 

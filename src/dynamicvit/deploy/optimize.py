@@ -145,30 +145,30 @@ def optimize(
     asked = _list_forms(engines or tuple(filter(installed, ENGINES)), precisions)
     reference = copy.deepcopy(model).eval()
     with show_steps(quiet) as report:
-        search = _Search(reference, example, tolerance, seconds, report)
-        search.build(list(dict.fromkeys([base, *asked])))
-        possible = [form for form in search.calls if form in asked]
+        trials = _Trials(reference, example, tolerance, seconds, report)
+        trials.build(list(dict.fromkeys([base, *asked])))
+        possible = [form for form in trials.calls if form in asked]
         if not possible:
-            raise search.failure()
-        times = search.time(list(search.calls.values()), rounds, "timing all forms in turn")
-        took = dict(zip(search.calls, medians(times), strict=True))
+            raise trials.failure()
+        times = trials.time(list(trials.calls.values()), rounds, "timing all forms in turn")
+        took = dict(zip(trials.calls, medians(times), strict=True))
         best = min(possible, key=took.__getitem__)
-        dense = search.dense_speed(best, rounds)
+        dense = trials.dense_speed(best, rounds)
     measured = {
         form: replace(
             form,
             images_per_second=len(example) / took[form],
-            error=search.errors[form],
+            error=trials.errors[form],
             reason=None if form in asked else "it was not asked for",
         )
-        for form in search.calls
+        for form in trials.calls
     }
-    fastest = search.calls[best]
+    fastest = trials.calls[best]
     return Optimized(
         run=lambda images: _logits(fastest(images)),
         chosen=measured[best],
         speed_up=took[base] / took[best],
-        candidates=(*measured.values(), *search.refused),
+        candidates=(*measured.values(), *trials.refused),
         # Of dense only the ratio is used: it was not timed in turn with all the others.
         dense_images_per_second=None if dense is None else len(example) / (took[best] * dense),
         input_size=tuple(example.shape[1:]),
@@ -186,7 +186,7 @@ def _list_forms(engines: Sequence[str], precisions: Sequence[str] | None) -> lis
     ]
 
 
-class _Search:
+class _Trials:
     """Forms that were built, until the time is over or the user ends it.
 
     Attributes:

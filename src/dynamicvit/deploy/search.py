@@ -105,7 +105,7 @@ def search(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a SparseViT or a timm model, got {type(model).__name__}")
-    budget = check_constraint(max_loss, min_agreement, sure, labels is not None)
+    constraint = check_constraint(max_loss, min_agreement, sure, labels is not None)
     device = next(model.parameters()).device
     check_measurement(objective, engine, precision, batch_size, seconds, device)
     reference = model
@@ -134,7 +134,7 @@ def search(
         if isinstance(model, SparseViT):
             points, choosing = _list_budgets(model, schedules, keep_ratios, pixels, engine)
         else:
-            points, choosing = _list_rules(model, budget, pixels, engine, quiet)
+            points, choosing = _list_rules(model, constraint, pixels, engine, quiet)
         judging = torch.ones(len(pixels), dtype=torch.bool).index_fill(0, choosing, False)
         pixels, targets = pixels[judging], None if targets is None else targets[judging]
         top1, points = _judge(model, reference, points, pixels, targets, quiet)
@@ -154,7 +154,7 @@ def search(
         engine=engine,
         precision=precision,
         batch_size=batch_size,
-        budget=budget,
+        constraint=constraint,
         source={"environment": environment()},
         model=model,
     )
@@ -260,14 +260,14 @@ def _list_budgets(
 
 
 def _list_rules(
-    model: nn.Module, budget: dict[str, Any], pixels: Tensor, engine: str, quiet: bool
+    model: nn.Module, constraint: dict[str, Any], pixels: Tensor, engine: str, quiet: bool
 ) -> tuple[list[Point], Tensor]:
     """Forms of a dense model to judge, and the indices of the images that chose them."""
     choosing = pick_indices(len(pixels))
     # About every second answer that changes was right.
-    limit = 2 * (budget["max_loss"] or 0) / 100
-    if budget["min_agreement"] is not None:
-        limit = 1 - budget["min_agreement"]
+    limit = 2 * (constraint["max_loss"] or 0) / 100
+    if constraint["min_agreement"] is not None:
+        limit = 1 - constraint["min_agreement"]
     return choose_rules(model, pixels[choosing], limit, engine, quiet), choosing
 
 

@@ -70,7 +70,7 @@ class Search:
         dense: top1 (None without labels) and gmacs of the dense model, and model, its name.
         images, chosen_on: how many images judged, and how many others chose what to judge.
         objective, engine, precision, batch_size: as for `search`.
-        budget: the constraint: max_loss, min_agreement and sure.
+        constraint: max_loss, min_agreement and sure.
         source: what else stands in the file: the machine, and where the images are from.
         model: what the points are forms of; None where it was not given to `from_json`.
     """
@@ -83,7 +83,7 @@ class Search:
     engine: str
     precision: str
     batch_size: int
-    budget: dict[str, Any]
+    constraint: dict[str, Any]
     source: dict[str, Any] = field(default_factory=dict)
     model: nn.Module | None = field(default=None, repr=False, compare=False)
 
@@ -95,7 +95,7 @@ class Search:
     @property
     def recommended(self) -> Point | None:
         """The fastest or cheapest point within the constraint; None if that is the dense model."""
-        holding = [point for point in self.points if _holds(point, **self.budget)]
+        holding = [point for point in self.points if _holds(point, **self.constraint)]
         if self.objective == "gmacs":
             cheaper = [point for point in holding if point.gmacs < self.dense["gmacs"]]
             return min(cheaper, key=lambda point: (point.gmacs, -point.quality), default=None)
@@ -114,8 +114,9 @@ class Search:
 
         Arguments and errors as for `search`.
         """
-        budget = check_constraint(max_loss, min_agreement, sure, self.dense["top1"] is not None)
-        return replace(self, budget=budget)
+        labelled = self.dense["top1"] is not None
+        constraint = check_constraint(max_loss, min_agreement, sure, labelled)
+        return replace(self, constraint=constraint)
 
     def build(self, point: Point | None = None) -> SparseViT:
         """The recommended model, or that of another point. Its weights are those of `model`.
@@ -219,7 +220,7 @@ class Search:
             notes.append(
                 f"timed in turn: {self.engine}, {self.precision}, batch size {self.batch_size}"
             )
-        max_loss, _, sure = self.budget.values()
+        max_loss, _, sure = self.constraint.values()
         best = self.recommended
         if best is not None and best.change is not None and max_loss is not None and not sure:
             most = best.change.interval[1]
@@ -237,7 +238,7 @@ class Search:
 
     def _verdict(self) -> str:
         """In one line what was gained."""
-        max_loss, min_agreement, sure = self.budget.values()
+        max_loss, min_agreement, sure = self.constraint.values()
         if max_loss is not None:
             goal = f"at most {max_loss:g} points lost{' with 95% confidence' if sure else ''}"
         else:
