@@ -28,8 +28,6 @@ from dynamicvit.evaluation.sources import (
 from dynamicvit.evaluation.unreadable import DataError, Unreadable
 from dynamicvit.io.images import MODES, check_regular, convert_image, why_unreadable
 
-# Of a picture 20,000 pixels wide and 1 high, a resize to a usual height would make gigabytes.
-_MOST_ELONGATED = 1000
 # What is told of images met, beside those that cannot be read.
 _HUGE = 10_000
 _KINDS = ("grey", "with an alpha channel", f"with a side of {_HUGE:,} pixels or more")
@@ -282,10 +280,6 @@ class _Images(Dataset):
         return self._convert(image, index), target
 
     def _convert(self, image: Image.Image, index: int) -> Image.Image:
-        if max(image.size) > _MOST_ELONGATED * min(image.size):
-            raise ValueError(
-                f"one side must be at most {_MOST_ELONGATED} times the other, got {image.size}"
-            )
         converted = convert_image(image, self.mode)
         grey = image.mode in ("1", "L", "LA") or image.mode.startswith("I")
         kinds = (True, grey, image.has_transparency_data, max(image.size) >= _HUGE)

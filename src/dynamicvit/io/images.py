@@ -15,6 +15,8 @@ T = TypeVar("T")
 
 # Files of a folder that count as images; timm by itself leaves all but PNG and JPEG out unsaid.
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# The shorter side is resized to the model's, so a line of pixels would fill the memory.
+MOST_ELONGATED = 1000
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels → Pillow's name of what they are
 
 
@@ -23,8 +25,15 @@ def convert_image(image: Image.Image, mode: str) -> Image.Image:
     pixel brought to 8.
 
     Raises:
-        ValueError: if pixels are not of 8 or 16 bits, so that white is not known.
+        ValueError: if pixels are not of 8 or 16 bits, so that white is not known; or if one side is
+            more than `MOST_ELONGATED` times the other.
     """
+    width, height = image.size
+    if not 0 < max(width, height) <= MOST_ELONGATED * min(width, height):
+        raise ValueError(
+            f"the longer side must be at most {MOST_ELONGATED} times the shorter, got {width} × "
+            f"{height} pixels"
+        )
     if image.mode.startswith("I"):  # Pillow's own conversion would cut off, not scale
         pixels = np.asarray(image)
         if pixels.min() < 0 or pixels.max() > 0xFFFF:

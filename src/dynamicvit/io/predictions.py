@@ -23,8 +23,6 @@ from dynamicvit.io.images import MODES, check_regular, convert_image, why_unread
 ImageSource = str | os.PathLike[str] | Image.Image
 
 _BATCH = 32  # images in memory at a time
-# The shorter side is resized to the model's, so a line of pixels would fill the memory.
-_MAX_ASPECT = 1000
 
 
 @dataclass(frozen=True)
@@ -191,22 +189,14 @@ def read_image(source: ImageSource, mode: str, label: str) -> Image.Image:
         label = os.fspath(source)
     try:
         if isinstance(source, Image.Image):
-            picture = _upright(source, mode)
-        else:
-            check_regular(source)
-            with Image.open(source) as opened:
-                picture = _upright(opened, mode)
+            return _upright(source, mode)
+        check_regular(source)
+        with Image.open(source) as opened:
+            return _upright(opened, mode)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no image at {label}") from error
     except Exception as error:  # foreign bytes make Pillow raise nearly anything
         raise ValueError(f"cannot read image {label}: {why_unreadable(error)}") from error
-    width, height = picture.size
-    if not 0 < max(width, height) <= _MAX_ASPECT * min(width, height):
-        raise ValueError(
-            f"cannot read image {label}: the longer side must be at most {_MAX_ASPECT} times the "
-            f"shorter, got {width} × {height} pixels"
-        )
-    return picture
 
 
 @cache
