@@ -51,7 +51,9 @@ def _loader(model: torch.nn.Module) -> Any:
 def test_every_image_is_counted_once_in_its_place() -> None:
     model = sparsify(tiny_vit(num_classes=7), 0.7)
     loader = _loader(model)
-    result = evaluate_model(model.train(), loader, Accelerator(cpu=True))
+    model.train().backbone.eval()
+    result = evaluate_model(model, loader, Accelerator(cpu=True))
+    assert (model.training, model.backbone.training) == (True, False), "each mode is restored"
     assert (result.top1, result.top5, result.images) == (40.0, 70.0, 10)
     logits = model.eval()(torch.cat([inputs for inputs, _ in loader]))
     targets = torch.cat([targets for _, targets in loader])

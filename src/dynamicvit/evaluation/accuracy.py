@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dynamicvit.core.macs import count_gmacs
+from dynamicvit.core.macs import count_gmacs, in_eval_mode
 from dynamicvit.core.model import SparseViT
 from dynamicvit.evaluation.data import check_labels
 from dynamicvit.evaluation.setup import (
@@ -61,7 +61,9 @@ class Evaluation:
 def evaluate_model(
     model: nn.Module, loader: Iterable[Any], accelerator: Accelerator | None = None
 ) -> Evaluation:
-    """Run a model over a loader of normalised images and class indices; its mode is restored.
+    """Run a model over a loader of normalised images and class indices, in eval mode.
+
+    The mode of each module is restored.
 
     Args:
         model: dense or sparse. Moved to the accelerator's device.
@@ -80,8 +82,7 @@ def evaluate_answers(
 ) -> tuple[Evaluation, Tensor, Tensor]:
     """`evaluate_model`, and for each image its class and the model's answer: [n] int64 each."""
     accelerator = accelerator or Accelerator()
-    training = model.training
-    model = model.to(accelerator.device).eval()
+    model = model.to(accelerator.device)
     loss = seconds = 0.0
     top5 = 0
     pairs: list[Tensor] = []
@@ -96,7 +97,7 @@ def evaluate_answers(
         logits, *level = result if each else (result,)
         return (logits.float(), *level)
 
-    try:
+    with in_eval_mode(model):
         for logits, *level, targets in run_batches(loader, timed, accelerator):
             levels += level
             check_labels(targets, logits.shape[-1])
@@ -104,8 +105,6 @@ def evaluate_answers(
             top5 += int((best == targets.unsqueeze(-1)).sum())
             loss += float(F.cross_entropy(logits, targets, reduction="sum"))
             pairs.append(torch.stack([targets, best[:, 0]]).cpu())
-    finally:
-        model.train(training)
     targets, answers = torch.cat(pairs, dim=1)
     images = len(targets)
     tokens = token_counts(model)

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dynamicvit.core.macs import in_eval_mode
+
 Engine = Callable[[Tensor], Any]  # what is called with images [B, C, H, W]
 Round = tuple[float, ...]  # seconds of each call, once
 
@@ -61,10 +63,6 @@ def compare_speed(
     """
     if precision not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"precision must be float32, bfloat16 or float16, got {precision!r}")
-    models = (dense, sparse)
-    modes = [model.training for model in models]
-    for model in models:
-        model.eval()
     device = next(dense.parameters()).device
     dtype = torch.float16 if precision == "float16" else torch.bfloat16
 
@@ -73,20 +71,18 @@ def compare_speed(
             for _ in range(calls):
                 model(images)
 
-    results = []
-    for batch_size in batch_sizes:
+    def compare(batch_size: int) -> Speed:
         images = torch.randn(batch_size, *input_size, device=device)
-        # As many calls a timing as make about 50 ms, so that the clock's grain does not matter.
+        # As many calls a timing as take about 50 ms: the clock counts in steps.
         once = min(time_call(partial(repeat, dense, 1), images)[0] for _ in range(3))
         calls = max(1, round(0.05 / once))
-        times = interleave([partial(repeat, model, calls) for model in models], [images], seconds)
-        speed_up, spread = compare_times(times)
-        a, b = medians(times)
-        images_a_time = batch_size * calls
-        results.append(Speed(batch_size, images_a_time / a, images_a_time / b, speed_up, spread))
-    for model, mode in zip(models, modes, strict=True):
-        model.train(mode)
-    return results
+        both = [partial(repeat, model, calls) for model in (dense, sparse)]
+        times = interleave(both, [images], seconds)
+        a, b = (batch_size * calls / took for took in medians(times))
+        return Speed(batch_size, a, b, *compare_times(times))
+
+    with in_eval_mode(dense), in_eval_mode(sparse):
+        return [compare(batch_size) for batch_size in batch_sizes]
 
 
 def take_turns(calls: Sequence[Engine], batches: Sequence[Tensor]) -> Iterator[Round]:

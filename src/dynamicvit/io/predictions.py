@@ -18,6 +18,7 @@ from timm.data import (
 )
 from torch import Tensor, nn
 
+from dynamicvit.core.macs import in_eval_mode
 from dynamicvit.io.images import MODES, check_regular, convert_image, why_unreadable
 
 ImageSource = str | os.PathLike[str] | Image.Image
@@ -158,9 +159,8 @@ def preprocessing(model: Any) -> tuple[str, Callable[[Image.Image], Tensor]]:
     Raises:
         ValueError: if the `pretrained_cfg` cannot be used, or no picture has so many channels.
     """
-    backbone = model if getattr(model, "schedule", None) is None else model.backbone
     try:
-        config = resolve_input_data_config(backbone)
+        config = resolve_input_data_config(model)
         transform = create_transform(**config, is_training=False)
     except Exception as error:  # whatever a strange value makes timm stumble over
         raise ValueError(
@@ -212,13 +212,8 @@ def run(model: nn.Module, images: Tensor, method: str = "__call__") -> Any:
     """What a method of the model gives for images [B, C, H, W], in eval mode, on the model's own
     device and in its dtype. The mode of each module is restored."""
     like = next(model.parameters())
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.inference_mode():
-            return getattr(model.eval(), method)(images.to(like.device, like.dtype))
-    finally:
-        for module, training in modes:
-            module.training = training
+    with in_eval_mode(model), torch.inference_mode():
+        return getattr(model, method)(images.to(like.device, like.dtype))
 
 
 def _is_source(value: object) -> bool:
