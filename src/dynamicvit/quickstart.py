@@ -28,7 +28,7 @@ from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.evaluate import print_evaluations
 from dynamicvit.evaluation.launch import find_device, start_processes
 from dynamicvit.evaluation.loader import create_image_loader
-from dynamicvit.evaluation.setup import backbone_of, input_size
+from dynamicvit.evaluation.setup import input_size
 from dynamicvit.evaluation.timing import Speed, compare_speed
 from dynamicvit.io.embedded import ASSETS, embedded_images
 from dynamicvit.io.files import check_folder, write_text, written_whole
@@ -196,7 +196,7 @@ def _evaluate(
     loader = create_image_loader(
         images,
         64,
-        resolve_input_data_config(backbone_of(model)),
+        resolve_input_data_config(model),
         training=False,
         workers=0,
         device=accelerator.device,

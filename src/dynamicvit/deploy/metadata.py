@@ -14,7 +14,7 @@ from torch import nn
 from dynamicvit import __version__
 from dynamicvit.core.model import SparseViT
 from dynamicvit.deploy.formats import COUNTED, COUNTS, KEY, OPENVINO_HINTS, require
-from dynamicvit.evaluation.setup import backbone_of, token_counts
+from dynamicvit.evaluation.setup import token_counts
 from dynamicvit.io.images import MODES
 
 # How `resize` is reached, by timm's word for it.
@@ -23,8 +23,7 @@ _FITS = {"squash": "stretch", "border": "contain"}
 
 def describe(model: nn.Module, names: list[str], format: str, precision: str) -> dict[str, Any]:
     """The metadata of a file, as `read_metadata` gives it."""
-    backbone: Any = backbone_of(model)
-    data = resolve_input_data_config(backbone)
+    data = resolve_input_data_config(model)
     size = ", ".join(map(str, data["input_size"]))
     images = (
         f"float32 [batch, {size}] ({MODES[data['input_size'][0]]}), values from 0 "
@@ -35,7 +34,7 @@ def describe(model: nn.Module, names: list[str], format: str, precision: str) ->
     )
     described = {
         "version": __version__,
-        "architecture": backbone.pretrained_cfg.get("architecture"),
+        "architecture": cast(Any, model).pretrained_cfg.get("architecture"),
         "precision": precision,
         **_describe_preparation(data),
         "class_names": names,

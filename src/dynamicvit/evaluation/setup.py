@@ -64,7 +64,7 @@ def open_images(
         "batch_size": batch_size,
     }
     images = open_data(data, split, **options)
-    known = cast(Any, backbone_of(model)).pretrained_cfg.get("label_names") or ()
+    known = cast(Any, model).pretrained_cfg.get("label_names") or ()
     # In the model's order, whatever order the names of folders have. Some may have no image.
     names = images.class_names
     if names is not None and list(known) != names and set(names) <= set(known):
@@ -72,7 +72,7 @@ def open_images(
     check_classes(images.class_names, model, model_name)
     console = Console(stderr=True, quiet=not accelerator.is_main_process)
     warn_of_names(images.class_names, model, model_name, console)
-    config = resolve_input_data_config(backbone_of(model))
+    config = resolve_input_data_config(model)
     loader = create_image_loader(
         images,
         batch_size,
@@ -108,7 +108,7 @@ def load_pair(
     other = load_model(dense)
     if isinstance(other, SparseViT):
         raise ValueError(f"dense must be a dense model, got the sparse model {dense}")
-    configs = [resolve_input_data_config(backbone_of(item)) for item in (sparse, other)]
+    configs = [resolve_input_data_config(item) for item in (sparse, other)]
     for key in ("input_size", "mean", "std"):
         ours, theirs = (config[key] for config in configs)
         if tuple(ours) != tuple(theirs):
@@ -117,9 +117,7 @@ def load_pair(
         raise ValueError(
             f"dense must have the {sparse.num_classes} classes of {model}, got {other.num_classes}"
         )
-    ours, theirs = (
-        cast(Any, backbone_of(item)).pretrained_cfg.get("label_names") for item in (sparse, other)
-    )
+    ours, theirs = (cast(Any, item).pretrained_cfg.get("label_names") for item in (sparse, other))
     if ours and theirs and list(ours) != list(theirs) and sorted(ours) == sorted(theirs):
         raise ValueError(f"dense must have its classes in the order {ours}, got {theirs}")
     return sparse, other
@@ -138,7 +136,7 @@ def renamed_classes(names: Sequence[str] | None, model: nn.Module) -> list[tuple
     """(The data's name, the model's name) of each class where these differ by more than case,
     punctuation and a number at the start. None where one of the two has no names, or the data has
     codes of the model's."""
-    known = cast(Any, backbone_of(model)).pretrained_cfg.get("label_names")
+    known = cast(Any, model).pretrained_cfg.get("label_names")
     if not isinstance(known, list | tuple) or names is None:
         return []
     kind = _kind(names)
@@ -200,13 +198,13 @@ def backbone_of(model: nn.Module) -> Backbone:
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:
     """(channels, height, width) that a model is evaluated at."""
-    channels, height, width = resolve_input_data_config(backbone_of(model))["input_size"]
+    channels, height, width = resolve_input_data_config(model)["input_size"]
     return channels, height, width
 
 
 def token_counts(model: nn.Module) -> tuple[int, ...]:
     """Patch tokens present at the start and after each stage; none for a model without patches."""
-    patches = getattr(getattr(backbone_of(model), "patch_embed", None), "num_patches", None)
+    patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
     if patches is None:
         return ()
     return (patches, *(model.schedule.counts(patches) if isinstance(model, SparseViT) else ()))

@@ -21,7 +21,7 @@ from dynamicvit.core.model import SparseViT
 from dynamicvit.evaluation.data import ImageData, open_data
 from dynamicvit.evaluation.launch import start_processes
 from dynamicvit.evaluation.loader import create_image_loader
-from dynamicvit.evaluation.setup import backbone_of, warn_of_names
+from dynamicvit.evaluation.setup import warn_of_names
 from dynamicvit.io.files import check_folder, write_text
 from dynamicvit.io.load import check_backbone, load_model
 from dynamicvit.training.checkpoints import Checkpoint, find_checkpoints, load_checkpoint
@@ -238,7 +238,7 @@ def _create_loaders(
     """The training images as steps take them, and a loader of the validation images."""
     data = session.train_data
     shared: dict[str, Any] = {
-        "data_config": resolve_input_data_config(backbone_of(student)),
+        "data_config": resolve_input_data_config(student),
         "workers": config.workers,
         "device": session.accelerator.device,
     }

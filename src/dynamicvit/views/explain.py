@@ -140,7 +140,7 @@ def _explain(
     embed: Any = model.backbone.patch_embed
     scores = torch.stack([score.float() for score in output.scores], dim=1).cpu().numpy()
     keep = [mask.cpu().numpy() > 0.5 for mask in output.keep]
-    pixels = _to_pixels(images, resolve_input_data_config(model.backbone))
+    pixels = _to_pixels(images, resolve_input_data_config(model))
     pruned = _predictions(model, output.logits)
     if dense is None:
         teller: Any = model.backbone
