@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from dynamicvit import KeepSchedule, SparseViT, count_gmacs
-from dynamicvit.evaluation.support import build_on_meta
+from dynamicvit.models.names import build_on_meta
 from dynamicvit.training.config import TrainConfig, choose_batch, complete
 from dynamicvit.training.train import train
 from tests.conftest import write_images

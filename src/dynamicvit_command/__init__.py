@@ -72,7 +72,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Write released weights as a model folder: a DynamicViT file, or an official or timm one.",
     ),
     "models": (
-        "dynamicvit.evaluation.support:models",
+        "dynamicvit.evaluation.supported_models:models",
         "List the timm models that can be made sparse: parameters, and GMACs dense and pruned.",
     ),
 }

@@ -18,7 +18,7 @@ import dynamicvit
 from dynamicvit import KeepSchedule, SparseViT, UnsupportedBackbone
 from dynamicvit.deploy.predict import predict_files
 from dynamicvit.evaluation.evaluate import evaluate
-from dynamicvit.evaluation.support import models
+from dynamicvit.evaluation.supported_models import models
 from dynamicvit.io.load import load_model
 from tests.conftest import tiny_vit
 from tests.fuzz.counts import counts

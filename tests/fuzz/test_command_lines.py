@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dynamicvit import cli, sparsify
-from dynamicvit.evaluation import support
+from dynamicvit.evaluation import supported_models
 from tests.conftest import tiny_vit
 from tests.fuzz.counts import counts
 
@@ -47,8 +47,8 @@ def test_a_command_line_runs_or_ends_in_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("dynamicvit.io.hub._reachable", lambda: False)
-    find = support._find  # all of timm's models take minutes to count
-    monkeypatch.setattr(support, "_find", lambda filter: find(filter)[:2])
+    find = supported_models._find  # all of timm's models take minutes to count
+    monkeypatch.setattr(supported_models, "_find", lambda filter: find(filter)[:2])
     sparsify(tiny_vit(num_classes=2), 0.7).save_pretrained(tmp_path / "sparse")
     (tmp_path / "bad.yaml").write_bytes(b"batch_size: \xff\xfe")
     (tmp_path / "odd.yaml").write_text("batch_size: [1, {a: b}]\nnone: 3\n")

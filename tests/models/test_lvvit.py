@@ -9,8 +9,8 @@ import timm
 import torch
 
 from dynamicvit import KeepSchedule, SparseViT, count_gmacs, sparsify
-from dynamicvit.evaluation.support import build_on_meta
 from dynamicvit.models.lvvit import LVViT, from_official
+from dynamicvit.models.names import build_on_meta
 from tests.conftest import randomise
 
 SMALL: dict[str, Any] = {

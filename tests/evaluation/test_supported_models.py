@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dynamicvit import SparseViT, UnsupportedBackbone, cli, sparsify
 from dynamicvit.core import paths
 from dynamicvit.core import tokens as tokens_module
-from dynamicvit.evaluation import support as zoo
+from dynamicvit.evaluation import supported_models as zoo
 from dynamicvit.models.lvvit import LVViT
 from tests.conftest import randomise
 
