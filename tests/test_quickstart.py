@@ -12,7 +12,7 @@ from PIL import Image
 import dynamicvit
 import dynamicvit.quickstart as quickstart_module
 from dynamicvit.core.model import SparseViT
-from dynamicvit.evaluation.setup import renamed_classes
+from dynamicvit.evaluation.class_names import renamed_classes
 from dynamicvit.evaluation.timing import compare_speed
 from dynamicvit.io.embedded import ASSETS
 from dynamicvit.io.folder import save_folder

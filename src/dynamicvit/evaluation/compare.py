@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from dynamicvit.core.macs import count_gmacs
 from dynamicvit.core.model import SparseViT
 from dynamicvit.evaluation.accuracy import POINTS_LOST, compare_answers, run_batches
+from dynamicvit.evaluation.class_names import names_of_classes
 from dynamicvit.evaluation.console import cell, make_table, plain
 from dynamicvit.evaluation.data import check_labels
-from dynamicvit.evaluation.setup import Source, input_size, load_pair, names_of_classes
+from dynamicvit.evaluation.setup import Source, input_size, load_pair
 from dynamicvit.io.arguments import check_types
 from dynamicvit.io.files import check_folder, write_bytes, write_text
 

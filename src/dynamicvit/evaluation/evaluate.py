@@ -12,11 +12,11 @@ from rich.console import Console
 from torch import Tensor
 
 from dynamicvit.evaluation.accuracy import count_confusion, evaluate_answers, macro_f1
+from dynamicvit.evaluation.class_names import names_of_classes
 from dynamicvit.evaluation.console import cell, make_table, plain
 from dynamicvit.evaluation.setup import (
     Source,
     count_unreadable,
-    names_of_classes,
 )
 from dynamicvit.io.arguments import check_types
 from dynamicvit.io.files import check_file, write_text

@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from dynamicvit.core.backbones import UnsupportedBackbone, adapter_of
 from dynamicvit.core.model import SparseViT
+from dynamicvit.evaluation.class_names import warn_of_names
 from dynamicvit.evaluation.data import ImageData, open_data
 from dynamicvit.evaluation.launch import start_processes
 from dynamicvit.evaluation.loader import create_image_loader
-from dynamicvit.evaluation.setup import warn_of_names
 from dynamicvit.io.files import check_folder, write_text
 from dynamicvit.io.load import check_backbone, load_model
 from dynamicvit.training.checkpoints import Checkpoint, find_checkpoints, load_checkpoint

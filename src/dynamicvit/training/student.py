@@ -18,8 +18,9 @@ from dynamicvit.core.backbones import Backbone
 from dynamicvit.core.model import SparseViT, sparsify
 from dynamicvit.core.schedule import KeepSchedule
 from dynamicvit.core.selectors import SELECTORS
+from dynamicvit.evaluation.class_names import check_classes
 from dynamicvit.evaluation.launch import launched_with_fsdp
-from dynamicvit.evaluation.setup import backbone_of, check_classes
+from dynamicvit.evaluation.setup import backbone_of
 from dynamicvit.evaluation.unreadable import DataError
 from dynamicvit.training.config import TrainConfig
 from dynamicvit.training.distributed import divide
