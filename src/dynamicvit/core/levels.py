@@ -123,7 +123,7 @@ class Calibration(NamedTuple):
         cost = ((shares[ends] - shares[starts]) * torch.tensor(costs, dtype=torch.float64)).sum(1)
         columns = torch.arange(len(costs))
         loss = (sums[ends, columns] - sums[starts, columns]).sum(1)
-        # As near to the budget as one group allows. Loss decides among the rest.
+        # Among the cuts nearest to the budget, take the one with the least loss.
         near = (cost - budget).abs() <= max(0.005 * budget, float((cost - budget).abs().min()))
         best = int(loss.masked_fill(~near, float("inf")).argmin())
         limit = torch.finfo(torch.float32).max  # JSON knows no infinity

@@ -1,4 +1,4 @@
-"""Counting multiply-adds."""
+"""Count multiply-adds."""
 
 from __future__ import annotations
 

@@ -523,7 +523,7 @@ class SparseViT(TimmModel):
                     f"{name}[{stage}] must be on the images' {images.device}, got {value.device}"
                 )
 
-    # From files, and to files.
+    # Image files, model folders and the hub.
 
     @overload  # a str is a sequence of str too, and read as a path
     def predict(self, image: ImageSource, top_k: int = 5) -> list[Prediction]: ...  # type: ignore[overload-overlap]

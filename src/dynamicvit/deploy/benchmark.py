@@ -300,7 +300,7 @@ def _peaks(
     shape: tuple[int, ...],
     found: dict[str, Any],
 ) -> list[float | None] | None:
-    """Of dense and pruned, with the attention that was found faster for each."""
+    """Peak memory of dense and pruned, each with the attention that was faster for it."""
     attention = found["dense_attention"], found["sparse_attention"]
     peaks = [
         peak_memory(model, engine, precision, tuple(shape), kind != "plain")

@@ -26,8 +26,8 @@ from dynamicvit.evaluation.setup import input_size
 from dynamicvit.io.images import pick_evenly
 
 KEEP_RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5)
-# Of a dense model: what each of three stages keeps, and the shares that reach the end where some
-# tokens leave before every block.
+# For a dense model: the share that each of three stages keeps; and, where some tokens leave before
+# every block, the share that reaches the end.
 _STAGES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
 _ENDS = (0.85, 0.7, 0.5, 0.35, 0.2)
 # Selectors that need no training, and whether what leaves is squeezed into what stays.
@@ -37,7 +37,7 @@ _RULES = {
     "similarity_merging": False,
     "pooling": False,
 }
-_CHOOSING = 512  # images that choose, at most: a choice takes fewer than a judgement
+_CHOOSING = 512  # images that choose candidates, at most: fewer than those that judge them
 READ = 64  # images a batch, where nothing is timed
 _STARTS = 3  # schedules whose stages are refined
 
@@ -60,7 +60,7 @@ def list_schedules(
     if keep_ratios is None:
         stages = max(map(len, choices), default=0)
         usual = KEEP_RATIOS if ratios is None else ()
-        # Of few tokens a small share is none: not what was asked for, then, so not an error.
+        # A default ratio that would leave no token is left out. Only a given one is an error.
         keep_ratios = [ratio for ratio in usual if ratio**stages * num_tokens >= 1]
     for shares in ratios or ():
         if all(len(shares) != len(chosen) for chosen in choices):

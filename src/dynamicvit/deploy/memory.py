@@ -21,16 +21,17 @@ def peak_memory(
     shape: tuple[int, ...],
     fused_attention: bool = True,
 ) -> float | None:
-    """The most memory that a process which runs the model has resident, beyond what it has after
-    its imports: weights, activations and what the engine takes for itself (a compiler, too).
+    """The most resident memory of a process that runs the model, minus that after its imports.
+
+    This counts weights, activations, and the engine's own memory, also that of a compiler.
 
     Args:
         model, engine, precision, fused_attention: as for `dynamicvit.deploy.engines.build`.
         shape: of the images, [B, C, H, W].
 
     Returns:
-        10⁶ bytes; None where the system does not tell (Linux does), or the process cannot read the
-        model (of a class that lives in the caller's script).
+        10⁶ bytes. None on systems other than Linux, or if the process cannot read the model, such
+        as one whose class is in the caller's script.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = save(model, engine, precision, Path(folder), fused_attention)

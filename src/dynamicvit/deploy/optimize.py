@@ -169,7 +169,7 @@ def optimize(
         chosen=measured[best],
         speed_up=took[base] / took[best],
         candidates=(*measured.values(), *trials.refused),
-        # Of dense only the ratio is used: it was not timed in turn with all the others.
+        # The dense model was timed in turn with the best form only, so only their ratio is used.
         dense_images_per_second=None if dense is None else len(example) / (took[best] * dense),
         input_size=tuple(example.shape[1:]),
         device=example.device,

@@ -1,6 +1,6 @@
 """Run an exported file with a budget for each image.
 
-This takes NumPy and the file's engine, not PyTorch nor the rest of this package: it can be copied.
+This module needs NumPy and the file's engine only, so it can be copied.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class PerImage:
             rows = np.flatnonzero(level == number)
             if len(rows):
                 inputs = {"tokens": tokens[rows], "scores": scores[rows]}
-                # Of these images only their number is read.
+                # The second part reads only the number of these images.
                 inputs |= {"images": images[: len(rows)], "counts": np.array(counts)}
                 [logits[rows]] = self._second(inputs)
         return logits, level

@@ -1,4 +1,4 @@
-"""search(): the cheapest form of a model that still gives the answers that are asked for.
+"""search(): the fastest or cheapest form of a model within a limit on changed answers.
 
 `dynamicvit.deploy.search_data` is the command.
 """
@@ -69,17 +69,17 @@ def search(
 
     The command `dynamicvit search` does the same for a data set. Nothing is trained.
 
-    Of a sparse model its budgets are tried, with the same weights, also with a budget for each
-    image where its scorers tell images apart. Of a dense model selectors that need no training are
-    tried: in three stages, in every block from the second on, and in stages whose ratios are
-    refined. Some of the images choose what is worth judging, the others judge it.
+    For a sparse model, other budgets with the same weights are tried; also a budget for each image,
+    if its scorers tell images apart. For a dense model, selectors that need no training are tried:
+    in three stages, in every block from the second on, and in stages whose ratios are refined. Some
+    of the images choose the candidates, and the others judge them.
 
-    Ctrl-C ends the refinement, and then the timing, with what was found so far.
+    Ctrl-C ends the refinement, and then the timing. The results so far are kept.
 
     Args:
         model: a SparseViT, or a dense timm model.
-        images: [M, C, H, W] as the model takes them, or batches of such. More than 1,000 make a
-            difference of a point sure.
+        images: [M, C, H, W] as the model takes them, or batches of such. With more than 1,000, a
+            difference of one point is significant.
         labels: [M] class indices. Without them, answers are compared with the dense model's.
         max_loss: percentage points of top-1 that may be lost, with labels. By default 0.5.
         min_agreement: share of the images that must have the dense model's answer, instead. By
@@ -329,8 +329,10 @@ def _time(
     seconds: float,
     quiet: bool,
 ) -> list[Speed]:
-    """The speed of each model but the first against the first, in turn on real images: where each
-    has its own budget, noise would not do."""
+    """The speed of each later model against the first, timed in turn on real images.
+
+    Noise will not do: it would not show what budgets for each image cost.
+    """
     count = max(1, _TIMED // batch_size) * batch_size
     device = next(models[0].parameters()).device
     chosen = torch.arange(count) * max(1, len(pixels) // count) % len(pixels)

@@ -152,8 +152,8 @@ def count_confusion(targets: Tensor, answers: Tensor, num_classes: int) -> Tenso
 def macro_f1(targets: Tensor, answers: Tensor, num_classes: int) -> float:
     """The mean over classes of 2 · right / (images of the class + answers of the class), percent.
 
-    Every class counts alike, however few images it has. Classes that neither occur nor are
-    answered are left out.
+    Every class has the same weight, whatever its number of images. Classes without images and
+    answers are left out.
     """
     right = torch.bincount(targets[targets == answers], minlength=num_classes)
     both = sum(torch.bincount(found, minlength=num_classes) for found in (targets, answers))
@@ -214,9 +214,9 @@ class Change:
 def compare_answers(one: Tensor, other: Tensor) -> Change:
     """What is gained and lost from one model to another, and how sure that is.
 
-    Images that both get right, or wrong, say nothing about the difference, so it is known better
-    than either accuracy. Where no answer changed, the interval still has a width: with few images
-    that says little.
+    Only images on which the answers differ in correctness count, so the difference is known better
+    than each accuracy. The interval has a width even if no answer changed, and few images make it
+    wide.
 
     Args:
         one, other: [n] bool, whether each image was classified rightly; n ≥ 1.

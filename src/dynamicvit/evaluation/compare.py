@@ -1,4 +1,4 @@
-"""compare(): where tokens stay over a whole data set, and whose answers change."""
+"""compare(): where tokens stay over a whole data set, and which answers change."""
 
 from __future__ import annotations
 
@@ -259,7 +259,8 @@ def _arrays(comparison: Comparison, names: Sequence[str]) -> bytes:
 def draw_keep_rates(comparison: Comparison, names: Sequence[str]) -> bytes:
     """A PNG: how often each position is kept, a row a stage; of all images, then class by class.
 
-    Of many classes those are drawn whose maps after the last stage differ most from that of all.
+    If there are many classes, those are drawn whose maps after the last stage differ most from the
+    map of all images.
     """
     from matplotlib.figure import Figure  # an extra
 

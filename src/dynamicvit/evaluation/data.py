@@ -164,9 +164,9 @@ def open_data(
         class_names: the classes expected, in order (those of the training split). A folder need
             not have images of all of them.
         skip_unreadable: count images that cannot be read, instead of raising: in training the next
-            image is taken instead, else their class index is -1, for `evaluate_model` to leave
-            out; WebDataset shards give the next image in both. hfids and tfds neither skip nor
-            count: what their readers do is what happens.
+            image is taken instead, else their class index is -1, and `evaluate_model` leaves
+            them out. WebDataset shards give the next image in both. hfids and tfds ignore this
+            option.
         batch_size: hint for sources that are read as a stream.
         training: the images are for training: shuffle sources that are read as a stream.
 

@@ -70,11 +70,11 @@ def start_processes(precision: str, device: str | None = None, **options: Any) -
     version = os.environ.get("FSDP_VERSION", "1")
     if launched_with_fsdp() and version != "2":
         raise ValueError(f"the launcher's fsdp_version must be 2, got {version}")
-    # "no" is what accelerate's launcher says if it is told nothing.
+    # accelerate's launcher sets "no" by default.
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked not in ("no", mixed):
         raise ValueError(f"the launcher's mixed_precision must be {mixed!r}, got {asked!r}")
-    # Unless it is told that there is no device, accelerate takes launched processes for lone ones.
+    # Without this, accelerate treats launched processes on a CPU as single ones.
     cpu = device == "cpu" or not torch.accelerator.is_available()
     if is_initialized():  # accelerate refuses to change its state
         AcceleratorState()._mixed_precision, cpu = mixed, False

@@ -51,7 +51,7 @@ def create_image_loader(
         is_training=training,
         use_prefetcher=False,  # accelerate moves batches, on any device
         num_workers=workers,
-        persistent_workers=False,  # fresh workers are seeded anew each epoch, so runs can resume
+        persistent_workers=False,  # new workers are seeded in each epoch, so runs can resume
         pin_memory=device.type == "cuda",
         **config,
         **augmentation,
@@ -62,8 +62,10 @@ def create_image_loader(
 
 
 def _start_worker(start: Callable[[int], None], number: int) -> None:
-    """Begin a loader process, which outlives a SIGTERM to the whole process group: the main one
-    still needs its images, to end the step and save."""
+    """Start a loader process that survives a SIGTERM to the whole process group.
+
+    The main process still needs its images, to end the step and save.
+    """
     if sys.platform == "linux":
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_end_when_told_by_parent, daemon=True).start()
@@ -71,8 +73,8 @@ def _start_worker(start: Callable[[int], None], number: int) -> None:
 
 
 def _end_when_told_by_parent() -> None:
-    # Only the parent means this process: Python, when it exits, so ends those that are left, and
-    # would wait for ever for one that ignores it. (A handler is not told who sent a signal.)
+    # A SIGTERM from the parent must end this process: Python sends it to the workers that are left
+    # when it exits, and then waits for them. A signal handler does not learn who sent a signal.
     if sys.platform == "linux":
         while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
             pass

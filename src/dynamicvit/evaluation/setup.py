@@ -23,13 +23,12 @@ from dynamicvit.evaluation.launch import start_processes
 from dynamicvit.evaluation.loader import create_image_loader
 from dynamicvit.io.load import at_budget, load_model
 
-_MOST_WORKERS = 1024  # a slip of the keyboard should not start processes until memory is full
+_MOST_WORKERS = 1024  # a typing error must not start processes until the memory is full
 
 
 @contextmanager
 def seeded(accelerator: Accelerator) -> Iterator[None]:
-    """The same random numbers each time, since random selection draws; the generators' states are
-    restored."""
+    """Inside, random selection draws the same numbers each time. The generators are restored."""
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(0)

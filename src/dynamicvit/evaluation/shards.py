@@ -29,11 +29,11 @@ class Shards(ReaderWds):
 
     def __init__(self, *, skip_unreadable: bool, **options: Any) -> None:
         super().__init__(**options)
-        # Of several processes one reads, and accelerate hands out to each its part of a batch;
-        # timm would have each read its share of the shards, whose numbers of images differ.
+        # One process reads, and accelerate gives each process its part of a batch. In timm each
+        # process reads its share of the shards, but shards have different numbers of images.
         self.dist_rank, self.dist_num_replicas = 0, 1
-        # The number of a sample is not known in a stream: its name's hash says whether it was
-        # counted before, in memory that loader processes share. (Among many, two may coincide.)
+        # Samples of a stream have no number. The hash of a name tells whether the sample was
+        # counted before, in memory that loader processes share. Two of very many may be alike.
         self.unreadable = Unreadable(_FLAGS) if skip_unreadable else None
         self._lengths = {
             os.path.join(self.root, name): length
@@ -49,7 +49,7 @@ class Shards(ReaderWds):
         for item in super().__iter__():
             count += 1
             yield item
-        # timm's reader goes round its shards until an epoch is full, or a round gives nothing.
+        # timm's reader repeats its shards until the epoch is full or a pass gives no image.
         if self.is_training and count < self._num_samples_per_worker():
             raise DataError(f"no image in {', '.join(self._lengths) or self.root} can be read")
 
@@ -64,8 +64,8 @@ class Shards(ReaderWds):
         stages.insert(reading + 1, self._count)
         stages.insert(reading, self._check_length)
 
-    # Stages of the pipeline, which pulls one item after the other: what one remembers is still true
-    # when a later one fails.
+    # The pipeline takes one item through all of its stages before the next. So what a stage
+    # remembers still holds when a later stage fails.
 
     def _check_length(self, sources: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for source in sources:

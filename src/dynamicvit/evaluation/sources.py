@@ -35,7 +35,7 @@ def _split_folder(root: Path, split: str) -> Path:
             f"data must be a folder of images, or a data set name such as torch/cifar10, "
             f"got {root}, which is no folder"
         )
-    # Another name than these two is meant: "test" may not be answered with what chose a model.
+    # Other names are taken as they are: "test" must not open the split that chose a model.
     for name in _SPLITS.get(split, (split,)):
         if (root / name).is_dir():
             return root / name

@@ -1,7 +1,7 @@
 """Time calls in turn, in rounds A B B A …, so that a drifting machine favours none of them.
 
-`take_turns` gives one round after another, `interleave` collects rounds for some seconds, `medians`
-and `compare_times` say what they mean. `compare_speed` does all of that for two models.
+`take_turns` gives one round after another, and `interleave` collects rounds for some seconds.
+`medians` and `compare_times` summarise rounds. `compare_speed` does all of this for two models.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Images that cannot be read: an error that names one, or a count of them."""
+"""Images that cannot be read: the error that names one, and their count."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Unreadable:
             row = torch.zeros(self._BYTES, dtype=torch.uint8)
             text = os.fsencode(name)[-self._BYTES :]  # of a long path the end tells more
             row[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
-            # Of two images with the same row the later name stays: these are examples.
+            # A later name may replace an earlier one in a row: the names are examples.
             self._names[number % self._ROWS] = row
             self.flags[number] = 1
 

@@ -1,4 +1,4 @@
-"""Arguments of the wrong type, refused by the name that they have."""
+"""Check the types of arguments. Errors name the argument."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _WORDS: dict[Any, str] = {str: "a string", bool: "true or false", type(None): "N
 
 
 def check_types(function: Callable[P, R]) -> Callable[P, R]:
-    """Make a function raise TypeError, which names the argument, where a value is not of the type
-    that is annotated.
+    """Make a function raise TypeError, which names the argument, if a value has another type than
+    the annotation.
 
-    For functions that are commands too, where the command line does this. Known are str, int,
-    float, bool, None, lists and unions of these; arguments of other types are not looked at.
+    This is for functions that are also commands: the command line checks types itself. It knows
+    str, int, float, bool, None, and lists and unions of these. It ignores other types.
     """
     signature = inspect.signature(function)
 

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 
 
 def check_folder(name: str, folder: str | Path) -> None:
-    """Raise ValueError, which names the argument, if a folder cannot be made because a file has its
-    name."""
+    """Raise ValueError, which names the argument, if a file has the name of the folder or of one
+    above it."""
     for path in (Path(folder), *Path(folder).parents):
         if path.is_dir():
             return
@@ -25,8 +25,8 @@ def check_folder(name: str, folder: str | Path) -> None:
 
 
 def check_file(name: str, file: str | Path) -> None:
-    """Raise ValueError, which names the argument, if a file cannot be written because a folder, a
-    device or a pipe has its name, or a file that of its folder."""
+    """Raise ValueError, which names the argument, if its name is that of a folder, a device or a
+    pipe, or its folder cannot be made."""
     if Path(file).is_dir():
         raise ValueError(f"{name} must be a file, got the folder {file}")
     if Path(file).exists() and not Path(file).is_file():
@@ -81,7 +81,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def name_in_errors(path: Path, *temporary: Path) -> Iterator[None]:
-    """Make errors of writing name `path`: a full disk's name no file, others a temporary one."""
+    """Make errors of writing name `path`, instead of a temporary file or none (a full disk)."""
     try:
         yield
     except OSError as error:

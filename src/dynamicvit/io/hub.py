@@ -96,9 +96,9 @@ def push_to_hub(
 
 @contextmanager
 def offline_if_unreachable(asked: bool = True) -> Iterator[None]:
-    """Have the hub's client take its cache alone while the hub cannot be reached.
+    """If the hub cannot be reached, make its client use the cache only.
 
-    By itself it tries again for a minute.
+    Without this, the client retries for a minute.
 
     Args:
         asked: whether the hub will be asked at all.

@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 T = TypeVar("T")
 
-# Files of a folder that count as images; timm by itself leaves all but PNG and JPEG out unsaid.
+# Files of a folder that count as images. timm's own list has PNG and JPEG only, without a warning.
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 # The shorter side is resized to the model's, so a line of pixels would fill the memory.
 MOST_ELONGATED = 1000
@@ -21,8 +21,8 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels → Pillow's name of what they
 
 
 def convert_image(image: Image.Image, mode: str) -> Image.Image:
-    """`image.convert(mode)`, with transparent palettes read the way Pillow asks for, and 16 bits a
-    pixel brought to 8.
+    """`image.convert(mode)`, with transparent palettes read as Pillow advises, and 16 bits a pixel
+    scaled to 8.
 
     Raises:
         ValueError: if pixels are not of 8 or 16 bits, so that white is not known; or if one side is
@@ -91,7 +91,7 @@ def why_unreadable(error: Exception) -> str:
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:
-    """Raise ValueError if a path is a pipe, a socket or a device, which would be waited for.
+    """Raise ValueError if a path is a pipe, a socket or a device, because reading would wait.
 
     Raises:
         FileNotFoundError: if there is nothing of this name.

@@ -47,9 +47,9 @@ def unwrap(weights: Any) -> Any:
 def find_weights(path: str | os.PathLike[str], expected: Collection[str]) -> dict[str, Tensor]:
     """A model's weights in a user's own file, wherever they lie in it.
 
-    The file may be of timm, Lightning, accelerate or another training script. Of the dicts in it
-    and of the prefixes of their keys (`model.`, `module.`, `net.backbone.`, …) those are taken
-    with which most keys are the model's. Keys with another prefix (a loss, a metric, a second
+    The file may be of timm, Lightning, accelerate or another training script. It may hold several
+    dicts, and keys with prefixes (`model.`, `module.`, `net.backbone.`, …). The dict and the prefix
+    with most of the model's keys are taken. Keys with another prefix (a loss, a metric, a second
     network) are left out. `torch.compile`'s `_orig_mod.` is removed everywhere.
 
     Args:

@@ -116,7 +116,7 @@ def batch_threshold(
         ordered = gather(known).flatten().sort(descending=True).values
         last = (ratios[stage] * len(ordered)).round().long().clamp(1, len(ordered)) - 1
         least = ordered.masked_fill(~ordered.isfinite(), float("inf")).min()
-        # Where all are to stay, noise must not drop the last ones: e⁻²⁰ is next to never.
+        # At ratio 1 noise must not drop any token. This makes the probability e⁻²⁰.
         bound = torch.maximum(ordered.gather(0, last[None])[0], least) - 20.0 * (
             ratios[stage] >= 1.0
         )

@@ -294,9 +294,9 @@ class HardwareOptions:
         checkpoint_activations: compute the student's activations a second time in the backward
             pass, instead of keeping them: less memory, more time.
         kept_gradients: leave out the gradients of dropped tokens, which are next to nothing
-            (docs/training.md): less time and memory for wide models on a CPU. Null chooses it on a
-            CPU from width 384 on. It does not go with compile or checkpoint_activations. Training
-            of dense models ignores it.
+            (docs/training.md): less time and memory for wide models on a CPU. By default it is on
+            for models of width 384 or more on a CPU. It does not work with compile or
+            checkpoint_activations. Training of dense models ignores it.
         shard: divide weights, gradients and optimizer over the processes (FSDP2), where they do not
             fit into each. A launcher's own FSDP setting asks for the same.
     """

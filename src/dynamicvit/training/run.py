@@ -192,7 +192,7 @@ class Run(Prepared):
 
     @property
     def temperature(self) -> float:
-        """Of the keep decisions: from 1 at the start to the config's at the end, exponentially."""
+        """Temperature of the keep decisions: it changes exponentially from 1 to the config's."""
         return float(self.config.temperature ** (self.total_step / self.last_step))
 
     @property

@@ -25,12 +25,12 @@ from dynamicvit.training.setup import check_new_run, load_dense, open_session, p
 def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> Evaluation:
     """Train a sparse model from a dense one, or a dense model, by `config`.
 
-    Any launcher serves: one process, `accelerate launch`, `torchrun`, `srun`. From then on this
-    process flushes denormal numbers to zero, on CPUs that can.
+    It works in one process and with `accelerate launch`, `torchrun` and `srun`. It makes this
+    process flush denormal numbers to zero, on CPUs that can.
 
-    On SIGTERM a checkpoint is written at the end of the step (of the next one, if it comes during
-    validation; the last validation is finished), and the process exits with 143. A second SIGTERM
-    ends it at once. Steps of a warm start, which comes first, are not kept: there the first does.
+    On SIGTERM it writes a checkpoint at the end of the step, and the process exits with 143. During
+    validation, it does so after the next step; the last validation is finished. A second SIGTERM
+    ends the process at once. So does the first one during a warm start, whose steps are not kept.
 
     Args:
         config: what to train, on what, how.

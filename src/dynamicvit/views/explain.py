@@ -184,8 +184,11 @@ def _predictions(model: Any, logits: Tensor) -> list[list[Prediction]]:
 
 
 def _to_pixels(images: Tensor, config: dict[str, Any]) -> np.ndarray:
-    """Undo the normalisation: [B, C, H, W] → [B, H, W, 3] uint8. Of other than three channels,
-    four are colours and opacity, and otherwise the first is shown in grey."""
+    """Undo the normalisation: [B, C, H, W] → [B, H, W, 3] uint8.
+
+    With four channels the last one is opacity, and is left out. Otherwise, unless there are three,
+    the first channel is shown in grey.
+    """
     channels = images.shape[1]
     mean, std = (
         torch.tensor(config[name], device=images.device).view(1, -1, 1, 1)
