@@ -21,7 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "train": (
         "dynamicvit.training.train:train",
-        "Train a sparse model from a dense one, or a dense model, by `config`.",
+        "Train a sparse model from a dense one, or a dense model.",
     ),
     "evaluate": (
         "dynamicvit.evaluation.evaluate:evaluate",

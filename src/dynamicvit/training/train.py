@@ -23,7 +23,7 @@ from dynamicvit.training.setup import check_new_run, load_dense, open_session, p
 
 
 def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> Evaluation:
-    """Train a sparse model from a dense one, or a dense model, by `config`.
+    """Train a sparse model from a dense one, or a dense model.
 
     It works in one process and with `accelerate launch`, `torchrun` and `srun`. It makes this
     process flush denormal numbers to zero, on CPUs that can.
