@@ -15,7 +15,7 @@ from dynamicvit.deploy import benchmark as module
 from dynamicvit.deploy import engines
 from dynamicvit.deploy.benchmark import benchmark, print_benchmark
 from dynamicvit.deploy.memory import peak_memory
-from dynamicvit.deploy.stage_times import stage_times
+from dynamicvit.deploy.part_times import part_times
 from dynamicvit.evaluation.environment import environment
 from tests.conftest import randomise, tiny_vit
 
@@ -117,7 +117,7 @@ def test_memory_of_a_model_that_another_process_cannot_read(
 
 def test_stages_are_named_and_timed() -> None:
     sparse = _sparse()
-    found = stage_times(sparse, torch.randn(2, 3, 32, 32), rounds=2)
+    found = part_times(sparse, torch.randn(2, 3, 32, 32), rounds=2)
     assert [*found] == [
         *("embed", "block 0", "scorer 1", "block 1", "scorer 2", "block 2", "scorer 3"),
         *("block 3", "norm and head", "other"),
@@ -125,7 +125,7 @@ def test_stages_are_named_and_timed() -> None:
     assert all(value > 0 for value in found.values())
     assert not any("forward" in vars(module) for module in sparse.modules())
     schedule = KeepSchedule((0, 2), (0.5, 0.25))
-    found = stage_times(sparsify(tiny_vit(), schedule=schedule), torch.randn(1, 3, 32, 32))
+    found = part_times(sparsify(tiny_vit(), schedule=schedule), torch.randn(1, 3, 32, 32))
     assert [*found][:4] == ["embed", "scorer 1", "blocks 0–1", "scorer 2"]
 
 

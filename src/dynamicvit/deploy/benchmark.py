@@ -33,7 +33,7 @@ from dynamicvit.deploy.engines import (
     installed,
 )
 from dynamicvit.deploy.memory import peak_memory
-from dynamicvit.deploy.stage_times import stage_times
+from dynamicvit.deploy.part_times import part_times
 from dynamicvit.evaluation.console import make_table, plain, show_steps
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.launch import find_device
@@ -213,7 +213,7 @@ def _run(
     if not measurements:
         raise ValueError("no engine runs the model here: {reason}".format(**failed[0]))
     report("timing the parts of the pruned model")
-    stages = stage_times(sparse, torch.randn(max(batch_sizes), *size, device=device))
+    parts = part_times(sparse, torch.randn(max(batch_sizes), *size, device=device))
     return {
         "device": str(device),
         "input_size": size,
@@ -222,7 +222,7 @@ def _run(
         "ideal_speed_up": ideal,
         "measurements": measurements,
         "failed": failed,
-        "stages_ms": stages,
+        "stages_ms": parts,
         "environment": environment(),
     }
 
@@ -336,7 +336,7 @@ def print_benchmark(result: dict[str, Any]) -> None:
     first = "engine, precision"
     speeds = make_table(first, "batch", "dense", "pruned", "speed-up", "efficiency")
     times = make_table(first, "batch", "dense ms", "pruned ms", "peak MB")
-    stages = make_table("part of the pruned model", "ms")
+    parts = make_table("part of the pruned model", "ms")
     for item in measurements:
         form = f"{item['engine']}, {item['precision']}", str(item["batch_size"])
         low, high = item["spread"]
@@ -353,14 +353,14 @@ def print_benchmark(result: dict[str, Any]) -> None:
         peaks = item["peak_mb"] or ()
         times.add_row(*form, *calls, " → ".join(f"{peak:.0f}" for peak in peaks))
     for name, spent in result["stages_ms"].items():
-        stages.add_row(name, _number(spent))
+        parts.add_row(name, _number(spent))
     batch = max(item["batch_size"] for item in measurements)
     # A table that is cut says nothing: a narrower terminal wraps its lines.
     console = Console(width=max(80, Console().width))
     for caption, table in (
         ("images a second; speed-up: median of ratios (quartiles)", speeds),
         ("milliseconds a call: median (95th percentile); memory: dense → pruned", times),
-        (f"eager, float32, batch {batch}", stages),
+        (f"eager, float32, batch {batch}", parts),
     ):
         console.print(caption)
         console.print(table)

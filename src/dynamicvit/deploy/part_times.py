@@ -14,7 +14,7 @@ from dynamicvit.evaluation.timing import medians, time_call
 
 
 @torch.inference_mode()
-def stage_times(model: SparseViT, images: Tensor, rounds: int = 5) -> dict[str, float]:
+def part_times(model: SparseViT, images: Tensor, rounds: int = 5) -> dict[str, float]:
     """Where time goes, eager and in float32: milliseconds of the embedding, of each stage's scorer
     and blocks, and of norm and head; medians over rounds. "other" is selection and gathering."""
     fused = model.fuse()  # a copy
