@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -142,11 +143,12 @@ def test_what_is_slower_or_dearer_than_dense_is_not_recommended() -> None:
 
 def test_the_last_line_says_what_was_gained() -> None:
     lines = str(_result()).splitlines()
-    assert lines[-1] == "a: 0.30 points lost, 1.50× faster than dense, 40% fewer GMACs"
-    assert "99 images are too few to be sure: it may lose up to 0.90 points" in lines[-2]
-    assert "too few" not in str(_result().recommend(max_loss=1.0))
+    assert re.findall(r"[\d.]+[×%]?", lines[-1]) == ["0.30", "1.50×", "40%"]
+    assert re.findall(r"[\d.]+", lines[-2]) == ["99", "0.90"], "what it may lose"
+    unsure = len(lines) - 1
+    assert len(str(_result().recommend(max_loss=1.0)).splitlines()) == unsure
     again = str(_result(objective="gmacs").recommend(min_agreement=0.995)).splitlines()[-1]
-    assert again == "a: 99.90% of the answers as dense, 90% fewer GMACs"
+    assert re.findall(r"[\d.]+[×%]?", again) == ["99.90%", "90%"]
 
 
 def test_a_dense_model_is_searched_without_training(pixels: Tensor, tmp_path: Path) -> None:
