@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from dynamicvit.core.backbones import Backbone
 from dynamicvit.core.model import SparseViT
 from dynamicvit.evaluation.class_names import check_classes, warn_of_names
-from dynamicvit.evaluation.console import track
+from dynamicvit.evaluation.console import plain, track
 from dynamicvit.evaluation.data import ImageData, open_data
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.evaluation.launch import start_processes
