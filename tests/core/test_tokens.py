@@ -15,6 +15,7 @@ from dynamicvit.core.tokens import (
     Tokens,
     attention_bias,
     best_keep,
+    bound_gradient,
     gather_tokens,
     keep_mask,
     key_bias,
@@ -272,3 +273,12 @@ def test_only_the_blocks_that_are_left_keep_their_rotary_embeddings() -> None:
     assert cast(Any, tokens.take(kept, 2).rope).flatten().tolist() == [6, 4, 10, 8]
     shared = tokens._replace(rope=own[:1]).take(kept, 2)
     assert cast(Any, shared.rope).flatten().tolist() == [2, 0]
+
+
+def test_a_gradient_is_bounded_and_nothing_else() -> None:
+    x = torch.tensor([1.0, -2.0, 3.0], requires_grad=True)
+    y = bound_gradient(x, 0.5)
+    assert torch.equal(y, x)
+    (y * torch.tensor([0.25, -7.0, 1e6])).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [0.25, -0.5, 0.5]

@@ -18,8 +18,8 @@ from dynamicvit.training.losses import (
     distillation_loss,
     kept_count,
     logit_kl,
-    mean_score_loss,
     ratio_loss,
+    score_loss,
     token_kl,
     token_mse,
     weigh_targets,
@@ -98,12 +98,10 @@ def test_the_mean_score_gets_no_gradient() -> None:
     torch.testing.assert_close(scores.grad, (weights - 6.0) * keep)
 
 
-def test_the_mean_score_is_held() -> None:
+def test_scores_are_held_near_0() -> None:
     scores = torch.tensor([[3.0, 1.0], [2.0, -2.0]], requires_grad=True)
-    assert mean_score_loss([scores, 2 * scores]).item() == pytest.approx(1.0 + 4.0)
-    # Another process has a mean of 3: the gradient is that of the mean of both.
-    mean_score_loss([scores], lambda own: (own + 3.0) / 2).backward()
-    torch.testing.assert_close(scores.grad, torch.full_like(scores, 2 * 2.0 / 4))
+    loss = score_loss([scores, 2 * scores])
+    assert loss.item() == pytest.approx((9 + 1 + 4 + 4) / 4 * (1 + 4))
 
 
 def test_a_budget_larger_than_what_is_left_keeps_what_is_left() -> None:

@@ -8,9 +8,10 @@ from timm.models.vision_transformer import ParallelThingsBlock
 
 from dynamicvit.core.backbones import UnsupportedBackbone
 from dynamicvit.core.model import SparseViT, sparsify
+from dynamicvit.core.paths import MOST_GRADIENT
 from dynamicvit.core.selectors.learned import TokenScorer
 from dynamicvit.models.lvvit import LVViT
-from dynamicvit.training.losses import MEAN_SCORE_WEIGHT, token_kl
+from dynamicvit.training.losses import SCORE_WEIGHT, token_kl
 from dynamicvit.training.task import DenseTask, SparseTask, WarmStartTask
 from tests.conftest import tiny_vit
 
@@ -88,7 +89,7 @@ def test_a_step_follows_the_budget_that_it_is_given(kept_gradients: bool) -> Non
             "cross_entropy": 1.0,
             "logit_kl": 0.5,
             "token": 0.5,
-            "mean_score": MEAN_SCORE_WEIGHT,
+            "scores": SCORE_WEIGHT,
         }
         total = sum(weight * result[name] for name, weight in weights.items())
         torch.testing.assert_close(result["loss"].detach(), total)
@@ -96,6 +97,19 @@ def test_a_step_follows_the_budget_that_it_is_given(kept_gradients: bool) -> Non
     for name, parameter in student.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
+
+
+def test_with_a_threshold_no_decision_drowns_the_others() -> None:
+    student = sparsify(tiny_vit().train(), 0.5)
+    noise = [torch.full((4, 16), 0.5)] * 3
+    largest = []
+    for threshold in (lambda *_: torch.zeros(()), None):
+        output = student.masked(IMAGES, noise=noise, threshold=threshold)
+        output.scores[-1].retain_grad()
+        (1e6 * output.logits.sum()).backward()
+        largest.append(cast(torch.Tensor, output.scores[-1].grad).abs().max())
+    assert 0 < largest[0] <= MOST_GRADIENT / 4 / 4  # images; the steepest slope of a sigmoid
+    assert largest[1] > 1
 
 
 @pytest.mark.parametrize("ratios", [None, torch.tensor([0.6, 0.4, 0.2])])

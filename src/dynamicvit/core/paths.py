@@ -17,6 +17,7 @@ from dynamicvit.core.tokens import (
     Tokens,
     attention_bias,
     best_keep,
+    bound_gradient,
     gather_tokens,
     others,
     sample_keep,
@@ -24,6 +25,9 @@ from dynamicvit.core.tokens import (
     straight_through,
     topk_keep,
 )
+
+# A decision must not claim to change its image's loss by more than this, when a threshold is given.
+MOST_GRADIENT = 0.3
 
 
 def keep_tokens(stage: Stage, kept_BK: Tensor) -> Tokens:
@@ -93,7 +97,8 @@ class Masked(Path):
         noise: for each stage, [B, N] uniform draws.
         temperature: of the sampling's relaxation.
         threshold: gives, from a stage's number, its scores and the keep mask before it ([B, N], or
-            None), what is taken off the scores before decisions are drawn. By default nothing.
+            None), what is taken off the scores before decisions are drawn. The gradients of
+            decisions are bounded then, for a loss that is a mean over images. By default nothing.
     """
 
     def __init__(
@@ -118,6 +123,10 @@ class Masked(Path):
         scores = selector(tokens.patches, tokens.keep, stage)
         decision = self.decide(stage, selector, scores)
         keep = decision if tokens.keep is None else tokens.keep * decision
+        if self.threshold is not None:
+            # A small budget may drop what an image cannot do without. Attention that looked there
+            # makes the gradient of its decision a thousand times and more that of others.
+            keep = bound_gradient(keep, MOST_GRADIENT / len(keep))
         if stage.squeeze:
             leaving = 1.0 - decision if tokens.keep is None else tokens.keep - keep
             x = squeeze(tokens.patches, tokens.patches, leaving, can_host_BK=keep)

@@ -7,7 +7,7 @@ A suffix names a tensor's axes: `x_BNC`.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -160,6 +160,23 @@ def sample_keep(
     noise = uniform.log() - (-uniform).log1p()
     logits = (scores + noise) / temperature
     return straight_through((logits > 0).float(), logits)
+
+
+def bound_gradient(x: Tensor, limit: float) -> Tensor:
+    """x, whose gradient is clamped to [-limit, limit]."""
+    bounded: Tensor = _Bounded.apply(x, limit)
+    return bounded
+
+
+class _Bounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, limit: float) -> Tensor:
+        ctx.limit = limit
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.clamp(-ctx.limit, ctx.limit), None
 
 
 def best_keep(scores_BN: Tensor, count: int, keep_BN: Tensor | None = None) -> Tensor:

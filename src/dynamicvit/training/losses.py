@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dynamicvit.core.model import SparseOutput
 
-MEAN_SCORE_WEIGHT = 0.01  # of `mean_score_loss`
+SCORE_WEIGHT = 0.01  # of `score_loss`
 
 
 @dataclass(frozen=True)
@@ -70,26 +70,17 @@ def ratio_loss(keep: Sequence[Tensor], ratios: Sequence[float] | Tensor) -> Tens
     return torch.stack(terms).sum()
 
 
-def mean_score_loss(
-    scores: Sequence[Tensor], mean_over_processes: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
-    """The batch's mean score, squared, sum over stages.
+def score_loss(scores: Sequence[Tensor]) -> Tensor:
+    """The mean squared score, sum over stages.
 
-    `batch_threshold` removes the mean score from every other loss. This loss alone holds it near 0,
-    where the sigmoid of a score tells images apart best.
+    With `batch_threshold` only the differences of scores decide, and training makes them larger
+    without end. Far from the threshold a sigmoid has no slope, so scorers would stop to learn. This
+    loss holds scores near 0, where the sigmoid tells tokens apart best.
 
     Args:
         scores: for each stage, [B, N] log-odds of keeping.
-        mean_over_processes: as for `batch_threshold`.
     """
-    means = []
-    for score in scores:
-        mean = score.float().mean()
-        if mean_over_processes is not None:
-            own = mean.detach()
-            mean = mean + mean_over_processes(own) - own
-        means.append(mean)
-    return torch.stack(means).square().sum()
+    return torch.stack([score.float().square().mean() for score in scores]).sum()
 
 
 def batch_threshold(
@@ -101,7 +92,7 @@ def batch_threshold(
 
     It is subtracted from the scores, so the same scores serve every budget. Tokens of all images
     compete, so an image may keep more than another. The mean of all scores then decides nothing. It
-    gets no gradient from here, because it would grow without end. `mean_score_loss` holds it.
+    gets no gradient from here, because it would grow without end. `score_loss` holds it.
 
     Args:
         ratios: [S], for each stage the share of all tokens that should be kept.

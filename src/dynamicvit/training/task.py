@@ -18,13 +18,13 @@ from dynamicvit.core.paths import Masked
 from dynamicvit.core.tokens import best_keep
 from dynamicvit.training.kept_gradients import KeptGradients, KeptMasked
 from dynamicvit.training.losses import (
-    MEAN_SCORE_WEIGHT,
+    SCORE_WEIGHT,
     LossWeights,
     batch_threshold,
     cross_entropy,
     distillation_loss,
     kept_count,
-    mean_score_loss,
+    score_loss,
     token_kl,
     token_mse,
 )
@@ -170,8 +170,8 @@ class SparseTask(_WithTeacher):
             count,
         )
         if ratios is not None:
-            losses["mean_score"] = mean_score_loss(student.scores, self.mean_over_processes)
-            losses["loss"] = losses["loss"] + MEAN_SCORE_WEIGHT * losses["mean_score"]
+            losses["scores"] = score_loss(student.scores)
+            losses["loss"] = losses["loss"] + SCORE_WEIGHT * losses["scores"]
         result = {name: value.detach() for name, value in losses.items()}
         result |= {"loss": losses["loss"], "output": student.logits.detach()}
         if student.keep:
