@@ -39,6 +39,11 @@ def _config(**options: Any) -> TrainConfig:
             {"keep_ratios": [0.4, 1], "keep_ratio": None},
             "keep_ratios needs sparse training .* keep_ratio None",
         ),
+        (
+            PruningOptions,
+            {"squeeze": True, "scorer": "pooling"},
+            "squeeze must be false with scorer pooling, got true",
+        ),
         (AugmentationOptions, {"hflip": 2.0}, "hflip must lie in"),
         (OptimizationOptions, {"patience": 0}, "patience must be 1 or more, got 0"),
         (LossOptions, {"token_weight": -1.0}, "token_weight must be 0 or more"),

@@ -445,8 +445,9 @@ def test_a_compiled_step_makes_the_same_run_and_resumes(
                 assert ours[name] == pytest.approx(expected[name], rel=1e-4)
 
 
+@pytest.mark.parametrize("squeeze", [False, True])
 def test_gradients_of_kept_tokens_alone_make_the_same_run(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], squeeze: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
 
@@ -456,9 +457,10 @@ def test_gradients_of_kept_tokens_alone_make_the_same_run(
             super().__init__(*arguments)
 
     monkeypatch.setattr("dynamicvit.training.kept_gradients.KeptGradients", Counted)
-    options |= {"epochs": 1, "freeze_epochs": 0}
+    options |= {"epochs": 1, "freeze_epochs": 0, "squeeze": squeeze}
     train(TrainConfig(**options, kept_gradients=False))
     assert not made
+    assert dynamicvit.load(Path(options["output"]) / BEST).squeeze == squeeze
     monkeypatch.setattr(student, "KEPT_GRADIENTS_WIDTH", 32)
     train(TrainConfig(**options | {"output": options["output"] + "_2"}))  # the default on a CPU
     assert len(made) == 4 * 4, "in each step before the first stage, and at each of three"

@@ -88,6 +88,8 @@ class PruningOptions:
         scorer: what decides which tokens stay: learned; or, to compare with, random, static,
             class_attention, class_attention_merging, similarity_merging or pooling. The last three
             make new tokens. They are trained by the two losses on logits only.
+        squeeze: merge each token that leaves into the most similar one that stays (arXiv
+            2304.10716). Not with a scorer that makes new tokens.
         temperature: temperature of the sampled keep decisions at the end of training. It starts at
             1 and changes exponentially.
         start_at_ratio: start with scorers that keep tokens at the schedule's ratio, instead of half
@@ -103,6 +105,7 @@ class PruningOptions:
     blocks: list[int] | None = None
     ratios: list[float] | None = None
     scorer: str = "learned"
+    squeeze: bool = False
     temperature: float = 1.0
     start_at_ratio: bool | None = None
     warm_start: int = 0
@@ -117,6 +120,8 @@ class PruningOptions:
         elif self.keep_ratio is not None:
             KeepSchedule.from_keep_ratio(self.keep_ratio, depth=12)
         check_name(self.scorer)
+        if self.squeeze and SELECTORS[self.scorer].merges:
+            raise ValueError(f"squeeze must be false with scorer {self.scorer}, got true")
         _check_numbers(self, "temperature")
         if self.temperature == 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")

@@ -64,7 +64,12 @@ def create_student(
         schedule = KeepSchedule(tuple(config.blocks), tuple(config.ratios))
     keep_ratio = None if schedule else config.keep_ratio
     sparse = sparsify(
-        dense, keep_ratio, schedule=schedule, align=config.align, scorer=config.scorer
+        dense,
+        keep_ratio,
+        schedule=schedule,
+        align=config.align,
+        scorer=config.scorer,
+        squeeze=config.squeeze,
     )
     if config.drop_path:
         _set_drop_path(sparse.backbone, config.drop_path)
