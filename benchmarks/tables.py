@@ -142,6 +142,10 @@ def tables(results: Sequence[dict[str, Any]]) -> dict[str, str]:
                 and all(with_it[key] == row[key] for key in ("scorer", "keep_ratio"))
             ],
         ),
+        "budgets": markdown(
+            ("keep ratio", "GMACs", "one model for all", "each image its own", "trained for it"),
+            _one_for_all(results, main),
+        ),
         "losses": markdown(
             ("loss left out", "top-1", "against dense"),
             [
@@ -150,6 +154,24 @@ def tables(results: Sequence[dict[str, Any]]) -> dict[str, str]:
             ],
         ),
     }
+
+
+def _one_for_all(
+    results: Sequence[dict[str, Any]], main: Sequence[dict[str, Any]]
+) -> Iterator[list[str]]:
+    found: dict[float, dict[bool, list[dict[str, Any]]]] = {}
+    for result in results:
+        for point in result.get("budgets", ()):
+            at = found.setdefault(point["keep_ratio"], {True: [], False: []})
+            at[point["per_image"]].append(point)
+    for ratio, at in found.items():
+        own = [row for row in main if (row["scorer"], row["keep_ratio"]) == ("learned", ratio)]
+        yield [
+            f"{ratio:g}",
+            f"{statistics.mean(point['gmacs'] for point in at[False]):.4f}",
+            *(_seeds([point["top1"] for point in at[per_image]]) for per_image in (False, True)),
+            "".join(map(_top1, own)),
+        ]
 
 
 def _main(main: Sequence[dict[str, Any]], dense: dict[str, Any]) -> Iterator[list[str]]:
@@ -178,9 +200,16 @@ def _budgets(rows: Sequence[dict[str, Any]]) -> list[int]:
 
 
 def _top1(row: dict[str, Any]) -> str:
-    low, high = row["spread"]
-    of = f" ({low:.2f}–{high:.2f}, {row['seeds']} seeds)" if row["seeds"] > 1 else ""
-    return f"{row['top1']:.2f}{of}"
+    return _spread(row["top1"], row["spread"], row["seeds"])
+
+
+def _seeds(top1: Sequence[float]) -> str:
+    return _spread(statistics.mean(top1), (min(top1), max(top1)), len(top1))
+
+
+def _spread(mean: float, spread: tuple[float, float], seeds: int) -> str:
+    of = f" ({spread[0]:.2f}–{spread[1]:.2f}, {seeds} seeds)" if seeds > 1 else ""
+    return f"{mean:.2f}{of}"
 
 
 def _result(row: dict[str, Any], dense: dict[str, Any]) -> list[str]:

@@ -348,3 +348,24 @@ sys.exit(accuracy.main(sys.argv[1:]))
     assert "no plot: pip install 'dynamicvit[plot]'" in run.stdout
     assert (folder / accuracy.JSON).exists()
     assert not (folder / accuracy.PLOT).exists()
+
+
+def test_one_model_for_all_budgets_stands_beside_those_trained_for_one() -> None:
+    shared = {"scorer": "learned", "keep_ratio": 0.7, "stages": 3, "steps": 9, "warm_start": 0}
+    shared |= {"gmacs": 1.0, "top1": 90.0}
+    points = [
+        [
+            {"keep_ratio": 0.7, "per_image": per_image, "top1": top1 + per_image, "gmacs": 0.5}
+            for per_image in (False, True)
+        ]
+        for top1 in (80.0, 82.0)
+    ]
+    rows = [
+        {**shared, "row": "dense", "table": "dense", "seed": 0, "scorer": None},
+        {**shared, "row": "learned-0.7", "table": "main", "seed": 0},
+        {**shared, "row": "budgets", "table": "budgets", "seed": 0, "budgets": points[0]},
+        {**shared, "row": "budgets-seed1", "table": "budgets", "seed": 1, "budgets": points[1]},
+    ]
+    assert tables(rows)["budgets"].endswith(
+        "| 0.7 | 0.5000 | 81.00 (80.00–82.00, 2 seeds) | 82.00 (81.00–83.00, 2 seeds) | 90.00 |"
+    )
