@@ -23,7 +23,7 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun --kill-on-bad-exit=1 torchrun \
     --nnodes "$SLURM_NNODES" --nproc_per_node 8 \
     --rdzv_backend c10d --rdzv_endpoint "$head:29500" --rdzv_id "$SLURM_JOB_ID" \
-    -m dynamicvit.cli train --config "$1" --resume "${@:2}" &
+    -m dynamicvit train --config "$1" --resume "${@:2}" &
 training=$!
 wait "$training"
 status=$?

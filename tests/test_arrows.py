@@ -28,6 +28,7 @@ LAYERS = (
     {"views"},
     {"quickstart"},
     {"cli"},
+    {"__main__"},
 )
 # `save_pretrained`, `push_to_hub` and `predict` are methods of the model, and import what they call
 # when they are called.

@@ -189,7 +189,7 @@ def test_a_bad_config_file_is_one_line(
 
 
 def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
-    command = f"{sys.executable} -m dynamicvit.cli models deit_256 | true"
+    command = f"{sys.executable} -m dynamicvit models deit_256 | true"
     run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert run.stderr == ""
 

@@ -256,7 +256,7 @@ def _start_alone(config: Path, *arguments: str) -> list[subprocess.Popen[str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "dynamicvit.cli", "train", "--config", str(config), *arguments]
+    command = [sys.executable, "-m", "dynamicvit", "train", "--config", str(config), *arguments]
     pipe = subprocess.PIPE
     return [
         subprocess.Popen(
@@ -299,7 +299,7 @@ def test_sigterm_to_one_process_stops_all_with_a_checkpoint(root: Path) -> None:
 def test_sigterm_to_the_process_group_stops_with_a_checkpoint(root: Path) -> None:
     """As GNU timeout, systemd and srun send it: to the loader processes too."""
     config = _config(root, "group", **LONG | {"workers": 2})
-    command = [sys.executable, "-m", "dynamicvit.cli", "train", "--config", str(config)]
+    command = [sys.executable, "-m", "dynamicvit", "train", "--config", str(config)]
     pipe = subprocess.PIPE
     process = subprocess.Popen(
         command,

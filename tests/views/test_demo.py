@@ -247,7 +247,7 @@ def server(folder: Path) -> Iterator[str]:
     temporary.mkdir()
     # One thread, as here: sums are then the same to the bit.
     around = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
-    command = [sys.executable, "-m", "dynamicvit.cli", "demo", "embedded", str(folder)]
+    command = [sys.executable, "-m", "dynamicvit", "demo", "embedded", str(folder)]
     with subprocess.Popen(
         [*command, "--port", str(port), "--max-upload", "1", "--quiet"],
         stdout=subprocess.PIPE,
