@@ -201,7 +201,7 @@ def align_cost() -> str:
     return f"{aligned / published - 1:.1%}"
 
 
-def engines() -> str:
+def engines(file: str = "speed_deit_small.json") -> str:
     head = ("engine", "precision", "batch", "dense → pruned, images/s", "speed-up", "efficiency")
     return markdown(
         (*head, "peak MB"),
@@ -212,9 +212,13 @@ def engines() -> str:
                 f"{item['efficiency']:.2f}",
                 " → ".join(f"{megabytes:.0f}" for megabytes in item["peak_mb"] or ()),
             ]
-            for item in _read("speed_deit_small.json")["measurements"]
+            for item in _read(file)["measurements"]
         ],
     )
+
+
+def packed() -> str:
+    return engines("speed_deit_small_packed.json")
 
 
 def profile() -> str:
@@ -410,6 +414,7 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "speed": speed,
     "speed ideal": speed_ideal,
     "engines": engines,
+    "packed": packed,
     "gpu": gpu,
     "gpu name": gpu_name,
     "gpu per image": gpu_per_image,
