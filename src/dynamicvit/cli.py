@@ -215,3 +215,7 @@ def _one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     message = " ".join(map(str.strip, lines))
     return lines[-1].partition(": ")[2] if "Traceback" in message else message
+
+
+if __name__ == "__main__":  # launch scripts of earlier versions
+    sys.exit(main())

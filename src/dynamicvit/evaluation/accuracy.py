@@ -16,10 +16,7 @@ from torch import Tensor, nn
 from dynamicvit.core.macs import count_gmacs, in_eval_mode
 from dynamicvit.core.model import SparseViT
 from dynamicvit.evaluation.data import check_labels
-from dynamicvit.evaluation.setup import (
-    input_size,
-    token_counts,
-)
+from dynamicvit.evaluation.setup import input_size, token_counts
 from dynamicvit.evaluation.timing import time_call
 from dynamicvit.evaluation.unreadable import DataError
 

@@ -6,6 +6,7 @@ import os
 import random
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -268,8 +269,9 @@ class _Images(Dataset):
     def _read(self, index: int) -> tuple[Image.Image, int]:
         if isinstance(self.source, ImageDataset):
             name = self._file(index)
-            if name is not None and os.path.exists(name):
-                check_regular(name)
+            if name is not None:
+                with suppress(FileNotFoundError):  # the name of bytes in a table
+                    check_regular(name)
             # timm's own __getitem__ would replace an unreadable image and go on.
             image, target, *_ = self.source.reader[index]
             if not isinstance(image, Image.Image):

@@ -14,10 +14,7 @@ from torch import Tensor
 from dynamicvit.evaluation.accuracy import count_confusion, evaluate_answers, macro_f1
 from dynamicvit.evaluation.class_names import names_of_classes
 from dynamicvit.evaluation.console import cell, make_table, plain
-from dynamicvit.evaluation.setup import (
-    Source,
-    count_unreadable,
-)
+from dynamicvit.evaluation.setup import Source, count_unreadable
 from dynamicvit.io.arguments import check_types
 from dynamicvit.io.files import check_file, write_text
 from dynamicvit.io.load import at_budget, is_timm_name, load_model

@@ -74,7 +74,7 @@ def score_loss(scores: Sequence[Tensor]) -> Tensor:
     """The mean squared score, sum over stages.
 
     With `batch_threshold` only the differences of scores decide, and training makes them larger
-    without end. Far from the threshold a sigmoid has no slope, so scorers would stop to learn. This
+    without end. Far from the threshold a sigmoid has no slope, so scorers would stop learning. This
     loss holds scores near 0, where the sigmoid tells tokens apart best.
 
     Args:
