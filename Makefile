@@ -21,15 +21,11 @@ results: demo  ## the quickstart's numbers and pictures, as README and docs show
 numbers: .venv/installed  ## write measured numbers into README and docs
 	$(BIN)/python -m tools.write_numbers
 
-# The engines' tests run in processes of their own. In one process with the rest, Python 3.11 crashed
-# inside its own int() in one run of three, some hundred tests after them.
 test: lint  ## lint, types, ordinary tests
-	$(PYTEST) tests/deploy
-	$(PYTEST) --ignore tests/deploy
+	$(PYTEST)
 
 test-all: test  ## the ordinary tests, then the slow ones
-	$(PYTEST) -m slow tests/deploy
-	$(PYTEST) -m slow --ignore tests/deploy
+	$(PYTEST) -m slow
 
 zoo: .venv/installed  ## the table of timm's plain transformers in docs
 	$(BIN)/dynamicvit models --output docs/models.md

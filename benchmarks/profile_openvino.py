@@ -22,6 +22,7 @@ import torch
 from dynamicvit import sparsify
 from dynamicvit.deploy.engines import save
 from dynamicvit.deploy.formats import OPENVINO_HINTS
+from dynamicvit.deploy.runtime import openvino_core
 from dynamicvit.evaluation.environment import environment
 from dynamicvit.io.files import write_text
 
@@ -67,7 +68,7 @@ def main() -> None:
 
 
 def _request(path: Path, precision: str) -> Any:
-    compiled = openvino.Core().compile_model(
+    compiled = openvino_core().compile_model(
         path,
         "CPU",
         {

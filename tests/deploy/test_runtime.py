@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,24 @@ def test_the_page_runs_without_this_package(
     for row in odds / odds.sum(axis=1, keepdims=True):
         for index, probability in expected.items():
             assert row[index] == pytest.approx(probability, abs=1e-3)
+
+
+def test_a_signal_after_openvino_s_models_ended_is_handled(tmp_path: Path) -> None:
+    """On processors with AMX it ended the process (docs/openvino-signal-stack.md)."""
+    path = tmp_path / "model.xml"
+    export_model(_two_stages(), path, quiet=True)
+    script = f"""
+import signal, subprocess
+from pathlib import Path
+from dynamicvit.deploy.formats import LOADERS
+one, other = (LOADERS["openvino"](Path({str(path)!r}), "float32") for _ in range(2))
+del one
+del other
+signal.signal(signal.SIGCHLD, lambda *_: None)
+for _ in range(20):
+    subprocess.run(["true"], check=True)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_files_with_one_budget_are_refused(tmp_path: Path) -> None:

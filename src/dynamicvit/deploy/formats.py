@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynamicvit.deploy.runtime import openvino_core
 from dynamicvit.evaluation.processor import has_bfloat16
 from dynamicvit.evaluation.timing import Engine
 
@@ -59,13 +60,11 @@ def _open_onnx(path: Path, precision: str) -> Engine:
 
 
 def _open_openvino(path: Path, precision: str) -> Engine:
-    import openvino
-
     options = {
         "INFERENCE_PRECISION_HINT": OPENVINO_HINTS[precision],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
-    core = openvino.Core()
+    core = openvino_core()
     model = core.read_model(path)
     compiled = core.compile_model(model, "CPU", options)
     default = {}
@@ -116,10 +115,8 @@ def _tensors(arrays: Any) -> tuple[Tensor, ...]:
 
 def check_openvino(precision: str) -> None:
     """OpenVINO takes every hint, and computes in another precision where the device lacks it."""
-    import openvino
-
     needed = {"float16": "FP16", "bfloat16": "BF16", "int8": "INT8"}.get(precision, "FP32")
-    able = set(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    able = set(openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
     if not has_bfloat16():  # OpenVINO names it even where ONEDNN_MAX_CPU_ISA takes it away
         able.discard("BF16")
     if needed not in able:

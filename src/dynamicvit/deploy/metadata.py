@@ -14,6 +14,7 @@ from torch import nn
 from dynamicvit import __version__
 from dynamicvit.core.model import SparseViT
 from dynamicvit.deploy.formats import COUNTED, COUNTS, KEY, OPENVINO_HINTS, require
+from dynamicvit.deploy.runtime import openvino_core
 from dynamicvit.evaluation.setup import token_counts
 from dynamicvit.io.images import MODES
 
@@ -142,9 +143,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
             properties = onnx.load(str(path), load_external_data=False).metadata_props
             text = next(item.value for item in properties if item.key == KEY)
         elif path.suffix == ".xml":
-            import openvino
-
-            text = openvino.Core().read_model(path).get_rt_info(KEY).value
+            text = openvino_core().read_model(path).get_rt_info(KEY).value
         else:
             with zipfile.ZipFile(path) as archive:
                 text = _read_archive(archive)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -84,11 +85,24 @@ def cut_onnx(path: str, options: Any = None) -> tuple[dict[str, Any], Part, Part
     return json.loads(about), first, second
 
 
+@cache
+def openvino_core() -> Any:
+    """OpenVINO's core, the same one for the whole process.
+
+    On processors with AMX a core moves the stack on which signals are handled. Cores that end may
+    leave it in memory that was freed, and then the next signal ends the process
+    (docs/openvino-signal-stack.md).
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 def cut_openvino(path: str, options: Any = None) -> tuple[dict[str, Any], Part, Part]:
     """The metadata of an OpenVINO file, and its two parts."""
     import openvino
 
-    core = openvino.Core()
+    core = openvino_core()
     model = core.read_model(path)
     about = json.loads(model.get_rt_info("dynamicvit").value)
     options = {"INFERENCE_PRECISION_HINT": about["inference_precision"]} | (options or {})
